@@ -1,0 +1,117 @@
+"""Who can run what. Each backend answers yes, or no with the reason.
+
+A backend is a name, a list of conditions (each a test and a sentence) and one callable per
+operator. ``choose`` walks the order of the device and takes the first backend that says yes;
+a forced backend that says no raises with its reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ..problem import Problem
+
+BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A test of a problem, and the sentence that says why a problem that fails it is refused."""
+
+    holds: Callable[[Problem], bool]
+    otherwise: Callable[[Problem], str]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A named set of operators with the conditions under which they can run."""
+
+    name: str
+    conditions: tuple[Condition, ...]
+    operators: dict[str, Callable]
+
+    def supports(self, problem: Problem) -> tuple[bool, str]:
+        """(True, "") or (False, the first reason why not)."""
+        for condition in self.conditions:
+            if not condition.holds(problem):
+                return False, condition.otherwise(problem)
+        if problem.op not in self.operators:
+            return False, f"it has no kernel for {problem.op}"
+        return True, ""
+
+
+def check_backend_name(name: object) -> str:
+    """``name`` if it is a backend's, else ValueError listing those that are."""
+    if name not in BACKEND_NAMES:
+        raise ValueError(
+            f"backend={name!r} is unknown; use one of {', '.join(map(repr, BACKEND_NAMES))}, "
+            "or None to choose automatically"
+        )
+    return name  # type: ignore[return-value]
+
+
+# Process-wide, not per thread: torch.compile can read (and guard on) a module's global, and a
+# data-parallel process wants one answer for all of its threads.
+_forced: str | None = os.environ.get("MFEF_BACKEND") or None
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Forces one backend for every call in the ``with`` block, in the whole process.
+
+    ``None`` restores the automatic choice. An explicit ``backend=`` of a call or layer wins.
+    Raises ValueError for an unknown name.
+    """
+    global _forced
+    if name is not None:
+        check_backend_name(name)
+    previous = _forced
+    _forced = name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def order(device_type: str) -> tuple[Backend, ...]:
+    """The backends in the order in which they are asked for tensors on ``device_type``."""
+    from . import cpu, cuda, reference, triton
+
+    if device_type == "cuda":
+        return (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
+    return (cpu.BACKEND, reference.BACKEND)
+
+
+def by_name(name: str) -> Backend:
+    """The backend of that name."""
+    from . import cpu, cuda, reference, triton
+
+    for backend in (reference.BACKEND, cpu.BACKEND, triton.BACKEND, cuda.BACKEND):
+        if backend.name == check_backend_name(name):
+            return backend
+    raise AssertionError(name)
+
+
+def choose(problem: Problem, backend: str | None = None) -> Backend:
+    """The backend that runs ``problem``.
+
+    ``backend`` (or :func:`use_backend`, or the environment variable MFEF_BACKEND) forces one;
+    RuntimeError with the reason if it cannot run the problem.
+    """
+    forced = backend if backend is not None else _forced
+    if forced is not None:
+        chosen = by_name(forced)
+        ok, reason = chosen.supports(problem)
+        if not ok:
+            raise RuntimeError(
+                f"backend={forced!r} cannot run {problem.op}: {reason}; "
+                "use backend=None to choose automatically"
+            )
+        return chosen
+    for candidate in order(problem.device.type):
+        if candidate.supports(problem)[0]:
+            return candidate
+    raise AssertionError("the reference backend supports everything")

@@ -1,0 +1,116 @@
+"""The operators as stateless functions: check the arguments, choose a backend, call it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import backends, problem
+
+__all__ = ["dual_attention", "kd_loss", "mfef_block", "multi_scale_conv2d"]
+
+
+def multi_scale_conv2d(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    split: bool = True,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Grouped convolutions with several kernel sizes side by side, results concatenated.
+
+    Args:
+        x: (N, C, H, W), any strides; contiguous and channels_last keep their layout.
+        weights: branch i has shape (Cout_i, Cin_i / groups_i, k_i, k_i), k_i odd.
+        groups: one number of groups per branch.
+        split: True divides C among the branches (sum Cin_i = C); False shows all C to each.
+        bias: (sum Cout_i,) or None.
+        backend: None to choose automatically, or "reference", "cpu", "triton", "cuda".
+
+    Returns (N, sum Cout_i, H, W); stride 1, zero padding k_i // 2.
+
+    Raises TypeError (dtypes), ValueError (shapes, values), RuntimeError (a forced backend that
+    cannot run). Source: :func:`mfef_ext.reference.multi_scale_conv2d` is the specification.
+    """
+    described = problem.describe_multi_scale_conv2d(x, weights, groups, split, bias)
+    run = backends.choose(described, backend).operators["multi_scale_conv2d"]
+    return run(x, weights, groups, split, bias)
+
+
+def dual_attention(
+    y: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    spatial_weight: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Channel attention, then spatial attention (CBAM, Woo 2018).
+
+    Args:
+        y: (N, C, H, W), any strides; contiguous and channels_last keep their layout.
+        fc1_weight, fc1_bias: (h, C) and (h,) or None, the first layer of the shared MLP.
+        fc2_weight, fc2_bias: (C, h) and (C,) or None, its second layer.
+        spatial_weight: (1, 2, k, k), k odd; input channels in the order (max, mean).
+        backend: None to choose automatically, or "reference", "cpu", "triton", "cuda".
+
+    Returns (N, C, H, W). Raises as :func:`multi_scale_conv2d` does.
+    Source: :func:`mfef_ext.reference.dual_attention` is the specification.
+    """
+    described = problem.describe_dual_attention(
+        y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight
+    )
+    run = backends.choose(described, backend).operators["dual_attention"]
+    return run(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
+
+
+def mfef_block(
+    x: Tensor,
+    conv_weights: Sequence[Tensor],
+    groups: Sequence[int],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    spatial_weight: Tensor,
+    *,
+    split: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """``dual_attention(multi_scale_conv2d(x))`` as one operator forward and one backward.
+
+    Arguments and errors as in :func:`multi_scale_conv2d` and :func:`dual_attention`.
+    Returns (N, sum Cout_i, H, W).
+    """
+    attention = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
+    described = problem.describe_mfef_block(x, conv_weights, groups, *attention, split)
+    run = backends.choose(described, backend).operators["mfef_block"]
+    return run(x, conv_weights, groups, *attention, split=split)
+
+
+def kd_loss(
+    student: Tensor,
+    target: Tensor,
+    temperature: float = 3.0,
+    *,
+    detach_target: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """``T^2 KL(softmax(target / T) || softmax(student / T))``, mean over the batch (Hinton 2015).
+
+    Args:
+        student, target: logits, (N, classes), any floating dtype; computed in float32 at least.
+        temperature: T > 0.
+        detach_target: whether the target is a constant (the default) or gets a gradient too.
+        backend: None to choose automatically, or "reference", "cpu", "triton", "cuda".
+
+    Returns a scalar, 0 for an empty batch. Raises TypeError, ValueError, RuntimeError.
+    """
+    described = problem.describe_kd_loss(student, target, temperature)
+    run = backends.choose(described, backend).operators["kd_loss"]
+    return run(student, target, temperature, detach_target=detach_target)
