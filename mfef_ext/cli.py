@@ -1,0 +1,41 @@
+"""The ``mfef`` command: finds the subcommand and hands over. Nothing is imported before needed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``mfef`` with ``argv`` (the process's own by default); returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["train"]:  # its options, and their help, are tyro's
+        from .train.__main__ import main as train
+
+        return train(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="mfef", description="Multi-scale feature extraction and fusion, kernels and trainer."
+    )
+    parser.add_argument("--version", action="version", version=f"mfef {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("train", help="train students together (mfef train --help)")
+    show = commands.add_parser("show", help="check a run's checkpoint and say what it holds")
+    show.add_argument("path", type=Path, help="a run folder or a .ckpt file")
+    commands.add_parser("doctor", help="what was built, what would run here, and why")
+    options = parser.parse_args(argv)
+    if options.command == "show":
+        from .train.__main__ import show as show_run
+
+        return show_run(options.path)
+    from .inspection import doctor
+
+    print(doctor())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

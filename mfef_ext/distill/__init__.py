@@ -1,0 +1,15 @@
+"""Online distillation: several students learn together, from the labels and from one another.
+
+``OnlineDistiller`` wraps any list of networks into one ``nn.Module`` that returns losses by name
+and logits by role. Nothing here knows a file, a data set or a device.
+"""
+
+from . import ce, mfef
+from .distiller import Distilled, OnlineDistiller
+from .method import METHODS, Method, register
+from .ramp import ramp_up
+
+__all__ = ["METHODS", "Distilled", "Method", "OnlineDistiller", "ramp_up", "register"]
+
+# Importing a method's file registers it; this is the list of the built-in ones.
+_BUILT_IN = (ce, mfef)

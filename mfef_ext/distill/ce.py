@@ -1,0 +1,26 @@
+"""``ce``: the students side by side, each with its cross-entropy alone. The baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .method import Method, StudentShape, label_losses, register
+
+
+@register("ce")
+class CrossEntropy(Method):
+    """``L = sum_i CE(z_i)``: independent students, no layers of its own."""
+
+    def __init__(self, shapes: Sequence[StudentShape], num_classes: int) -> None:
+        super().__init__()
+
+    def forward(
+        self,
+        logits: Sequence[Tensor],
+        maps: Sequence[Tensor],
+        labels: Tensor | None,
+        epoch: float,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {}, {} if labels is None else label_losses(logits, labels)

@@ -1,0 +1,181 @@
+"""The students and what a method adds to them, as one ``nn.Module``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .method import METHODS, Method, StudentShape
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What one forward pass gives.
+
+    logits: (N, num_classes) by role: ``student0``, ``student1``, ..., ``ensemble`` (the mean of the
+    students' logits) and what the method adds, such as ``fused``. losses: scalars by name, weights
+    included, so that their sum is :attr:`loss`; empty without labels.
+    """
+
+    logits: dict[str, Tensor]
+    losses: dict[str, Tensor]
+
+    @property
+    def loss(self) -> Tensor:
+        """The scalar to call ``backward()`` on; ValueError if no labels were given."""
+        if not self.losses:
+            raise ValueError("no labels were given, so there is no loss; call distiller(x, labels)")
+        return torch.stack(list(self.losses.values())).sum()
+
+
+def method_options(method: str) -> tuple[str, ...]:
+    """The names of the options that ``method`` takes; ValueError if there is no such method."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; use one of {', '.join(sorted(METHODS))}")
+    parameters = inspect.signature(METHODS[method]).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def _forward_with_map(student: nn.Module, tap: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The student's logits, and the output of its layer ``tap``.
+
+    The hook lives for one call: the student is left as it was, can be copied, saved and deployed.
+    """
+    seen: list[Tensor] = []
+    hook = student.get_submodule(tap).register_forward_hook(lambda *a: seen.append(a[2]))
+    try:
+        logits = student(x)
+    finally:
+        hook.remove()
+    if len(seen) != 1:
+        raise ValueError(
+            f"tap={tap!r} ran {len(seen)} times in one forward of {type(student).__name__}; "
+            "name a layer that runs once"
+        )
+    return logits, seen[0]
+
+
+class OnlineDistiller(nn.Module):
+    """Several students, a method and the method's own layers: one forward, one backward.
+
+    Args:
+        students: networks that map images to logits (N, num_classes); they may differ.
+        method: a key of ``METHODS``: "mfef", "ce".
+        num_classes: width of the students' logits.
+        tap: name of the layer (as in ``named_modules()``) whose output is the last map before
+            global pooling, (N, C_i, H_i, W_i): one for all students or one each.
+        input_shape: (C, H, W) of the images; one zero image is shown to the students, in eval
+            mode, to learn the shapes of their maps.
+        options: the method's own, such as temperature or ramp_epochs.
+
+    Raises ValueError or TypeError naming the argument, its value and what would do.
+
+    Example::
+
+        distiller = OnlineDistiller([net_a, net_b], method="mfef", num_classes=10, tap="layer4")
+        out = distiller(images, labels, epoch)
+        out.loss.backward()
+        torch.save(distiller.students[0].state_dict(), "student.pt")  # no part of MFEF in it
+    """
+
+    def __init__(
+        self,
+        students: Sequence[nn.Module],
+        method: str = "mfef",
+        *,
+        num_classes: int,
+        tap: str | Sequence[str] = "layer4",
+        input_shape: tuple[int, int, int] = (3, 32, 32),
+        **options: object,
+    ) -> None:
+        super().__init__()
+        accepted = method_options(method)
+        unknown = sorted(set(options) - set(accepted))
+        if unknown:
+            raise TypeError(
+                f"{unknown[0]}={options[unknown[0]]!r} is no option of method={method!r}; "
+                + (f"it takes {', '.join(accepted)}" if accepted else "it takes none")
+            )
+        if len(students) == 0:
+            raise ValueError("students=[] is empty; give at least one network")
+        if len({id(student) for student in students}) < len(students):
+            raise ValueError(
+                "students holds the same network twice, so it would learn from itself; "
+                "build each student on its own (copy.deepcopy makes a second one)"
+            )
+        taps = (tap,) * len(students) if isinstance(tap, str) else tuple(tap)
+        if len(taps) != len(students):
+            raise ValueError(
+                f"tap={taps} names {len(taps)} layers for {len(students)} students: "
+                "give one name for all or one each"
+            )
+        self.students = nn.ModuleList(students)
+        self.taps = taps
+        shapes = [
+            self._probe(i, student, taps[i], input_shape, num_classes)
+            for i, student in enumerate(students)
+        ]
+        self.method: Method = METHODS[method](shapes, num_classes, **options)
+
+    @staticmethod
+    def _probe(
+        i: int, student: nn.Module, tap: str, input_shape: tuple[int, int, int], num_classes: int
+    ) -> StudentShape:
+        if not tap or tap not in dict(student.named_modules()):
+            raise ValueError(
+                f"tap={tap!r} is no layer of student {i} ({type(student).__name__}); its layers "
+                f"are {', '.join(name for name, _ in student.named_children())}"
+            )
+        like = next(student.parameters())
+        image = torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
+        was_training = {module: module.training for module in student.modules()}
+        student.eval()  # running statistics stay as they are
+        try:
+            with torch.no_grad():
+                logits, last_map = _forward_with_map(student, tap, image)
+        finally:
+            for module, training in was_training.items():
+                module.training = training
+        if logits.shape != (1, num_classes):
+            raise ValueError(
+                f"student {i} gives {tuple(logits.shape)} for one image, but num_classes="
+                f"{num_classes} asks for (1, {num_classes}); change its last layer or num_classes"
+            )
+        if not isinstance(last_map, Tensor) or last_map.dim() != 4:
+            what = tuple(last_map.shape) if isinstance(last_map, Tensor) else type(last_map)
+            raise ValueError(
+                f"tap={tap!r} of student {i} gives {what}, not a map (N, C, H, W); "
+                "name the last layer before global pooling"
+            )
+        return StudentShape(*last_map.shape[1:])
+
+    def _students(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = [
+            _forward_with_map(s, tap, x) for s, tap in zip(self.students, self.taps, strict=True)
+        ]
+        return [logits for logits, _ in pairs], [last_map for _, last_map in pairs]
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, epoch: float = 0.0) -> Distilled:
+        """x: (N, C, H, W). labels: (N,) int64 or None. epoch: epochs trained so far."""
+        logits, maps = self._students(x)
+        added, losses = self.method(logits, maps, labels, epoch)
+        roles = {f"student{i}": z for i, z in enumerate(logits)}
+        roles["ensemble"] = torch.stack(logits).mean(0)
+        return Distilled(roles | added, losses)
+
+    def spatial_gates(self, x: Tensor) -> list[Tensor]:
+        """One spatial gate (N, H_i, W_i) per student for the images x, or [] without gates."""
+        return self.method.spatial_gates(self._students(x)[1])
+
+    def parameter_groups(self) -> list[dict]:
+        """Groups for one optimiser, named ``student0``, ..., and ``method`` for its own layers."""
+        groups = [
+            {"name": f"student{i}", "params": list(s.parameters())}
+            for i, s in enumerate(self.students)
+        ]
+        own = list(self.method.parameters())
+        return groups + ([{"name": "method", "params": own}] if own else [])

@@ -1,0 +1,71 @@
+"""What a distillation method is, and the table of those that exist.
+
+A method is one file: a subclass of :class:`Method` under ``@register("name")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class StudentShape:
+    """The last map of one student, seen by a probe: (N, channels, height, width)."""
+
+    channels: int
+    height: int
+    width: int
+
+
+class Method(nn.Module):
+    """What a method adds to the students: layers that only training needs, and loss terms.
+
+    A subclass's constructor takes ``(shapes, num_classes, *, options)``, where ``shapes`` holds one
+    :class:`StudentShape` per student; its keyword-only options are those a user may set.
+
+    In :meth:`forward`, ``logits`` holds one (N, num_classes) tensor per student, ``maps`` one
+    (N, C_i, H_i, W_i) tensor per student, ``labels`` is (N,) int64, or None where only logits are
+    wanted, and ``epoch`` counts the epochs trained so far, fractions included.
+    """
+
+    def forward(
+        self,
+        logits: Sequence[Tensor],
+        maps: Sequence[Tensor],
+        labels: Tensor | None,
+        epoch: float,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(further logits by role, weighted loss terms by name); no terms without labels."""
+        raise NotImplementedError
+
+    def kd_weight(self, epoch: float) -> float:
+        """The weight of the distillation terms after ``epoch`` epochs, for logs; 0 if none."""
+        return 0.0
+
+    def spatial_gates(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """One spatial gate (N, H_i, W_i) in [0, 1] per student, or [] for methods without any."""
+        return []
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: makes a method known as ``name``; ValueError if the name is taken."""
+
+    def add(cls: type[Method]) -> type[Method]:
+        if name in METHODS:
+            raise ValueError(f"method {name!r} is already {METHODS[name].__name__}; rename one")
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def label_losses(logits: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
+    """``ce/student<i>``: cross-entropy of each student, in float32 at least, batch mean."""
+    return {f"ce/student{i}": F.cross_entropy(z.float(), labels) for i, z in enumerate(logits)}

@@ -1,0 +1,36 @@
+"""The trainer: configuration, data, students, loop, checkpoints and reports, a file each.
+
+Importing this package costs nothing and needs no extras; ``python -m mfef_ext.train`` and
+``mfef train`` start it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+# What the trainer imports beyond torch and numpy, by the name it is imported under.
+_NEEDED = ("matplotlib", "rich", "safetensors", "sklearn", "tyro")
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message is one sentence that says what can."""
+
+
+class StoppedError(Exception):
+    """Training ended early; the message says when and why, ``folder`` holds the last checkpoint."""
+
+    folder: Path | None = None
+
+
+class NotFiniteError(StoppedError):
+    """A loss or a weight became NaN or infinite."""
+
+
+class InterruptedByUser(StoppedError):
+    """SIGINT (Ctrl-C) or SIGTERM, heeded at the end of a step."""
+
+
+def missing_extras() -> list[str]:
+    """The packages of the ``train`` extra that cannot be found."""
+    return [name for name in _NEEDED if find_spec(name) is None]

@@ -1,0 +1,93 @@
+"""``mfef train``, ``mfef show`` and ``python -m mfef_ext.train``: options in, exit status out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import InterruptedByUser, NotFiniteError, UsageError, folder, missing_extras
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+DONE, USAGE, FILES, NOT_FINITE, INTERRUPTED = 0, 2, 4, 5, 75
+
+
+def _refuse(message: str, status: int) -> int:
+    print(f"mfef: {message}", file=sys.stderr)
+    return status
+
+
+def _without_extras() -> int:
+    names = ", ".join(missing_extras())
+    return _refuse(f"training needs {names}; run: pip install 'mfef_ext[train]'", USAGE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains as ``argv`` says. 0 done, 2 usage, 4 files, 5 not finite, 75 stopped on request."""
+    if missing_extras():
+        return _without_extras()
+    import tyro
+
+    from .config import TrainConfig
+
+    config = tyro.cli(TrainConfig, prog="mfef train", args=argv)
+    try:
+        _train_and_report(config)
+    except UsageError as error:
+        return _refuse(str(error), USAGE)
+    except OSError as error:  # the disk is full or gone: a checkpoint is whole or not replaced
+        return _refuse(f"cannot write {error.filename}: {error.strerror}; make room", FILES)
+    except NotFiniteError as error:
+        return _refuse(
+            f"stopped: {error}; try a smaller --lr. The last good epoch is kept: "
+            f"mfef show {error.folder}",
+            NOT_FINITE,
+        )
+    except InterruptedByUser as error:
+        return _refuse(
+            f"stopped: {error}. The last whole epoch is kept: mfef show {error.folder}",
+            INTERRUPTED,
+        )
+    return DONE
+
+
+def show(path: Path) -> int:
+    """Prints what a run folder's last checkpoint, or the checkpoint ``path``, holds."""
+    if missing_extras():
+        return _without_extras()
+    from .checkpoint import CheckpointError
+    from .report import describe
+
+    try:
+        print(describe(path))
+    except CheckpointError as error:
+        return _refuse(str(error), FILES)
+    return DONE
+
+
+def _train_and_report(config: TrainConfig) -> None:
+    from rich.console import Console
+
+    from . import loop, report
+    from .display import Display
+
+    console = Console()
+    with Display(console, config.epochs) as display:
+        run = loop.train(config, display)
+    result = report.summary(run)
+    folder.write_json(run.path / "summary.json", result)
+    report.draw_curves(run, run.path / "curves.png")
+    drawn = report.draw_gates(run, run.path / "gates.png")
+    console.print(report.table(run))
+    print(
+        f"{result['images_per_second']:.0f} images per second; what {config.method} adds (forward "
+        f"and backward, all losses) takes {100 * result['method_share_of_step']:.0f} % of a step"
+    )
+    print(f"{run.path}: students, checkpoints, metrics, curves.png" + ", gates.png" * drawn)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

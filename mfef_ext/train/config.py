@@ -1,0 +1,116 @@
+"""The options of ``mfef train``, checked; their docstrings are the command line's help."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from ..backends import BACKEND_NAMES
+from ..distill import METHODS
+from . import UsageError
+from .data import DATASETS
+from .models import STUDENTS
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train several students together and leave them, with curves and tables, in a run folder.
+
+    With no options: two small ResNets, MFEF, scikit-learn's handwritten digits, on the CPU.
+    """
+
+    method: str = "mfef"
+    """How the students learn: mfef, or ce for the same students without distillation."""
+    dataset: str = "digits"
+    """What they learn: digits (scikit-learn's, 8x8, bundled) or fake (drawn, for trials)."""
+    students: tuple[str, ...] = ("resnet8", "resnet8")
+    """One network per student: resnet8, resnet14, resnet20, resnet32, resnet56."""
+    epochs: int = 15
+    """Times that every training image is seen."""
+    batch_size: int = 64
+    """Images per step."""
+    lr: float = 0.1
+    """Learning rate at the start."""
+    lr_drops: tuple[float, ...] = (0.5, 0.75)
+    """Shares of the training after which the learning rate is divided by 10."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty, on all parameters."""
+    temperature: float = 3.0
+    """Temperature T of the distillation terms."""
+    ramp_epochs: float | None = None
+    """Epochs until the distillation terms have their full weight; None: 80 of 300 epochs, in
+    proportion."""
+    detach_features: bool = False
+    """Keep the fused loss from reaching the students through their feature maps."""
+    validation: float = 0.1
+    """Share of the training images held out to choose the best epoch; 0: the test set chooses."""
+    seed: int = 0
+    """The same seed, threads and machine give the same numbers, bit for bit."""
+    backend: str | None = None
+    """Backend of the MFEF blocks: reference, cpu, triton or cuda; None chooses."""
+    threads: int | None = None
+    """CPU threads; None leaves the choice to PyTorch."""
+    device: str = "cpu"
+    """Where to train: cpu, cuda or cuda:N."""
+    out: Path | None = None
+    """A new or empty folder for the results; None: the next free runs/METHOD-DATASET-NNN."""
+
+    @property
+    def ramp_length(self) -> float:
+        """The ramp-up's length in epochs; short runs keep the papers' 80 of 300."""
+        return self.epochs * 80 / 300 if self.ramp_epochs is None else self.ramp_epochs
+
+    def lr_at(self, epoch: int) -> float:
+        """The learning rate of the epoch (0 is the first)."""
+        return self.lr * 0.1 ** sum(epoch >= drop * self.epochs for drop in self.lr_drops)
+
+    def check(self) -> None:
+        """Raises UsageError on the first option that makes no sense: one sentence, a remedy."""
+        _check_known("--method", self.method, sorted(METHODS))
+        _check_known("--dataset", self.dataset, list(DATASETS))
+        for student in self.students:
+            _check_known("--students", student, list(STUDENTS))
+        if self.backend is not None:
+            _check_known("--backend", self.backend, list(BACKEND_NAMES))
+        _check(len(self.students) > 0, "--students", "", "must name at least one network")
+        for flag, count in (("--epochs", self.epochs), ("--batch-size", self.batch_size)):
+            _check(count >= 1, flag, count, "must be at least 1")
+        _check(self.threads is None or self.threads >= 1, "--threads", self.threads, "must be >= 1")
+        _check(0 <= self.seed < 2**31, "--seed", self.seed, "must be from 0 to 2147483647")
+        for flag, number in (("--lr", self.lr), ("--temperature", self.temperature)):
+            _check(0 < number < math.inf, flag, number, "must be positive and finite")
+        _check(
+            0 <= self.weight_decay < math.inf,
+            "--weight-decay",
+            self.weight_decay,
+            "must be 0 or more and finite",
+        )
+        # Nesterov momentum is undefined at 0.
+        _check(0 < self.momentum < 1, "--momentum", self.momentum, "must be above 0 and below 1")
+        _check(
+            self.ramp_epochs is None or 0 <= self.ramp_epochs < math.inf,
+            "--ramp-epochs",
+            self.ramp_epochs,
+            "must be 0 or more, or None",
+        )
+        _check(0 <= self.validation < 0.9, "--validation", self.validation, "must be in [0, 0.9)")
+        for drop in self.lr_drops:
+            _check(0 < drop <= 1, "--lr-drops", drop, "must be above 0 and at most 1")
+
+
+def _check(holds: bool, flag: str, value: object, rule: str) -> None:
+    if not holds:
+        default = getattr(TrainConfig, flag[2:].replace("-", "_"))
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        raise UsageError(f"{flag}={value} {rule}; the default is {shown}")
+
+
+def _check_known(flag: str, value: str, known: list[str]) -> None:
+    if value not in known:
+        near = get_close_matches(value, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"{flag}={value} is unknown; {hint}use one of {', '.join(known)}")

@@ -1,0 +1,62 @@
+"""The run folder: made once, never one that already holds something, written row by row."""
+
+from __future__ import annotations
+
+import csv
+import json
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from . import UsageError
+
+
+def create(out: Path | None, name: str) -> Path:
+    """A new, writable, empty folder: ``out``, or the first free ``runs/<name>-NNN``.
+
+    Raises UsageError if ``out`` is a file or holds anything, or if nothing can be written.
+    """
+    path = Path("runs") if out is None else out
+    try:
+        if out is None:
+            for number in count(1):
+                path = Path("runs") / f"{name}-{number:03d}"
+                try:
+                    path.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    if not path.parent.is_dir():
+                        raise
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise UsageError(
+                    f"--out={out} is not empty and nothing is ever overwritten; "
+                    "name a new folder, or leave --out away for a numbered one under runs/"
+                )
+        # A folder can exist and still refuse files: find out before hours of training.
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"--out={path} cannot be written ({error.strerror}); name a folder that can"
+        ) from error
+    return path
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A new JSON file, indented."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """One more line of a .jsonl or .csv file; the first row of a CSV brings its header."""
+    with open(path, "a", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.write(json.dumps(row) + "\n")
+        else:
+            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)

@@ -1,0 +1,255 @@
+"""The training loop: one module, one forward, one backward, one optimiser."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..distill import OnlineDistiller
+from ..distill.distiller import method_options
+from ..version import __version__
+from . import InterruptedByUser, NotFiniteError, StoppedError, UsageError, checkpoint, data, folder
+from .config import TrainConfig
+from .display import Display
+from .models import LAST_MAP, StudentSpec, strides_for
+from .timing import HeadClock
+
+
+@dataclass
+class Run:
+    """A run, from before its first step to its end: what checkpoints and reports are made from."""
+
+    config: TrainConfig
+    path: Path
+    dataset: data.Dataset
+    specs: list[StudentSpec]
+    distiller: OnlineDistiller
+    optimizer: torch.optim.Optimizer
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    timings: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The configuration with everything left open filled in, as plain values."""
+        return asdict(self.config) | {
+            "ramp_epochs": self.config.ramp_length,
+            "threads": torch.get_num_threads(),
+            "out": str(self.path),
+            "versions": {"mfef_ext": __version__, "torch": str(torch.__version__)},
+        }
+
+    def save(self, name: str) -> None:
+        """Writes the state after the last whole epoch as the checkpoint ``name``."""
+        state = {
+            "epoch": len(self.rows),
+            "best_epoch": self.best_epoch,
+            "metrics": self.rows,
+            "config": self.resolved,
+            "distiller": self.distiller.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        checkpoint.save(self.path / name, state)
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Data and students on the device, weights drawn from the seed, and a new run folder.
+
+    Raises UsageError, before anything is written, if an option, the device or the backend does
+    not work out.
+    """
+    config.check()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    try:
+        device = torch.empty(1, device=config.device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--device={config.device} cannot be used ({reason}); use --device cpu"
+        ) from error
+    dataset = data.load(config.dataset, config.validation).to(device)
+    if config.batch_size > len(dataset.train):
+        raise UsageError(
+            f"--batch-size={config.batch_size} is more than the {len(dataset.train)} training "
+            f"images of {config.dataset}; use {len(dataset.train)} or fewer"
+        )
+    torch.manual_seed(config.seed)
+    channels, height, _ = dataset.shape
+    classes = len(dataset.classes)
+    specs = [StudentSpec(s, channels, classes, strides_for(height)) for s in config.students]
+    values = asdict(config) | {"ramp_epochs": config.ramp_length}
+    distiller = OnlineDistiller(
+        [spec.build() for spec in specs],
+        config.method,
+        num_classes=classes,
+        tap=LAST_MAP,
+        input_shape=dataset.shape,
+        **{name: values[name] for name in method_options(config.method)},
+    ).to(device)
+    try:
+        accuracy(distiller, data.Images(dataset.test.x[:2], dataset.test.y[:2]))
+    except RuntimeError as error:
+        if config.backend is None:
+            raise
+        raise UsageError(f"--backend={config.backend} does not work here: {error}") from error
+    optimizer = torch.optim.SGD(
+        distiller.parameter_groups(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=True,
+    )
+    path = folder.create(config.out, f"{config.method}-{config.dataset}")
+    return Run(config, path, dataset, specs, distiller, optimizer)
+
+
+def train(config: TrainConfig, display: Display) -> Run:
+    """Trains as configured and leaves metrics, checkpoints and students in a new run folder.
+
+    Raises UsageError before anything is written, a StoppedError later; the folder then holds the
+    checkpoint of the last whole epoch.
+    """
+    run = prepare(config)
+    folder.write_json(run.path / "config.json", run.resolved)
+    run.save("last.ckpt")  # so that there is one from the first step on
+    clock = HeadClock(run.distiller.method, run.dataset.train.x.device)
+    with _stop_requests() as requests:
+        try:
+            for epoch in range(config.epochs):
+                _one_epoch(run, epoch, clock, display, requests)
+        except StoppedError as error:
+            error.folder = run.path
+            raise
+    for i, (student, spec) in enumerate(zip(run.distiller.students, run.specs, strict=True)):
+        about = {
+            "dataset": run.dataset.name,
+            "classes": run.dataset.classes,
+            "input_shape": run.dataset.shape,
+            "mean": run.dataset.mean,
+            "std": run.dataset.std,
+            "epoch": config.epochs,
+            "test_accuracy": run.rows[-1][f"test/student{i}"],
+        }
+        checkpoint.save_student(run.path / f"student{i}.safetensors", student, spec, about)
+    return run
+
+
+def _one_epoch(
+    run: Run, epoch: int, clock: HeadClock, display: Display, requests: list[str]
+) -> None:
+    """Trains, scores, records and saves one epoch; 0 is the first."""
+    started, clock.seconds = clock.now(), 0.0
+    losses = _steps(run, epoch, clock, display, requests)
+    seconds = clock.now() - started
+    _check_finite_state(run.distiller, epoch)
+    row = {
+        "epoch": epoch + 1,
+        "lr": run.config.lr_at(epoch),
+        "kd_weight": run.distiller.method.kd_weight(epoch + 1),
+        "loss": sum(losses.values()),
+        **losses,
+    }
+    for split in ("validation", "test"):
+        images = getattr(run.dataset, split)
+        if len(images):
+            scores = accuracy(run.distiller, images)
+            row |= {f"{split}/{role}": value for role, value in scores.items()}
+    rate = len(run.dataset.train) / seconds
+    timing = {"epoch": epoch + 1, "train_seconds": seconds, "method_seconds": clock.seconds}
+    run.rows.append(row)
+    run.timings.append(timing | {"images_per_second": rate})
+    # Of equals the later one: it has seen more, at a smaller learning rate.
+    key = "validation/students" if len(run.dataset.validation) else "test/students"
+    is_best = row[key] == max(earlier[key] for earlier in run.rows)
+    if is_best:
+        run.best_epoch = epoch + 1
+    folder.append_row(run.path / "metrics.jsonl", row)
+    folder.append_row(run.path / "metrics.csv", row)
+    folder.append_row(run.path / "timings.jsonl", run.timings[-1])
+    run.save("last.ckpt")
+    if is_best:
+        run.save("best.ckpt")
+    display.epoch(row, rate)
+
+
+def _steps(
+    run: Run, epoch: int, clock: HeadClock, display: Display, requests: list[str]
+) -> dict[str, float]:
+    """One pass over the training images; the mean of each loss term over them, by name."""
+    config, images = run.config, len(run.dataset.train)
+    for group in run.optimizer.param_groups:
+        group["lr"] = config.lr_at(epoch)
+    run.distiller.train()
+    steps = math.ceil(images / config.batch_size)
+    sums: dict[str, float] = {}
+    batches = data.training_batches(run.dataset, config.batch_size, config.seed, epoch)
+    for step, (x, y) in enumerate(batches):
+        out = run.distiller(x, y, epoch + step / steps)
+        values = torch.stack([term.detach() for term in out.losses.values()]).tolist()
+        for name, value in zip(out.losses, values, strict=True):
+            if not math.isfinite(value):
+                raise NotFiniteError(
+                    f"epoch {epoch + 1}, step {step + 1}: the loss term {name} is {value}"
+                )
+            sums[name] = sums.get(name, 0.0) + value * len(y) / images
+        run.optimizer.zero_grad()
+        clock.backward_starts()
+        out.loss.backward()
+        run.optimizer.step()
+        display.step(epoch + 1, step + 1, steps, sum(values))
+        if requests:
+            raise InterruptedByUser(
+                f"{requests[0]} in epoch {epoch + 1}, after step {step + 1} of {steps}"
+            )
+    return sums
+
+
+def _check_finite_state(distiller: nn.Module, epoch: int) -> None:
+    """The last step's update has met no loss yet: look before it replaces a good checkpoint."""
+    for name, tensor in distiller.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NotFiniteError(f"epoch {epoch + 1}, after the last step: {name} is not finite")
+
+
+def accuracy(distiller: OnlineDistiller, images: data.Images) -> dict[str, float]:
+    """Right answers in percent by role: ``student<i>``, ``students`` (the mean of these),
+    ``ensemble``, and what the method adds, such as ``fused``."""
+    distiller.eval()
+    right: dict[str, float] = {}
+    with torch.no_grad():
+        for x, y in zip(images.x.split(512), images.y.split(512), strict=True):
+            for role, logits in distiller(x).logits.items():
+                right[role] = right.get(role, 0) + int((logits.argmax(1) == y).sum())
+    students = {f"student{i}": right[f"student{i}"] for i in range(len(distiller.students))}
+    mean = {"students": sum(students.values()) / len(students)}
+    return {role: 100 * n / len(images) for role, n in (students | mean | right).items()}
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[str]]:
+    """Collects the first SIGINT or SIGTERM, to be heeded between steps; a second one kills."""
+    requests: list[str] = []
+
+    def request(number: int, frame: FrameType | None) -> None:
+        requests.append(signal.Signals(number).name)
+        signal.signal(number, previous[number])
+
+    previous: dict[int, Any] = {
+        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,136 @@
+"""What is left of a run: the closing table, learning curves and gate heat maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from . import checkpoint
+from .display import score_line, scores
+from .loop import Run
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """Test accuracy by role at the last and the best epoch, and the training speed.
+
+    ``method_share_of_step`` is the method's share of the training time, 0 to 1, as
+    :class:`~mfef_ext.train.timing.HeadClock` measures it; evaluation is in neither time.
+    """
+    seconds = sum(t["train_seconds"] for t in run.timings)
+    return {
+        "last_epoch": len(run.rows),
+        "last_test_accuracy": scores(run.rows[-1], "test"),
+        "best_epoch": run.best_epoch,
+        "best_chosen_on": "validation" if len(run.dataset.validation) else "test",
+        "best_test_accuracy": scores(run.rows[run.best_epoch - 1], "test"),
+        "images_per_second": len(run.dataset.train) * len(run.timings) / seconds,
+        "method_share_of_step": sum(t["method_seconds"] for t in run.timings) / seconds,
+    }
+
+
+def table(run: Run) -> Table:
+    """Accuracy on the test images of every role, at the last and at the best epoch."""
+    config, result = run.config, summary(run)
+    size, held_out = len(run.dataset.test), len(run.dataset.validation)
+    grid = Table(
+        title=f"{config.method} on {config.dataset}: % of {size} test images recognised",
+        caption=f"best: mean of the students on {held_out} validation images, not on the test set"
+        if held_out
+        else "best: chosen ON THE TEST SET (--validation 0), so it flatters",
+    )
+    grid.add_column("")
+    grid.add_column(f"last epoch ({result['last_epoch']})", justify="right")
+    grid.add_column(f"best epoch ({result['best_epoch']})", justify="right")
+    names = {"students": "mean of the students", "ensemble": "ensemble (mean of logits)"}
+    names |= {f"student{i}": f"student {i} ({s})" for i, s in enumerate(config.students)}
+    best = result["best_test_accuracy"]
+    for role, last in result["last_test_accuracy"].items():
+        grid.add_row(names.get(role, role), f"{last:.2f}", f"{best[role]:.2f}")
+    return grid
+
+
+def draw_curves(run: Run, path: Path) -> None:
+    """PNG: loss terms and test accuracy by epoch."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in run.rows]
+    for name in (k for k in run.rows[0] if k.startswith(("ce/", "kd/"))):
+        style = "--" if name.startswith("kd/") else "-"
+        left.plot(epochs, [row[name] for row in run.rows], style, label=name)
+    left.set(title="loss terms, weights included", xlabel="epoch", ylabel="loss", yscale="log")
+    for role in scores(run.rows[0], "test"):
+        values = [row[f"test/{role}"] for row in run.rows]
+        right.plot(epochs, values, label=role, lw=2.5 if role == "students" else 1.2)
+    # The first epochs lie far below; what tells methods apart are the later ones.
+    settled = [v for row in run.rows[len(run.rows) // 2 :] for v in scores(row, "test").values()]
+    right.set(title="accuracy on the test images", xlabel="epoch", ylabel="%")
+    right.set_ylim(max(0.0, min(settled) - 2), min(100.2, max(settled) + 2))
+    right.axvline(run.best_epoch, color="grey", lw=0.8, ls=":", label="best epoch")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def draw_gates(run: Run, path: Path) -> bool:
+    """PNG: for one test image of up to ten classes, the image and each student's spatial gate
+    over it. False, and no file, if the method has no gates."""
+    test, classes = run.dataset.test, run.dataset.classes
+    run.distiller.eval()
+    first = [int((test.y == c).nonzero()[0]) for c in range(min(len(classes), 10))]
+    x, labels = test.x[first], test.y[first].tolist()
+    with torch.no_grad():
+        gates = [gate.cpu() for gate in run.distiller.spatial_gates(x)]
+        answers = {role: z.argmax(1).tolist() for role, z in run.distiller(x).logits.items()}
+    if not gates:
+        return False
+    pixels = (x - x.min()).permute(0, 2, 3, 1).cpu() / float(x.max() - x.min())
+    height, width = pixels.shape[1:3]
+    rows, columns = 1 + len(gates), len(first)
+    figure = Figure(figsize=(1.35 * columns + 1.4, 1.75 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    grid[0][0].set_ylabel("image")
+    for column, label in enumerate(labels):
+        grid[0][column].imshow(pixels[column].squeeze(-1), cmap="gray")
+        grid[0][column].set_title(classes[label], fontsize=10)
+    for i, gate in enumerate(gates):
+        # One scale per student, so that images can be compared; gates seldom span 0 to 1.
+        low, high = float(gate.min()), float(gate.max())
+        grid[i + 1][0].set_ylabel(f"student {i}")
+        for column, axes in enumerate(grid[i + 1]):
+            axes.imshow(pixels[column].squeeze(-1), cmap="gray")
+            heat = axes.imshow(
+                gate[column],
+                cmap="turbo",
+                alpha=0.5,
+                vmin=low,
+                vmax=high,
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                interpolation="bilinear",
+            )
+            axes.set_xlabel(f"says {classes[answers[f'student{i}'][column]]}", fontsize=8)
+        figure.colorbar(heat, ax=list(grid[i + 1]), label="spatial gate", pad=0.01)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def describe(path: Path) -> str:
+    """A few lines on a run folder or a checkpoint in it; CheckpointError if it is not intact."""
+    file = path / "last.ckpt" if path.is_dir() else path
+    state = checkpoint.load(file)
+    config, last = state["config"], state["metrics"][-1] if state["metrics"] else {}
+    lines = [
+        f"{file}: intact, after {state['epoch']} of {config['epochs']} epochs, "
+        f"{config['method']} on {config['dataset']}, students {' '.join(config['students'])}, "
+        f"seed {config['seed']}"
+    ]
+    return "\n".join(
+        lines + [s for split in ("validation", "test") if (s := score_line(last, split))]
+    )
