@@ -152,8 +152,12 @@ def find_pybind11() -> str:
 
 
 def find_program(name: str, environ: Mapping[str, str], oldest: tuple[int, int] = (0, 0)) -> str:
-    """cmake or ninja: on PATH, else beside this interpreter (a venv that is not activated)."""
-    for path in (environ.get("PATH", os.defpath), sysconfig.get_path("scripts")):
+    """cmake or ninja: beside this interpreter, else on PATH.
+
+    In this order a virtual environment gives the same tools whether it is activated or not, and
+    the CMake folder of one build serves the next.
+    """
+    for path in (sysconfig.get_path("scripts"), environ.get("PATH", os.defpath)):
         program = shutil.which(name, path=path)
         if program:
             run = subprocess.run([program, "--version"], capture_output=True, text=True)
@@ -337,7 +341,8 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
             "CMAKE_MAKE_PROGRAM": ninja,
-            "Python_EXECUTABLE": sys.executable,
+            # CMake takes only headers and the file name's tag from it: the same for every venv.
+            "Python_EXECUTABLE": os.path.realpath(sys.executable),
             "pybind11_DIR": pybind11_dir,
             "MFEF_VERSION": self.distribution.get_version(),
             "MFEF_TORCH_DIR": torch_folder,

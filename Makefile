@@ -1,0 +1,79 @@
+# Everything runs in .venv, which the first call makes; python3, a C++20 compiler and make suffice.
+#   PYTHON=python3.12   another interpreter for .venv
+#   CONSTRAINTS=        without the pinned versions
+#   MAX_JOBS, MFEF_CUDA, MFEF_CPU_ISA, TORCH_CUDA_ARCH_LIST: see setup.py
+PYTHON ?= python3
+CONSTRAINTS ?= -c constraints.txt
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
+# What shapes a build without being a file; kept in one, so that a change of it builds again.
+SETTINGS := MFEF_CUDA=$(MFEF_CUDA) MFEF_CPU_ISA=$(MFEF_CPU_ISA) ARCHS=$(TORCH_CUDA_ARCH_LIST) CXX=$(CXX)
+
+.DELETE_ON_ERROR:
+.PHONY: help build demo test bench lint format clean distclean FORCE
+
+help:
+	@echo "make demo    train two students on real images, time the layer, say where the pictures are"
+	@echo "make test    all tests, and the operator tests of the wheel under a second torch"
+	@echo "make bench   the whole kernel benchmark (five minutes on two cores)"
+	@echo "make lint    ruff, mypy, clang-format; make format repairs what can be repaired"
+	@echo "make build   the package in place, for development"
+	@echo "make clean   removes what a build made; make distclean the environments too"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is missing or older than Python 3.10; set PYTHON to one that is not." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || \
+	  { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv." >&2; exit 1; }
+
+# First what a build without isolation needs, then the rest beside the package itself.
+$(VENV)/.needs: constraints.txt pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet $(CONSTRAINTS) setuptools cmake ninja pybind11 torch numpy
+	@touch $@
+
+$(VENV)/.settings: FORCE | $(BIN)/python
+	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
+
+$(VENV)/.built: $(NATIVE) mfef_ext/version.py $(VENV)/.needs $(VENV)/.settings
+	$(PIP) install --quiet --no-build-isolation $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+build: $(VENV)/.built
+
+demo: build
+	@mkdir -p .demo
+	@out=.demo/$$(date +%Y%m%d-%H%M%S) && \
+	  $(BIN)/mfef train --out $$out && \
+	  $(BIN)/python benchmarks/bench_fusion.py --quick --out $$out/bench && \
+	  echo "Pictures:" && find $$out -name '*.png'
+
+# Two processes with one thread each keep two cores busy; tests that need more threads ask for them.
+test: build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python scripts/check_second_torch.py
+
+bench: build
+	$(BIN)/python benchmarks/bench_fusion.py
+
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info mfef_ext/*.so $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find mfef_ext tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) .venv-torch213
