@@ -12,16 +12,14 @@ namespace mfef::cuda {
 namespace {
 
 // CUDA writes 13020 for 13.2.
-std::string dotted(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
+std::string dotted(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
 // "key=value" lines: architectures compiled, nvcc, runtime linked, driver and device found. The
 // questions that fail without a driver are answered by what the CUDA runtime says about it.
 std::string cuda_build_info() {
   std::string info = "architectures=" MFEF_CUDA_ARCHS;
-  info += "\nnvcc=" + std::to_string(__CUDACC_VER_MAJOR__) + "." +
-          std::to_string(__CUDACC_VER_MINOR__) + "." + std::to_string(__CUDACC_VER_BUILD__);
+  info += "\nnvcc=" + std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) + "." +
+          std::to_string(__CUDACC_VER_BUILD__);
   info += "\nruntime=" + dotted(CUDART_VERSION);
   int driver = 0;
   const cudaError_t status = cudaDriverGetVersion(&driver);
