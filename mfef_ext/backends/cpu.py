@@ -1,5 +1,40 @@
-"""The CPU backend: C++ kernels, images in the SIMD lanes."""
+"""The CPU backend: C++ kernels with images or pixels in the SIMD lanes (csrc/cpu)."""
 
-from . import Backend
+import torch
 
-BACKEND = Backend("cpu", (), {})
+from .. import ops
+from . import Backend, Condition
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+MOST_BRANCHES = 64  # kMaxBranches in csrc/cpu/block.h
+
+BACKEND = Backend(
+    "cpu",
+    (
+        Condition(
+            lambda p: p.device.type == "cpu",
+            lambda p: f"its tensors must be on the CPU, not on {p.device}",
+        ),
+        Condition(
+            lambda p: p.dtype in DTYPES,
+            lambda p: f"dtype {p.dtype} is not one of float32, bfloat16, float64",
+        ),
+        Condition(
+            lambda p: p.height * p.width < 2**31,
+            lambda p: f"a map of {p.height} x {p.width} has 2^31 pixels or more",
+        ),
+        Condition(
+            lambda p: len(p.branches) <= MOST_BRANCHES,
+            lambda p: f"{len(p.branches)} branches are more than {MOST_BRANCHES}",
+        ),
+        Condition(
+            lambda p: max([b.kernel_size for b in p.branches] + [p.spatial_kernel_size]) < 4096,
+            lambda p: "a kernel size is 4096 or more",
+        ),
+    ),
+    {
+        "multi_scale_conv2d": ops.multi_scale_conv2d,
+        "dual_attention": ops.dual_attention,
+        "mfef_block": ops.mfef_block,
+    },
+)

@@ -1,0 +1,167 @@
+// Arguments of the operators, checked: what every native backend shares.
+//
+// The Python front refuses bad input with longer sentences; these checks stand behind it, so that a
+// direct call of torch.ops.mfef.* raises and never reads outside a tensor.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace mfef {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& t) {
+  std::string s = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + ")";
+}
+
+inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& shape) {
+  bool same = t.dim() == int64_t(shape.size());
+  std::string wanted = "(";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    same = same && t.size(int64_t(i)) == shape[i];
+    wanted += (i ? ", " : "") + std::to_string(shape[i]);
+  }
+  STD_TORCH_CHECK(same, "mfef: ", name, " has shape ", shape_of(t), ", expected ", wanted, ")");
+}
+
+inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.device() == x.device(), "mfef: ", name, " is not on the device of the input");
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "mfef: ", name, " does not have the dtype of the input");
+}
+
+// The sizes of an (N, C, H, W) input; only N may be 0.
+struct MapSize {
+  int64_t n, c, h, w;
+};
+
+inline MapSize check_map(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4, "mfef: ", name, " must be 4-D (N, C, H, W), got shape ", shape_of(x));
+  const MapSize s{x.size(0), x.size(1), x.size(2), x.size(3)};
+  STD_TORCH_CHECK(s.c > 0 && s.h > 0 && s.w > 0, "mfef: ", name, " has shape ", shape_of(x),
+                  ": C, H and W must be at least 1");
+  STD_TORCH_CHECK(s.h < (int64_t(1) << 31) / s.w, "mfef: ", name, " has shape ", shape_of(x),
+                  ": H * W must be below 2^31");
+  return s;
+}
+
+struct BranchSize {
+  int64_t in, out, groups, k;
+};
+
+// The branches of a multi-scale convolution of x; their output channels add up to *out_channels.
+inline std::vector<BranchSize> check_branches(const Tensor& x, const std::vector<Tensor>& weights,
+                                              const std::vector<int64_t>& groups, bool split,
+                                              size_t most_branches, int64_t* out_channels) {
+  STD_TORCH_CHECK(!weights.empty(), "mfef: weights is empty");
+  STD_TORCH_CHECK(weights.size() <= most_branches, "mfef: weights has ", weights.size(),
+                  " branches, at most ", most_branches, " are supported");
+  STD_TORCH_CHECK(weights.size() == groups.size(), "mfef: weights has ", weights.size(),
+                  " branches but groups has ", groups.size(), " entries");
+  std::vector<BranchSize> branches;
+  int64_t in = 0, out = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& w = weights[i];
+    check_like("a weight", w, x);
+    STD_TORCH_CHECK(w.dim() == 4 && w.size(2) == w.size(3) && w.size(2) % 2 == 1 && w.size(0) > 0 && w.size(1) > 0,
+                    "mfef: weights[", i, "] must have shape (Cout, Cin / groups, k, k) with k odd, got ", shape_of(w));
+    // Padded maps are addressed with k as an int; no useful kernel comes near this bound.
+    STD_TORCH_CHECK(w.size(2) < 4096, "mfef: the kernel size of weights[", i, "] is ", w.size(2), ", at most 4095");
+    const int64_t g = groups[i];
+    STD_TORCH_CHECK(g > 0 && g <= w.size(0) && w.size(0) % g == 0, "mfef: groups[", i, "]=", g, " must divide Cout=", w.size(0));
+    STD_TORCH_CHECK(w.size(1) <= x.size(1) / g, "mfef: weights[", i, "] takes more channels than the input has");
+    const BranchSize b{w.size(1) * g, w.size(0), g, w.size(2)};
+    STD_TORCH_CHECK(split || b.in == x.size(1), "mfef: weights[", i, "] takes ", b.in, " channels but the input has ",
+                    x.size(1));
+    in += b.in;
+    out += b.out;
+    branches.push_back(b);
+  }
+  STD_TORCH_CHECK(!split || in == x.size(1), "mfef: the branches take ", in, " channels but the input has ", x.size(1));
+  *out_channels = out;
+  return branches;
+}
+
+// The attention's parameters.
+struct AttentionParameters {
+  const Tensor &fc1_weight, &fc2_weight, &spatial_weight;
+  const std::optional<Tensor>&fc1_bias, &fc2_bias;
+
+  void check(const Tensor& like, int64_t channels) const {
+    check_like("fc1_weight", fc1_weight, like);
+    check_like("fc2_weight", fc2_weight, like);
+    check_like("spatial_weight", spatial_weight, like);
+    STD_TORCH_CHECK(fc1_weight.dim() == 2 && fc1_weight.size(0) > 0,
+                    "mfef: fc1_weight must have shape (hidden, C), got ", shape_of(fc1_weight));
+    const int64_t hidden = fc1_weight.size(0);
+    check_shape("fc1_weight", fc1_weight, {hidden, channels});
+    check_shape("fc2_weight", fc2_weight, {channels, hidden});
+    if (fc1_bias) {
+      check_like("fc1_bias", *fc1_bias, like);
+      check_shape("fc1_bias", *fc1_bias, {hidden});
+    }
+    if (fc2_bias) {
+      check_like("fc2_bias", *fc2_bias, like);
+      check_shape("fc2_bias", *fc2_bias, {channels});
+    }
+    STD_TORCH_CHECK(spatial_weight.dim() == 4 && spatial_weight.size(2) % 2 == 1 && spatial_weight.size(2) < 4096,
+                    "mfef: spatial_weight must have shape (1, 2, k, k) with k odd, got ", shape_of(spatial_weight));
+    check_shape("spatial_weight", spatial_weight, {1, 2, spatial_weight.size(2), spatial_weight.size(2)});
+  }
+};
+
+// Whether the elements lie in the order (n, h, w, c). Asked only after the contiguous order has been
+// ruled out: where extents are 1 the strides alone do not tell.
+inline bool is_channels_last(const Tensor& x) {
+  int64_t expected = 1;
+  for (int64_t d : {1, 3, 2, 0}) {
+    if (x.size(d) == 1) continue;
+    if (x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
+inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype,
+                            const Tensor& like) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.device().type())),
+      like.device().index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty_dense(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  return empty_strided(sizes, strides, dtype, like);
+}
+
+// (N, channels, H, W) in the layout of x: contiguous, or channels_last where x is; contiguous for
+// everything else. ops.py says the same to the compiler.
+inline Tensor empty_map_like(const Tensor& x, int64_t channels) {
+  const int64_t n = x.size(0), h = x.size(2), w = x.size(3);
+  if (x.is_contiguous() || !is_channels_last(x)) return empty_dense({n, channels, h, w}, x.scalar_type(), x);
+  return empty_strided({n, channels, h, w}, {channels * h * w, 1, channels * w, channels}, x.scalar_type(), x);
+}
+
+}  // namespace mfef

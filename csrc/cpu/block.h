@@ -1,0 +1,92 @@
+// One call of an operator on the CPU as plain data: what ops_cpu.cpp fills in from checked tensors and
+// what the kernels of every instruction set read. No tensors, no standard library.
+#pragma once
+
+#include <cstdint>
+
+namespace mfef::cpu {
+
+enum class Element : int { kFloat = 0, kBFloat16 = 1, kDouble = 2 };
+
+// Where the lanes of a vector come from.
+enum class Plan : int {
+  kImages = 0,  // one pixel of kLanes images: batches
+  kPixels = 1,  // kLanes neighbouring pixels of one image: few images, large maps
+};
+
+constexpr int kMaxBranches = 64;
+
+// A 4-D map in memory; strides in elements, in the order n, c, h, w. Null data: absent.
+struct Map {
+  void* data;
+  int64_t stride[4];
+};
+
+struct Branch {
+  int64_t in_first, in;    // channel range of x
+  int64_t out_first, out;  // channel range of y
+  int64_t groups;
+  int64_t k;
+  int64_t weight_first;  // of its weights among all convolution weights
+};
+
+// Offsets of the parameters' gradients in one slot of partial sums, in elements of the compute type.
+struct PartialLayout {
+  int64_t conv, bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial, total;
+};
+
+struct BlockArgs {
+  Element element;
+  Plan plan;
+  int64_t batch, in, out, height, width;
+
+  // Convolution: absent when branch_count is 0 (then in == out). Weights are in the compute type
+  // (float, or double for double), branch after branch, each (Cout, Cin / groups, k, k) contiguous.
+  bool split;
+  int branch_count;
+  Branch branches[kMaxBranches];
+  const void* weights;
+  const void* bias;       // (out) or null
+  void* packed;           // forward tiles of the weights, written by prepare()
+  void* packed_backward;  // tiles of the flipped weights, written by prepare()
+
+  // Attention: absent when hidden is 0. All in the compute type, contiguous.
+  int64_t hidden;
+  int64_t spatial_k;
+  const void *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;  // biases may be null
+  const void* spatial_weight;                                 // (2, k, k)
+
+  Map x, y, result;         // y: the convolution's output; data null where nobody wants it
+  Map grad_result, grad_x;  // backward; grad_x.data null where nobody wants it
+  // What the attention saves, in the compute type: (N, C) and (N, H, W), contiguous.
+  void *mean, *max, *channel_gate, *spatial_gate;
+  int32_t* max_index;      // (N, C): first h * W + w of the maximum
+  int32_t* channel_index;  // (N, H, W): lowest channel of the maximum
+  bool save;
+
+  // Backward: the work is divided into `slots` runs of units; each has one set of partial sums.
+  bool need_parameters;
+  int64_t slots;
+  PartialLayout partial;
+  void* partials;
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  int vector_bytes;
+  // Elements of the compute type that `packed` or `packed_backward` needs.
+  int64_t (*packed_elements)(const BlockArgs&, bool backward);
+  void (*prepare)(const BlockArgs&, bool backward);
+  // Number of independent units of work: blocks of images, or images.
+  int64_t (*units)(const BlockArgs&);
+  // Bytes of scratch that one thread needs.
+  int64_t (*forward_scratch)(const BlockArgs&);
+  int64_t (*backward_scratch)(const BlockArgs&);
+  void (*forward)(const BlockArgs&, int64_t unit_begin, int64_t unit_end, void* scratch);
+  void (*backward)(const BlockArgs&, int64_t slot, void* scratch);
+  // Runs `iterations` rounds of independent multiply-adds in registers; returns the operations done.
+  int64_t (*fma_chain)(int64_t iterations);
+};
+
+}  // namespace mfef::cpu

@@ -1,0 +1,168 @@
+// The images plan: kLanes images at a time through the whole operator, everything between load and
+// store in a thread's scratch.
+//
+// Forward, per block of images: pack x (transposition into lanes) -> convolve branch by branch ->
+// pool, MLP, gates -> unpack. Reads x once, writes the result once, and y once if it is saved.
+// Backward: attention on (y, grad) -> per branch: pack x, weight gradient, data gradient, unpack.
+#pragma once
+
+#include "attention_images.h"
+
+namespace mfef::cpu::MFEF_ISA {
+
+template <class T>
+MFEF_INLINE ConvMap<T> branch_map(const BlockArgs& a, const Branch& b, bool backward) {
+  auto map = a.plan == Plan::kImages ? images_map<T> : pixels_map<T>;
+  return backward ? map(b.out, b.in, b.groups, b.k, a.height, a.width)
+                  : map(b.in, b.out, b.groups, b.k, a.height, a.width);
+}
+
+// Widest branch, in channels, and longest bordered map, in elements.
+template <class T>
+MFEF_INLINE void branch_extents(const BlockArgs& a, int64_t* channels, int64_t* padded, int64_t* outputs,
+                                int64_t* sums) {
+  *channels = *padded = *outputs = *sums = 0;
+  for (int i = 0; i < a.branch_count; ++i) {
+    const Branch& b = a.branches[i];
+    const ConvMap<T> map = branch_map<T>(a, b, false);
+    const int64_t widest = most(b.in, b.out);
+    *channels = most(*channels, widest);
+    *padded = most(*padded, widest * map.channel);
+    *outputs = most(*outputs, widest * map.out_channel);
+    *sums = most(*sums, weight_grad_scratch<T>(int(b.k)));
+  }
+}
+
+template <class T>
+struct BlockImages {
+  const BlockArgs& args;
+  int64_t pixels;
+  T *x, *y, *grad, *padded, *padded_grad, *sums;
+  Carver carver;
+  AttentionImages<T> attention;
+
+  BlockImages(const BlockArgs& a, void* scratch, bool backward)
+      : args(a), pixels(a.height * a.width), carver{static_cast<char*>(scratch)}, attention(a, carver, backward) {
+    constexpr int L = kLanes<T>;
+    int64_t channels, longest, outputs, sums_count;
+    branch_extents<T>(a, &channels, &longest, &outputs, &sums_count);
+    // Forward with all channels in every branch needs x whole; else one branch's channels at a time.
+    x = carver.take<T>((a.split ? channels : a.in) * pixels * L);
+    y = carver.take<T>(a.out * pixels * L);
+    padded = carver.take<T>(longest);
+    if (!backward) return;
+    grad = carver.take<T>(a.out * pixels * L);
+    padded_grad = carver.take<T>(longest);
+    sums = carver.take<T>(sums_count);
+  }
+
+  template <class E>
+  void forward(int64_t unit) {
+    constexpr int L = kLanes<T>;
+    const int64_t image = unit * L;
+    const int images = int(least<int64_t>(L, args.batch - image));
+    if (args.branch_count == 0) {
+      pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, y);
+    } else if (!args.split) {
+      pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, x);
+    }
+    for (int i = 0; i < args.branch_count; ++i) {
+      const Branch& b = args.branches[i];
+      const ConvMap<T> map = branch_map<T>(args, b, false);
+      if (args.split) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, x);
+      const T* input = x;
+      if (map.layout != kClip) {
+        pad_images(map, b.in, x, padded);
+        input = padded;
+      }
+      const T* bias = static_cast<const T*>(args.bias);
+      conv_map<T>(map, input, static_cast<const T*>(args.packed) + b.weight_first, bias ? bias + b.out_first : nullptr,
+                  false, y + b.out_first * pixels * L);
+    }
+    auto value = [&](int64_t c, int64_t p) { return load(y + (c * pixels + p) * L); };
+    if (args.y.data) {
+      unpack_images<E, T>(args.y, image, images, 0, args.out, args.height, args.width, value);
+    }
+    if (!args.hidden) {
+      unpack_images<E, T>(args.result, image, images, 0, args.out, args.height, args.width, value);
+      return;
+    }
+    attention.forward(y);
+    if (args.save) attention.save(image, images);
+    unpack_images<E, T>(args.result, image, images, 0, args.out, args.height, args.width,
+                        [&](int64_t c, int64_t p) {
+                          return value(c, p) * load(attention.gate + c * L) * load(attention.spatial_gate + p * L);
+                        });
+  }
+
+  template <class E>
+  void backward(int64_t unit, T* partials) {
+    constexpr int L = kLanes<T>;
+    const int64_t image = unit * L;
+    const int images = int(least<int64_t>(L, args.batch - image));
+    pack_images<E, T>(args.grad_result, image, images, 0, args.out, args.height, args.width, grad);
+    if (args.hidden) {
+      pack_images<E, T>(args.y, image, images, 0, args.out, args.height, args.width, y);
+      attention.restore(image, images);
+      attention.backward(y, grad, image, images, partials);
+    }
+    if (args.branch_count == 0) {
+      if (args.grad_x.data) {
+        unpack_images<E, T>(args.grad_x, image, images, 0, args.in, args.height, args.width,
+                            [&](int64_t c, int64_t p) { return load(grad + (c * pixels + p) * L); });
+      }
+      return;
+    }
+    if (args.bias && args.need_parameters) {
+      for (int64_t c = 0; c < args.out; ++c) {
+        Vec<T> sum{};
+        for (int64_t p = 0; p < pixels; ++p) sum += load(grad + (c * pixels + p) * L);
+        partials[args.partial.bias + c] += sum_of_lanes<T>(sum);
+      }
+    }
+    if (!args.split && args.need_parameters) {
+      pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, x);
+    }
+    // With all channels in every branch, dx is a sum over branches: weight gradients first, then dx in
+    // the place of x.
+    for (int i = 0; i < args.branch_count && args.need_parameters; ++i) {
+      const Branch& b = args.branches[i];
+      const ConvMap<T> map = branch_map<T>(args, b, false);
+      if (args.split) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, x);
+      const T* input = x;
+      if (map.layout != kClip) {
+        pad_images(map, b.in, x, padded);
+        input = padded;
+      }
+      weight_grad_map<T>(map, input, grad + b.out_first * pixels * L, pixels * L,
+                         partials + args.partial.conv + b.weight_first, sums);
+      if (args.split && args.grad_x.data) data_gradient<E>(b, image, images, false);
+    }
+    if (!args.grad_x.data || (args.split && args.need_parameters)) return;
+    for (int i = 0; i < args.branch_count; ++i) {
+      data_gradient<E>(args.branches[i], image, images, !args.split && i > 0);
+    }
+    if (!args.split) unpack_grad_x<E>(image, images, 0, args.in);
+  }
+
+  template <class E>
+  void data_gradient(const Branch& b, int64_t image, int images, bool accumulate) {
+    constexpr int L = kLanes<T>;
+    const ConvMap<T> map = branch_map<T>(args, b, true);
+    const T* input = grad + b.out_first * pixels * L;
+    if (map.layout != kClip) {
+      pad_images(map, b.out, input, padded_grad);
+      input = padded_grad;
+    }
+    conv_map<T>(map, input, static_cast<const T*>(args.packed_backward) + b.weight_first, nullptr, accumulate, x);
+    if (args.split) unpack_grad_x<E>(image, images, b.in_first, b.in);
+  }
+
+  template <class E>
+  void unpack_grad_x(int64_t image, int images, int64_t first, int64_t channels) {
+    unpack_images<E, T>(args.grad_x, image, images, first, channels, args.height, args.width,
+                        [&](int64_t c, int64_t p) { return load(x + (c * pixels + p) * kLanes<T>); });
+  }
+};
+
+}  // namespace mfef::cpu::MFEF_ISA

@@ -1,0 +1,131 @@
+// The pixels plan: one image at a time through the whole operator, lanes over neighbouring pixels.
+// For single images, small batches, and maps so large that a block of images leaves the L2 cache.
+#pragma once
+
+#include "attention_pixels.h"
+#include "block_images.h"
+
+namespace mfef::cpu::MFEF_ISA {
+
+template <class T>
+struct BlockPixels {
+  const BlockArgs& args;
+  int64_t pixels, row;
+  T *x, *y, *grad, *padded, *padded_grad, *raw, *sums;
+  T* total;  // dx summed over branches that share their input
+  Carver carver;
+  AttentionPixels<T> attention;
+
+  BlockPixels(const BlockArgs& a, void* scratch, bool backward)
+      : args(a),
+        pixels(a.height * a.width),
+        row(round_up(pixels, kLanes<T>)),
+        carver{static_cast<char*>(scratch)},
+        attention(a, carver, backward) {
+    int64_t channels, longest, outputs, sums_count;
+    branch_extents<T>(a, &channels, &longest, &outputs, &sums_count);
+    x = carver.take<T>((a.split ? channels : a.in) * row);
+    y = carver.take<T>(a.out * row);
+    padded = carver.take<T>(longest);
+    raw = carver.take<T>(outputs);
+    if (!backward) return;
+    grad = carver.take<T>(a.out * row);
+    padded_grad = carver.take<T>(longest);
+    sums = carver.take<T>(sums_count);
+    total = carver.take<T>(a.split ? 0 : a.in * row);
+  }
+
+  template <class E>
+  void pack(const Map& from, int64_t image, int64_t first, int64_t channels, T* to) {
+    pack_pixels<E, T>(from, image, first, channels, args.height, args.width, to, row);
+    if (row == pixels) return;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t p = pixels; p < row; ++p) to[c * row + p] = T(0);
+    }
+  }
+  template <class E>
+  void unpack(const Map& to, int64_t image, int64_t first, int64_t channels, const T* from) {
+    unpack_pixels<E, T>(to, image, first, channels, args.height, args.width, from, row);
+  }
+
+  template <class E>
+  void forward(int64_t image) {
+    constexpr int L = kLanes<T>;
+    if (args.branch_count == 0) {
+      pack<E>(args.x, image, 0, args.in, y);
+    } else if (!args.split) {
+      pack<E>(args.x, image, 0, args.in, x);
+    }
+    for (int i = 0; i < args.branch_count; ++i) {
+      const Branch& b = args.branches[i];
+      const ConvMap<T> map = branch_map<T>(args, b, false);
+      if (args.split) pack<E>(args.x, image, b.in_first, b.in, x);
+      pad_pixels(map, b.in, x, row, padded);
+      const T* bias = static_cast<const T*>(args.bias);
+      conv_map<T>(map, padded, static_cast<const T*>(args.packed) + b.weight_first, bias ? bias + b.out_first : nullptr,
+                  false, raw);
+      unpad_pixels(map, b.out, raw, y + b.out_first * row, row);
+    }
+    if (args.y.data) unpack<E>(args.y, image, 0, args.out, y);
+    if (args.hidden) {
+      attention.forward(y);
+      if (args.save) attention.save(image);
+      for (int64_t c = 0; c < args.out; ++c) {
+        const Vec<T> g = splat(attention.gate[c]);
+        for (int64_t p = 0; p < row; p += L) {
+          T* e = y + c * row + p;
+          store(e, load(e) * g * load(attention.spatial_gate + p));
+        }
+      }
+    }
+    unpack<E>(args.result, image, 0, args.out, y);
+  }
+
+  template <class E>
+  void backward(int64_t image, T* partials) {
+    pack<E>(args.grad_result, image, 0, args.out, grad);
+    if (args.hidden) {
+      pack<E>(args.y, image, 0, args.out, y);
+      attention.restore(image);
+      attention.backward(y, grad, partials);
+    }
+    if (args.branch_count == 0) {
+      if (args.grad_x.data) unpack<E>(args.grad_x, image, 0, args.in, grad);
+      return;
+    }
+    if (args.bias && args.need_parameters) {
+      for (int64_t c = 0; c < args.out; ++c) {
+        Vec<T> sum{};
+        for (int64_t p = 0; p < row; p += kLanes<T>) sum += load(grad + c * row + p);
+        partials[args.partial.bias + c] += sum_of_lanes<T>(sum);
+      }
+    }
+    if (!args.split && args.need_parameters) pack<E>(args.x, image, 0, args.in, x);
+    for (int i = 0; i < args.branch_count; ++i) {
+      const Branch& b = args.branches[i];
+      const ConvMap<T> map = branch_map<T>(args, b, true);
+      pad_pixels(map, b.out, grad + b.out_first * row, row, padded_grad);
+      if (args.need_parameters) {
+        const ConvMap<T> forward_map = branch_map<T>(args, b, false);
+        if (args.split) pack<E>(args.x, image, b.in_first, b.in, x);
+        pad_pixels(forward_map, b.in, x, row, padded);
+        weight_grad_map<T>(forward_map, padded, padded_grad + map.lead, map.channel,
+                           partials + args.partial.conv + b.weight_first, sums);
+      }
+      if (!args.grad_x.data) continue;
+      conv_map<T>(map, padded_grad, static_cast<const T*>(args.packed_backward) + b.weight_first, nullptr, false, raw);
+      if (args.split) {
+        unpad_pixels(map, b.in, raw, x, row);
+        unpack<E>(args.grad_x, image, b.in_first, b.in, x);
+      } else if (i == 0) {
+        unpad_pixels(map, b.in, raw, total, row);
+      } else {
+        unpad_pixels(map, b.in, raw, padded, row);
+        add_scaled(total, padded, T(1), b.in * row);
+      }
+    }
+    if (!args.split && args.grad_x.data) unpack<E>(args.grad_x, image, 0, args.in, total);
+  }
+};
+
+}  // namespace mfef::cpu::MFEF_ISA

@@ -1,0 +1,259 @@
+// The convolution's three inner loops on packed maps: forward, data gradient (the forward loop with
+// flipped weights) and weight gradient.
+//
+// A packed map holds one vector per pixel (lanes are images: "images" plan) or one vector per run of
+// neighbouring pixels (lanes are pixels: "pixels" plan). One register tile is kOut output channels by
+// kPix vectors; an input vector is loaded once per tap and used for all output channels of the tile,
+// a weight is broadcast once per tap and used for all vectors of the tile.
+//
+//   layout   vector step   tap step   borders
+//   kClip    kLanes        kLanes     the tile is a whole row; taps outside it are dropped when compiling
+//   kPadded  kLanes        kLanes     rows carry k / 2 zero vectors on both sides
+//   kPixels  kLanes        1          rows are joined by k / 2 zeros; the map is one long row
+//
+// In the images plan, rows of taps outside the map are skipped by the caller ([ky_begin, ky_end)).
+// Accumulation runs over (input channel, ky, kx) in this order, whatever the tile.
+#pragma once
+
+#include "simd.h"
+
+namespace mfef::cpu::MFEF_ISA {
+
+enum ConvLayout { kClip = 0, kPadded = 1, kPixels = 2 };
+constexpr int kLayouts = 3;
+
+// Kernel sizes that are compiled as constants; every other odd size runs with the loop count as a
+// variable (entry 0).
+constexpr int kKernelSizes[] = {0, 1, 3, 5, 7, 9};
+constexpr int kKernelSizeCount = 6;
+template <class T>
+constexpr bool is_compiled_size(int64_t k) {
+  // float64 is for gradient checks: one constant size keeps every layout covered.
+  return sizeof(T) == 8 ? k == 3 : k == 1 || k == 3 || k == 5 || k == 7 || k == 9;
+}
+template <class T>
+constexpr int kernel_size_index(int64_t k) {
+  return is_compiled_size<T>(k) ? int(k + 1) / 2 : 0;
+}
+
+// Tile widths in vectors, and output channels per tile.
+constexpr int kPixCounts[] = {1, 2, 4, 7, 8};
+constexpr int kPixCount = 5;
+constexpr int kOutCounts[] = {1, 2, 3, 4, 8};
+constexpr int kOutCount = 5;
+
+// A tile is legal if its accumulators, its weights and one input vector fit into the registers.
+constexpr bool tile_fits(int out, int pix) { return out * pix + out + 1 <= kRegisters; }
+
+template <class T>
+struct ConvTile {
+  const T* x;  // kClip: pixel (0, 0) of the row that tap row 0 meets, else the tile's first tap
+  int64_t x_channel, x_row;
+  int64_t channels;
+  int k, ky_begin, ky_end;
+  const T* weights;  // [channel][ky][kx][out]
+  T* y;
+  int64_t y_channel;
+  const T* init;    // one value per output channel to start from, or null
+  bool accumulate;  // start from y
+};
+
+template <class T>
+using ConvTileFn = void (*)(const ConvTile<T>&);
+
+template <class T, int kK, int kOut, int kPix, int kLayout>
+void conv_tile(const ConvTile<T>& a) {
+  constexpr int64_t kStep = kLanes<T>;
+  constexpr int64_t kTap = kLayout == kPixels ? 1 : kLanes<T>;
+  constexpr int kRadius = kK / 2;
+  Vec<T> acc[kOut][kPix];
+  static_for<kOut>([&](auto o) {
+    static_for<kPix>([&](auto p) {
+      constexpr int o_ = decltype(o)::value, p_ = decltype(p)::value;
+      acc[o_][p_] = a.accumulate ? load(a.y + o_ * a.y_channel + p_ * kStep)
+                    : a.init     ? splat(a.init[o_])
+                                 : Vec<T>{};
+    });
+  });
+  const int k = kK ? kK : a.k;
+  const T* channel = a.x;
+  const T* weights = a.weights;
+  for (int64_t c = 0; c < a.channels; ++c) {
+    const T* row = channel + a.ky_begin * a.x_row;
+    const T* w = weights + int64_t(a.ky_begin) * k * kOut;
+    for (int ky = a.ky_begin; ky < a.ky_end; ++ky) {
+      auto tap = [&](const T* xs, const T* ws, auto clipped_tap) {
+        constexpr int kTapX = decltype(clipped_tap)::value;  // kx - radius when clipping
+        Vec<T> weight[kOut];
+        static_for<kOut>([&](auto o) {
+          constexpr int o_ = decltype(o)::value;
+          weight[o_] = splat(ws[o_]);
+        });
+        static_for<kPix>([&](auto p) {
+          constexpr int p_ = decltype(p)::value;
+          if constexpr (kLayout != kClip || (p_ + kTapX >= 0 && p_ + kTapX < kPix)) {
+            Vec<T> v = load(xs + p_ * kStep);
+            static_for<kOut>([&](auto o) {
+              constexpr int o_ = decltype(o)::value;
+              acc[o_][p_] += weight[o_] * v;
+            });
+          }
+        });
+      };
+      if constexpr (kK > 0) {
+        static_for<kK>([&](auto x) {
+          constexpr int kx = decltype(x)::value;
+          constexpr int kShift = kLayout == kClip ? kx - kRadius : 0;
+          if constexpr (kLayout != kClip || (kShift > -kPix && kShift < kPix)) {
+            tap(row + (kLayout == kClip ? kShift : kx) * kTap, w + kx * kOut, Index<kShift>{});
+          }
+        });
+      } else {
+        for (int kx = 0; kx < k; ++kx) tap(row + kx * kTap, w + kx * kOut, Index<0>{});
+      }
+      row += a.x_row;
+      w += int64_t(k) * kOut;
+    }
+    channel += a.x_channel;
+    weights += int64_t(k) * k * kOut;
+  }
+  static_for<kOut>([&](auto o) {
+    static_for<kPix>([&](auto p) {
+      constexpr int o_ = decltype(o)::value, p_ = decltype(p)::value;
+      store(a.y + o_ * a.y_channel + p_ * kStep, acc[o_][p_]);
+    });
+  });
+}
+
+// One tile of the weight gradient: kOut output channels, one input channel, one ky, all kx; the
+// accumulators stay in registers over the whole map and are written out as vectors, whose lanes the
+// caller adds up.
+template <class T>
+struct WeightGradTile {
+  const T* x;   // as in ConvTile, at the first row
+  int64_t x_row;
+  const T* dy;  // first output channel at the first row
+  int64_t dy_row, dy_channel;
+  int64_t rows, width;  // width in vectors
+  int k;
+  T* sums;  // [out][k * k] vectors, at this ky
+};
+
+template <class T>
+using WeightGradTileFn = void (*)(const WeightGradTile<T>&);
+
+// Output channels per tile of the weight gradient for a kernel size (0: any size, one tap at a time).
+constexpr bool weight_grad_fits(int out, int k) {
+  const int taps = k ? k : 1;
+  return out == 1 || out * taps + taps + 1 <= kRegisters;
+}
+
+template <class T, int kK, int kOut, int kPix, int kLayout>
+void weight_grad_tile(const WeightGradTile<T>& a) {
+  constexpr int64_t kStep = kLanes<T>;
+  constexpr int64_t kTap = kLayout == kPixels ? 1 : kLanes<T>;
+  constexpr int kTaps = kK ? kK : 1;
+  constexpr int kRadius = kK / 2;
+  const int k = kK ? kK : a.k;
+  for (int kx0 = 0; kx0 < k; kx0 += kTaps) {
+    Vec<T> acc[kOut][kTaps];
+    static_for<kOut>([&](auto o) {
+      static_for<kTaps>([&](auto x) { acc[decltype(o)::value][decltype(x)::value] = Vec<T>{}; });
+    });
+    const T* x_row = a.x + kx0 * kTap;
+    const T* dy_row = a.dy;
+    for (int64_t h = 0; h < a.rows; ++h) {
+      if constexpr (kLayout == kClip) {
+        static_for<kPix>([&](auto p) {
+          constexpr int p_ = decltype(p)::value;
+          Vec<T> dy[kOut];
+          static_for<kOut>([&](auto o) {
+            constexpr int o_ = decltype(o)::value;
+            dy[o_] = load(dy_row + o_ * a.dy_channel + p_ * kStep);
+          });
+          static_for<kTaps>([&](auto x) {
+            constexpr int kx = decltype(x)::value;
+            constexpr int kAt = p_ + kx - kRadius;
+            if constexpr (kAt >= 0 && kAt < kPix) {
+              Vec<T> v = load(x_row + kAt * kStep);
+              static_for<kOut>([&](auto o) { acc[decltype(o)::value][kx] += dy[decltype(o)::value] * v; });
+            }
+          });
+        });
+      } else {
+        for (int64_t p = 0; p < a.width; ++p) {
+          Vec<T> v[kTaps];
+          static_for<kTaps>([&](auto x) {
+            constexpr int kx = decltype(x)::value;
+            v[kx] = load(x_row + p * kStep + kx * kTap);
+          });
+          static_for<kOut>([&](auto o) {
+            constexpr int o_ = decltype(o)::value;
+            Vec<T> dy = load(dy_row + o_ * a.dy_channel + p * kStep);
+            static_for<kTaps>([&](auto x) { acc[o_][decltype(x)::value] += dy * v[decltype(x)::value]; });
+          });
+        }
+      }
+      x_row += a.x_row;
+      dy_row += a.dy_row;
+    }
+    static_for<kOut>([&](auto o) {
+      static_for<kTaps>([&](auto x) {
+        constexpr int o_ = decltype(o)::value, kx = decltype(x)::value;
+        store(a.sums + (int64_t(o_) * k * k + kx0 + kx) * kStep, acc[o_][kx]);
+      });
+    });
+  }
+}
+
+// The instantiated tiles, indexed by position in the lists above; null where a tile does not fit
+// into the registers or is not needed (clipping needs a constant kernel size).
+template <class T>
+struct ConvTable {
+  ConvTileFn<T> conv[kLayouts][kKernelSizeCount][kOutCount][kPixCount];
+  WeightGradTileFn<T> weight_grad[kLayouts][kKernelSizeCount][kOutCount][kPixCount];
+};
+
+template <class T>
+const ConvTable<T>& conv_table();
+
+template <class T>
+struct ConvTableMaker {
+  template <int kLayout, int kK, int kOut, int kPix>
+  static constexpr ConvTileFn<T> conv() {
+    if constexpr ((kK == 0 || is_compiled_size<T>(kK)) && tile_fits(kOut, kPix) && !(kLayout == kClip && kK == 0) &&
+                  !(kLayout == kPixels && kPix == 7)) {
+      return &conv_tile<T, kK, kOut, kPix, kLayout>;
+    } else {
+      return nullptr;
+    }
+  }
+  template <int kLayout, int kK, int kOut, int kPix>
+  static constexpr WeightGradTileFn<T> weight_grad() {
+    if constexpr ((kK == 0 || is_compiled_size<T>(kK)) && weight_grad_fits(kOut, kK) && !(kLayout == kClip && kK == 0) &&
+                  (kLayout == kClip || kPix == 1)) {
+      return &weight_grad_tile<T, kK, kOut, kPix, kLayout>;
+    } else {
+      return nullptr;
+    }
+  }
+  static constexpr ConvTable<T> make() {
+    ConvTable<T> table{};
+    static_for<kLayouts>([&](auto layout) {
+      static_for<kKernelSizeCount>([&](auto k) {
+        static_for<kOutCount>([&](auto out) {
+          static_for<kPixCount>([&](auto pix) {
+            constexpr int l = decltype(layout)::value, ki = decltype(k)::value,
+                          o = decltype(out)::value, p = decltype(pix)::value;
+            table.conv[l][ki][o][p] = conv<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();
+            table.weight_grad[l][ki][o][p] =
+                weight_grad<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();
+          });
+        });
+      });
+    });
+    return table;
+  }
+};
+
+}  // namespace mfef::cpu::MFEF_ISA

@@ -1,0 +1,286 @@
+// A grouped convolution of one packed map, built from the register tiles of conv.h: which tiles, in
+// which order, on which layout; and the repacking of weights that goes with them.
+#pragma once
+
+#include "block.h"
+#include "conv.h"
+
+namespace mfef::cpu::MFEF_ISA {
+
+MFEF_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+MFEF_INLINE int out_index(int out) { return out == 8 ? 4 : out - 1; }
+MFEF_INLINE int pix_index(int pix) { return pix == 8 ? 4 : pix == 7 ? 3 : pix == 4 ? 2 : pix - 1; }
+
+// The next tile's output channels: as few tiles as fit, as even as possible (16 = 3 + 3 + 3 + 3 + 2 + 2,
+// not 3 x 5 + 1: a tile of one channel waits for its loads).
+MFEF_INLINE int next_out(int64_t remaining, int pix) {
+  int limit = 1;
+  for (int i = 0; i < kOutCount; ++i) {
+    if (tile_fits(kOutCounts[i], pix)) limit = kOutCounts[i];
+  }
+  const int64_t tiles = (remaining + limit - 1) / limit;
+  const int64_t even = (remaining + tiles - 1) / tiles;
+  return even > 4 ? (even >= 8 ? 8 : 4) : int(even);
+}
+
+// The next tile's width in vectors, at most `limit`.
+MFEF_INLINE int next_pix(int64_t remaining, int limit) {
+  if (limit >= 8 && remaining % 8 == 0) return 8;
+  if (limit >= 7 && remaining % 7 == 0) return 7;
+  if (limit >= 8 && remaining > 8) return 8;
+  if (limit >= 7 && remaining >= 7) return 7;
+  return remaining >= 4 && limit >= 4 ? 4 : remaining >= 2 && limit >= 2 ? 2 : 1;
+}
+
+// A convolution's sizes and the layout of its packed maps (lengths and offsets in elements of T).
+template <class T>
+struct ConvMap {
+  int64_t in, out, groups, height, width;
+  int k;
+  ConvLayout layout;
+  int64_t pitch;         // from row to row of the padded input: in vectors (images), elements (pixels)
+  int64_t lead;          // zeros before the first pixel
+  int64_t channel;       // length of one padded input channel
+  int64_t vectors;       // kPixels: vectors of one output channel
+  int64_t out_channel;   // length of one output channel
+  int main_pix;          // widest tile
+
+  int64_t in_group() const { return in / groups; }
+  int64_t out_group() const { return out / groups; }
+  int64_t weight_count() const { return out * in_group() * k * k; }
+};
+
+template <class T>
+MFEF_INLINE ConvMap<T> images_map(int64_t in, int64_t out, int64_t groups, int64_t k, int64_t height,
+                                  int64_t width) {
+  ConvMap<T> m{};
+  m.in = in;
+  m.out = out;
+  m.groups = groups;
+  m.k = int(k);
+  m.height = height;
+  m.width = width;
+  const bool clip = is_compiled_size<T>(k) &&
+                    (width == 1 || width == 2 || width == 4 || width == 7 || width == 8);
+  m.layout = clip ? kClip : kPadded;
+  m.pitch = clip ? width : width + 2 * (k / 2);
+  m.lead = clip ? 0 : (k / 2) * kLanes<T>;
+  m.channel = height * m.pitch * kLanes<T>;
+  m.out_channel = height * width * kLanes<T>;
+  m.main_pix = clip ? int(width) : next_pix(width, kRegisters == 32 ? 8 : 4);
+  return m;
+}
+
+template <class T>
+MFEF_INLINE ConvMap<T> pixels_map(int64_t in, int64_t out, int64_t groups, int64_t k, int64_t height,
+                                  int64_t width) {
+  ConvMap<T> m{};
+  m.in = in;
+  m.out = out;
+  m.groups = groups;
+  m.k = int(k);
+  m.height = height;
+  m.width = width;
+  m.layout = kPixels;
+  const int64_t radius = k / 2;
+  m.pitch = width + radius;  // the zeros after a row are also those before the next
+  m.lead = radius * m.pitch + radius;
+  m.vectors = (height * m.pitch + kLanes<T> - 1) / kLanes<T>;
+  m.out_channel = m.vectors * kLanes<T>;
+  m.channel = round_up(m.lead + m.out_channel + m.lead, kLanes<T>);
+  m.main_pix = kRegisters == 32 && m.vectors >= 8 ? 8 : m.vectors >= 4 ? 4 : m.vectors >= 2 ? 2 : 1;
+  return m;
+}
+
+// Tiles of a group's weights follow each other, each [in][ky][kx][tile]; groups follow each other.
+// flipped: the weights of the data gradient, which maps `map.in` channels of dy to `map.out` of dx;
+// the weights in memory are then (map.in, map.out / groups, k, k).
+template <class T>
+void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, T* to) {
+  const int64_t in_group = map.in_group(), out_group = map.out_group(), taps = int64_t(map.k) * map.k;
+  for (int64_t g = 0; g < map.groups; ++g) {
+    for (int64_t o = 0; o < out_group;) {
+      const int out = next_out(out_group - o, map.main_pix);
+      for (int64_t i = 0; i < in_group; ++i) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          for (int j = 0; j < out; ++j) {
+            *to++ = flipped ? weights[((g * in_group + i) * out_group + o + j) * taps + taps - 1 - tap]
+                            : weights[((g * out_group + o + j) * in_group + i) * taps + tap];
+          }
+        }
+      }
+      o += out;
+    }
+  }
+}
+
+// y = conv(x): x padded as the map says, y [out][out_channel] without borders.
+template <class T>
+void conv_map(const ConvMap<T>& map, const T* x, const T* packed, const T* init, bool accumulate, T* y) {
+  constexpr int L = kLanes<T>;
+  const ConvTable<T>& table = conv_table<T>();
+  const int ki = kernel_size_index<T>(map.k);
+  const int radius = map.k / 2;
+  const int64_t in_group = map.in_group(), out_group = map.out_group();
+  const int64_t tile_weights = in_group * map.k * map.k;  // per output channel
+  const bool pixels = map.layout == kPixels;
+  const int64_t rows = pixels ? 1 : map.height;
+  const int64_t width = pixels ? map.vectors : map.width;
+
+  ConvTile<T> tile;
+  tile.x_channel = map.channel;
+  tile.x_row = pixels ? map.pitch : map.pitch * L;
+  tile.channels = in_group;
+  tile.k = map.k;
+  tile.ky_begin = 0;
+  tile.ky_end = map.k;
+  tile.y_channel = map.out_channel;
+  tile.accumulate = accumulate;
+
+  auto run_row = [&](int64_t g, int64_t h, int64_t o, int out, const T* weights) {
+    tile.weights = weights;
+    tile.init = init ? init + g * out_group + o : nullptr;
+    const T* group = x + g * in_group * map.channel;
+    if (!pixels) {
+      tile.ky_begin = int(most<int64_t>(0, radius - h));
+      tile.ky_end = int(least<int64_t>(map.k, map.height + radius - h));
+      group += (h - radius) * tile.x_row;  // rows outside the map are never read
+    }
+    T* row = y + (g * out_group + o) * map.out_channel + (pixels ? 0 : h * map.width * L);
+    for (int64_t w = 0; w < width;) {
+      const int pix = map.layout == kClip ? int(width) : next_pix(width - w, map.main_pix);
+      tile.x = group + w * L;
+      tile.y = row + w * L;
+      table.conv[map.layout][ki][out_index(out)][pix_index(pix)](tile);
+      w += pix;
+    }
+  };
+  // Rows outside, tiles inside, while the group's weights stay in the L1 cache: the rows of x that the
+  // taps meet are then reused by every tile from L2. Else tiles outside: their weights are reused.
+  const bool rows_outside = out_group * tile_weights * int64_t(sizeof(T)) <= 24 * 1024;
+  for (int64_t g = 0; g < map.groups; ++g) {
+    const T* weights = packed + g * out_group * tile_weights;
+    for (int64_t outer = 0; outer < (rows_outside ? rows : 1); ++outer) {
+      for (int64_t o = 0; o < out_group;) {
+        const int out = next_out(out_group - o, map.main_pix);
+        if (rows_outside) {
+          run_row(g, outer, o, out, weights + o * tile_weights);
+        } else {
+          for (int64_t h = 0; h < rows; ++h) run_row(g, h, o, out, weights + o * tile_weights);
+        }
+        o += out;
+      }
+    }
+  }
+}
+
+// Elements of scratch that weight_grad_map needs.
+template <class T>
+MFEF_INLINE int64_t weight_grad_scratch(int k) {
+  return (int64_t(8) * k * k + kLanes<T>) * kLanes<T>;
+}
+
+// grads += the weights' gradient of this map; (out, in / groups, k, k) contiguous. dy has rows of
+// `width` vectors (images) or the padded layout of the map, borders zero (pixels).
+template <class T>
+void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_channel, T* grads, T* scratch) {
+  constexpr int L = kLanes<T>;
+  const ConvTable<T>& table = conv_table<T>();
+  const int ki = kernel_size_index<T>(map.k);
+  const int radius = map.k / 2;
+  const int64_t taps = int64_t(map.k) * map.k;
+  const int64_t in_group = map.in_group(), out_group = map.out_group();
+  const bool pixels = map.layout == kPixels;
+  const int pi = map.layout == kClip ? pix_index(int(map.width)) : 0;
+
+  WeightGradTile<T> tile;
+  tile.k = map.k;
+  tile.x_row = pixels ? map.pitch : map.pitch * L;
+  tile.dy_row = map.width * L;
+  tile.dy_channel = dy_channel;
+  tile.width = pixels ? map.vectors : map.width;
+  for (int64_t g = 0; g < map.groups; ++g) {
+    for (int64_t o = 0; o < out_group;) {
+      int out = 1;
+      for (int i = 0; i < kOutCount; ++i) {
+        if (kOutCounts[i] <= out_group - o && weight_grad_fits(kOutCounts[i], kKernelSizes[ki])) {
+          out = kOutCounts[i];
+        }
+      }
+      const T* dy_tile = dy + (g * out_group + o) * dy_channel;
+      for (int64_t i = 0; i < in_group; ++i) {
+        const T* channel = x + (g * in_group + i) * map.channel;
+        for (int ky = 0; ky < map.k; ++ky) {
+          tile.sums = scratch + int64_t(ky) * map.k * L;
+          if (pixels) {
+            tile.rows = 1;
+            tile.x = channel + ky * map.pitch;
+            tile.dy = dy_tile;
+          } else {
+            const int64_t first = most<int64_t>(0, radius - ky);
+            const int64_t last = least<int64_t>(map.height, map.height + radius - ky);
+            tile.rows = most<int64_t>(0, last - first);
+            tile.x = channel + (tile.rows ? first + ky - radius : 0) * tile.x_row;
+            tile.dy = dy_tile + (tile.rows ? first : 0) * tile.dy_row;
+          }
+          table.weight_grad[map.layout][ki][out_index(out)][pi](tile);
+        }
+        T* grad = grads + ((g * out_group + o) * in_group + i) * taps;
+        for (int j = 0; j < out; ++j, grad += in_group * taps) {
+          const T* sums = scratch + j * taps * L;
+          for (int64_t t = 0; t < taps; t += L) {
+            Vec<T> lanes[L];
+            const int count = int(least<int64_t>(L, taps - t));
+            for (int r = 0; r < L; ++r) lanes[r] = r < count ? load(sums + (t + r) * L) : Vec<T>{};
+            T total[L];
+            store(total, sums_of_lanes<T>(lanes));
+            for (int r = 0; r < count; ++r) grad[t + r] += total[r];
+          }
+        }
+      }
+      o += out;
+    }
+  }
+}
+
+// Copies an unbordered map [channels][height * width][kLanes] into the padded layout of the images plan.
+template <class T>
+void pad_images(const ConvMap<T>& map, int64_t channels, const T* from, T* to) {
+  const int64_t row = map.width * kLanes<T>, pitch = map.pitch * kLanes<T>;
+  for (int64_t r = 0; r < channels * map.height; ++r) {
+    T* at = to + r * pitch;
+    for (int64_t i = 0; i < map.lead; i += kLanes<T>) store(at + i, Vec<T>{});
+    for (int64_t i = 0; i < row; i += kLanes<T>) store(at + map.lead + i, load(from + r * row + i));
+    for (int64_t i = map.lead + row; i < pitch; i += kLanes<T>) store(at + i, Vec<T>{});
+  }
+}
+
+// Copies rows of pixels [channels][from_pitch] into the padded layout of the pixels plan.
+template <class T>
+void pad_pixels(const ConvMap<T>& map, int64_t channels, const T* from, int64_t from_pitch, T* to) {
+  for (int64_t c = 0; c < channels; ++c) {
+    T* channel = to + c * map.channel;
+    for (int64_t i = 0; i < map.channel; i += kLanes<T>) store(channel + i, Vec<T>{});
+    for (int64_t h = 0; h < map.height; ++h) {
+      const T* row = from + c * from_pitch + h * map.width;
+      T* at = channel + map.lead + h * map.pitch;
+      for (int64_t w = 0; w < map.width; ++w) at[w] = row[w];
+    }
+  }
+}
+
+// Copies the output of the pixels plan, whose rows have the padded pitch, to rows without a gap.
+template <class T>
+void unpad_pixels(const ConvMap<T>& map, int64_t channels, const T* from, T* to, int64_t to_pitch) {
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t h = 0; h < map.height; ++h) {
+      const T* row = from + c * map.out_channel + h * map.pitch;
+      T* at = to + c * to_pitch + h * map.width;
+      for (int64_t w = 0; w < map.width; ++w) at[w] = row[w];
+    }
+    for (int64_t p = map.height * map.width; p < to_pitch; ++p) to[c * to_pitch + p] = T(0);
+  }
+}
+
+}  // namespace mfef::cpu::MFEF_ISA

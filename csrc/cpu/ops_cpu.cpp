@@ -1,0 +1,546 @@
+// The operators on CPU tensors: from checked tensors to BlockArgs, scratch, threads, and back.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "common/problem.h"
+#include "isa.h"
+
+namespace mfef::cpu {
+namespace {
+
+// --- memory ----------------------------------------------------------------------------------
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<void, Free>;
+
+void* allocate(int64_t bytes) {
+  const size_t rounded = (size_t(bytes > 0 ? bytes : 1) + 63) / 64 * 64;
+  return std::aligned_alloc(64, rounded);
+}
+
+Buffer buffer(int64_t bytes) {
+  void* p = allocate(bytes);
+  if (!p) throw std::bad_alloc();
+  return Buffer(p);
+}
+
+// Scratch is kept from call to call, up to kKept bytes a thread: fresh pages cost as much as the
+// kernels that write them.
+class Scratch {
+ public:
+  void* at_least(int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      memory_.reset(allocate(bytes));
+      if (memory_) size_ = bytes;
+    }
+    return memory_.get();
+  }
+  void trim() {
+    if (size_ > kKept) {
+      memory_.reset();
+      size_ = 0;
+    }
+  }
+
+ private:
+  static constexpr int64_t kKept = int64_t(64) << 20;
+  Buffer memory_;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch scratch;
+
+// f(begin, end, scratch) over [0, count) on torch's threads.
+template <class F>
+void parallel(int64_t count, int64_t scratch_bytes, const F& f) {
+  std::atomic<bool> out_of_memory{false};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    void* memory = scratch.at_least(scratch_bytes);
+    if (!memory) {
+      out_of_memory = true;  // an exception must not leave a worker thread
+      return;
+    }
+    f(begin, end, memory);
+    scratch.trim();
+  });
+  STD_TORCH_CHECK(!out_of_memory, "mfef: not enough memory for ", scratch_bytes, " bytes of scratch per thread");
+}
+
+// --- elements --------------------------------------------------------------------------------
+
+Element element_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Element::kFloat;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Double:
+      return Element::kDouble;
+    default:
+      STD_TORCH_CHECK(false, "mfef: the CPU kernels take float32, bfloat16 and float64 only");
+  }
+}
+
+ScalarType compute_type(Element e) { return e == Element::kDouble ? ScalarType::Double : ScalarType::Float; }
+int64_t compute_size(Element e) { return e == Element::kDouble ? 8 : 4; }
+
+float widen(uint16_t bits) {
+  const uint32_t word = uint32_t(bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &word, 4);
+  return f;
+}
+
+uint16_t narrow(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  return f != f ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+// f(offset in t) for each element of t in row-major order, whatever its strides.
+template <class F>
+void for_each_element(const Tensor& t, const F& f) {
+  int64_t size[4] = {1, 1, 1, 1}, stride[4] = {0, 0, 0, 0};
+  const int64_t lead = 4 - t.dim();
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    size[lead + d] = t.size(d);
+    stride[lead + d] = t.stride(d);
+  }
+  for (int64_t a = 0; a < size[0]; ++a)
+    for (int64_t b = 0; b < size[1]; ++b)
+      for (int64_t c = 0; c < size[2]; ++c)
+        for (int64_t d = 0; d < size[3]; ++d) f(a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]);
+}
+
+// Copies t to compute-type elements in row-major order.
+void widen_to(const Tensor& t, Element e, void* to) {
+  const void* from = t.data_ptr();
+  if (e == Element::kDouble) {
+    double* at = static_cast<double*>(to);
+    for_each_element(t, [&](int64_t i) { *at++ = static_cast<const double*>(from)[i]; });
+  } else if (e == Element::kFloat) {
+    float* at = static_cast<float*>(to);
+    for_each_element(t, [&](int64_t i) { *at++ = static_cast<const float*>(from)[i]; });
+  } else {
+    float* at = static_cast<float*>(to);
+    for_each_element(t, [&](int64_t i) { *at++ = widen(static_cast<const uint16_t*>(from)[i]); });
+  }
+}
+
+// Writes t, whose element i (row-major) is sums[at(i)].
+template <class T, class At>
+void write_elements(const T* sums, const Tensor& t, Element e, const At& at) {
+  void* to = t.mutable_data_ptr();
+  int64_t i = 0;
+  for_each_element(t, [&](int64_t offset) {
+    const T sum = sums[at(i++)];
+    if (e == Element::kBFloat16) {
+      static_cast<uint16_t*>(to)[offset] = narrow(float(sum));
+    } else {
+      static_cast<T*>(to)[offset] = sum;
+    }
+  });
+}
+
+// Adds the slots of partial sums into the first one, in order.
+template <class T>
+void add_slots(T* partials, int64_t slots, int64_t total) {
+  torch::stable::parallel_for(0, total, 16384, [&](int64_t begin, int64_t end) {
+    for (int64_t s = 1; s < slots; ++s) {
+      const T* from = partials + s * total;
+      for (int64_t i = begin; i < end; ++i) partials[i] += from[i];
+    }
+  });
+}
+
+Map map_of(const Tensor& t) {
+  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+}
+
+// --- one call --------------------------------------------------------------------------------
+
+// BlockArgs with the memory that it points to.
+class Call {
+ public:
+  Call(const Tensor& x, const MapSize& size) {
+    args.element = element_of(x);
+    args.batch = size.n;
+    args.in = args.out = size.c;
+    args.height = size.h;
+    args.width = size.w;
+  }
+
+  void convolution(const std::vector<BranchSize>& branches, const std::vector<Tensor>& weights,
+                   const std::optional<Tensor>& bias, bool split, int64_t out_channels) {
+    args.split = split;
+    args.branch_count = int(branches.size());
+    args.out = out_channels;
+    int64_t in = 0, out = 0, weight = 0;
+    for (size_t i = 0; i < branches.size(); ++i) {
+      const BranchSize& b = branches[i];
+      args.branches[i] = {split ? in : 0, b.in, out, b.out, b.groups, b.k, weight};
+      in += b.in;
+      out += b.out;
+      weight += b.out * (b.in / b.groups) * b.k * b.k;
+    }
+    weight_count_ = weight;
+    args.weights = room(weight);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      widen_to(weights[i], args.element,
+               static_cast<char*>(const_cast<void*>(args.weights)) +
+                   args.branches[i].weight_first * compute_size(args.element));
+    }
+    if (bias) args.bias = parameter(*bias);
+  }
+
+  void attention(const AttentionParameters& p) {
+    args.hidden = p.fc1_weight.size(0);
+    args.spatial_k = p.spatial_weight.size(2);
+    args.fc1_weight = parameter(p.fc1_weight);
+    args.fc2_weight = parameter(p.fc2_weight);
+    args.fc1_bias = p.fc1_bias ? parameter(*p.fc1_bias) : nullptr;
+    args.fc2_bias = p.fc2_bias ? parameter(*p.fc2_bias) : nullptr;
+    args.spatial_weight = parameter(p.spatial_weight);
+  }
+
+  void forward() {
+    choose();
+    const Kernels& k = kernels();
+    if (args.branch_count) {
+      args.packed = room(k.packed_elements(args, false));
+      k.prepare(args, false);
+    }
+    parallel(k.units(args), k.forward_scratch(args),
+             [&](int64_t begin, int64_t end, void* memory) { k.forward(args, begin, end, memory); });
+  }
+
+  // Runs the backward; the parameters' gradients are then read with write().
+  void backward() {
+    choose();
+    const Kernels& k = kernels();
+    if (args.branch_count && args.grad_x.data) {
+      args.packed_backward = room(k.packed_elements(args, true));
+      k.prepare(args, true);
+    }
+    PartialLayout& p = args.partial;
+    int64_t next = 0;
+    auto take = [&next](int64_t count) {
+      const int64_t at = next;
+      next += (count + 15) / 16 * 16;
+      return at;
+    };
+    p.conv = take(weight_count_);
+    p.bias = take(args.bias ? args.out : 0);
+    p.fc1_weight = take(args.hidden * args.out);
+    p.fc1_bias = take(args.hidden);
+    p.fc2_weight = take(args.hidden * args.out);
+    p.fc2_bias = take(args.hidden ? args.out : 0);
+    p.spatial = take(args.hidden ? 2 * args.spatial_k * args.spatial_k : 0);
+    p.total = next;
+    // The division into slots fixes the order of every sum; it depends on the shape alone.
+    constexpr int64_t kMostSlots = 64, kMostBytes = int64_t(128) << 20;
+    const int64_t units = k.units(args);
+    int64_t slots = units < kMostSlots ? units : kMostSlots;
+    const int64_t affordable = kMostBytes / (p.total * compute_size(args.element) + 1);
+    if (args.need_parameters && slots > affordable) slots = affordable > 4 ? affordable : (units < 4 ? units : 4);
+    args.slots = slots;
+    if (args.need_parameters) args.partials = room((slots ? slots : 1) * p.total);
+    parallel(slots, k.backward_scratch(args), [&](int64_t begin, int64_t end, void* memory) {
+      for (int64_t slot = begin; slot < end; ++slot) k.backward(args, slot, memory);
+    });
+    if (!args.need_parameters) return;
+    if (slots == 0) std::memset(args.partials, 0, size_t(p.total * compute_size(args.element)));
+    if (args.element == Element::kDouble) {
+      add_slots(static_cast<double*>(args.partials), slots, p.total);
+    } else {
+      add_slots(static_cast<float*>(args.partials), slots, p.total);
+    }
+  }
+
+  // Writes the gradient whose sums start at `first`.
+  void write(const Tensor& grad, int64_t first) {
+    write(grad, [first](int64_t i) { return first + i; });
+  }
+  // fc2's sums are (hidden, C): the loop that makes them runs over channels.
+  void write_fc2(const Tensor& grad) {
+    const int64_t hidden = args.hidden, channels = args.out, first = args.partial.fc2_weight;
+    write(grad, [=](int64_t i) { return first + (i % hidden) * channels + i / hidden; });
+  }
+
+  BlockArgs args{};
+
+ private:
+  template <class At>
+  void write(const Tensor& grad, const At& at) {
+    if (args.element == Element::kDouble) {
+      write_elements(static_cast<const double*>(args.partials), grad, args.element, at);
+    } else {
+      write_elements(static_cast<const float*>(args.partials), grad, args.element, at);
+    }
+  }
+
+  void choose() {
+    args.plan = choose_plan(args, kernels().vector_bytes / int(compute_size(args.element)));
+  }
+
+  void* room(int64_t elements) {
+    memory_.push_back(buffer(elements * compute_size(args.element)));
+    return memory_.back().get();
+  }
+
+  const void* parameter(const Tensor& t) {
+    void* to = room(t.numel());
+    widen_to(t, args.element, to);
+    return to;
+  }
+
+  std::vector<Buffer> memory_;
+  int64_t weight_count_ = 0;
+};
+
+Tensor nothing(const Tensor& like) { return empty_dense({0}, like.scalar_type(), like); }
+Tensor like_or_nothing(const std::optional<Tensor>& t, const Tensor& like) {
+  return t ? empty_like(*t) : nothing(like);
+}
+
+// What the attention saves for its backward, allocated and entered into the call.
+struct Saved {
+  Tensor mean, max, max_index, channel_gate, spatial_gate, channel_index;
+
+  static Saved empty(const Tensor& x, const BlockArgs& a, bool save) {
+    const int64_t n = save ? a.batch : 0;
+    const ScalarType real = compute_type(a.element), index = ScalarType::Int;
+    return {empty_dense({n, a.out}, real, x),  empty_dense({n, a.out}, real, x),
+            empty_dense({n, a.out}, index, x), empty_dense({n, a.out}, real, x),
+            empty_dense({n, a.height, a.width}, real, x), empty_dense({n, a.height, a.width}, index, x)};
+  }
+
+  void check(const Tensor& x, const BlockArgs& a) const {
+    auto one = [&](const char* name, const Tensor& t, ScalarType dtype, bool per_channel) {
+      STD_TORCH_CHECK(t.scalar_type() == dtype && t.device() == x.device() && t.is_contiguous(), "mfef: ", name,
+                      " is not what the forward saved");
+      check_shape(name, t, per_channel ? std::vector<int64_t>{a.batch, a.out}
+                                       : std::vector<int64_t>{a.batch, a.height, a.width});
+    };
+    const ScalarType real = compute_type(a.element), index = ScalarType::Int;
+    one("mean", mean, real, true);
+    one("max", max, real, true);
+    one("max_index", max_index, index, true);
+    one("channel_gate", channel_gate, real, true);
+    one("spatial_gate", spatial_gate, real, false);
+    one("channel_index", channel_index, index, false);
+  }
+
+  void enter(BlockArgs& a) const {
+    a.mean = mean.data_ptr();
+    a.max = max.data_ptr();
+    a.max_index = static_cast<int32_t*>(max_index.data_ptr());
+    a.channel_gate = channel_gate.data_ptr();
+    a.spatial_gate = spatial_gate.data_ptr();
+    a.channel_index = static_cast<int32_t*>(channel_index.data_ptr());
+  }
+};
+
+// The gradients of the attention's parameters; zero-sized where not needed or absent.
+struct AttentionGrads {
+  Tensor fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight;
+
+  AttentionGrads(const AttentionParameters& p, bool need, const Tensor& like)
+      : fc1_weight(need ? empty_like(p.fc1_weight) : nothing(like)),
+        fc1_bias(need ? like_or_nothing(p.fc1_bias, like) : nothing(like)),
+        fc2_weight(need ? empty_like(p.fc2_weight) : nothing(like)),
+        fc2_bias(need ? like_or_nothing(p.fc2_bias, like) : nothing(like)),
+        spatial_weight(need ? empty_like(p.spatial_weight) : nothing(like)) {}
+
+  void write(Call& call, const AttentionParameters& p) const {
+    call.write(fc1_weight, call.args.partial.fc1_weight);
+    if (p.fc1_bias) call.write(fc1_bias, call.args.partial.fc1_bias);
+    call.write_fc2(fc2_weight);
+    if (p.fc2_bias) call.write(fc2_bias, call.args.partial.fc2_bias);
+    call.write(spatial_weight, call.args.partial.spatial);
+  }
+};
+
+std::vector<Tensor> weight_grads(const std::vector<Tensor>& weights, bool need) {
+  std::vector<Tensor> grads;
+  for (size_t i = 0; need && i < weights.size(); ++i) grads.push_back(empty_like(weights[i]));
+  return grads;
+}
+
+void write_weight_grads(Call& call, const std::vector<Tensor>& grads) {
+  for (size_t i = 0; i < grads.size(); ++i) {
+    call.write(grads[i], call.args.partial.conv + call.args.branches[i].weight_first);
+  }
+}
+
+void check_grad(const Tensor& grad, const Tensor& x, const BlockArgs& a) {
+  check_like("grad", grad, x);
+  check_shape("grad", grad, {a.batch, a.out, a.height, a.width});
+}
+
+// --- operators -------------------------------------------------------------------------------
+
+Tensor multi_scale_conv2d(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& groups,
+                          bool split, const std::optional<Tensor>& bias) {
+  int64_t out;
+  const MapSize size = check_map("x", x);
+  const auto branches = check_branches(x, weights, groups, split, kMaxBranches, &out);
+  if (bias) {
+    check_like("bias", *bias, x);
+    check_shape("bias", *bias, {out});
+  }
+  Call call(x, size);
+  call.convolution(branches, weights, bias, split, out);
+  Tensor result = empty_map_like(x, out);
+  call.args.x = map_of(x);
+  call.args.result = map_of(result);
+  call.forward();
+  return result;
+}
+
+std::tuple<Tensor, std::vector<Tensor>, Tensor> multi_scale_conv2d_backward(
+    const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& groups,
+    bool split, const std::optional<Tensor>& bias, bool need_x, bool need_parameters) {
+  int64_t out;
+  const MapSize size = check_map("x", x);
+  const auto branches = check_branches(x, weights, groups, split, kMaxBranches, &out);
+  if (bias) {
+    check_like("bias", *bias, x);
+    check_shape("bias", *bias, {out});
+  }
+  Call call(x, size);
+  call.convolution(branches, weights, bias, split, out);
+  check_grad(grad, x, call.args);
+  Tensor grad_x = need_x ? empty_map_like(x, size.c) : nothing(x);
+  Tensor grad_bias = need_parameters ? like_or_nothing(bias, x) : nothing(x);
+  std::vector<Tensor> grads = weight_grads(weights, need_parameters);
+  call.args.need_parameters = need_parameters;
+  call.args.x = map_of(x);
+  call.args.grad_result = map_of(grad);
+  if (need_x) call.args.grad_x = map_of(grad_x);
+  call.backward();
+  write_weight_grads(call, grads);
+  if (need_parameters && bias) call.write(grad_bias, call.args.partial.bias);
+  return {grad_x, grads, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention(
+    const Tensor& y, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
+    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, bool save) {
+  const MapSize size = check_map("y", y);
+  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
+  p.check(y, size.c);
+  Call call(y, size);
+  call.attention(p);
+  Tensor result = empty_map_like(y, size.c);
+  const Saved s = Saved::empty(y, call.args, save);
+  s.enter(call.args);
+  call.args.save = save;
+  call.args.x = map_of(y);
+  call.args.result = map_of(result);
+  call.forward();
+  return {result, s.mean, s.max, s.max_index, s.channel_gate, s.spatial_gate, s.channel_index};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention_backward(
+    const Tensor& grad, const Tensor& y, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias,
+    const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, const Tensor& mean,
+    const Tensor& max, const Tensor& max_index, const Tensor& channel_gate, const Tensor& spatial_gate,
+    const Tensor& channel_index, bool need_x, bool need_parameters) {
+  const MapSize size = check_map("y", y);
+  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
+  p.check(y, size.c);
+  Call call(y, size);
+  call.attention(p);
+  check_grad(grad, y, call.args);
+  const Saved s{mean, max, max_index, channel_gate, spatial_gate, channel_index};
+  s.check(y, call.args);
+  s.enter(call.args);
+  Tensor grad_y = need_x ? empty_map_like(y, size.c) : nothing(y);
+  const AttentionGrads grads(p, need_parameters, y);
+  call.args.need_parameters = need_parameters;
+  call.args.y = map_of(y);
+  call.args.grad_result = map_of(grad);
+  if (need_x) call.args.grad_x = map_of(grad_y);
+  call.backward();
+  if (need_parameters) grads.write(call, p);
+  return {grad_y, grads.fc1_weight, grads.fc1_bias, grads.fc2_weight, grads.fc2_bias, grads.spatial_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block(
+    const Tensor& x, const std::vector<Tensor>& conv_weights, const std::vector<int64_t>& groups, bool split,
+    const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
+    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, bool save) {
+  int64_t out;
+  const MapSize size = check_map("x", x);
+  const auto branches = check_branches(x, conv_weights, groups, split, kMaxBranches, &out);
+  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
+  p.check(x, out);
+  Call call(x, size);
+  call.convolution(branches, conv_weights, std::nullopt, split, out);
+  call.attention(p);
+  Tensor result = empty_map_like(x, out);
+  Tensor y = save ? empty_map_like(x, out) : nothing(x);
+  const Saved s = Saved::empty(x, call.args, save);
+  s.enter(call.args);
+  call.args.save = save;
+  call.args.x = map_of(x);
+  if (save) call.args.y = map_of(y);
+  call.args.result = map_of(result);
+  call.forward();
+  return {result, y, s.mean, s.max, s.max_index, s.channel_gate, s.spatial_gate, s.channel_index};
+}
+
+std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block_backward(
+    const Tensor& grad, const Tensor& x, const std::vector<Tensor>& conv_weights, const std::vector<int64_t>& groups,
+    bool split, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
+    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, const Tensor& y, const Tensor& mean,
+    const Tensor& max, const Tensor& max_index, const Tensor& channel_gate, const Tensor& spatial_gate,
+    const Tensor& channel_index, bool need_x, bool need_parameters) {
+  int64_t out;
+  const MapSize size = check_map("x", x);
+  const auto branches = check_branches(x, conv_weights, groups, split, kMaxBranches, &out);
+  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
+  p.check(x, out);
+  Call call(x, size);
+  call.convolution(branches, conv_weights, std::nullopt, split, out);
+  call.attention(p);
+  check_grad(grad, x, call.args);
+  check_like("y", y, x);
+  check_shape("y", y, {size.n, out, size.h, size.w});
+  const Saved s{mean, max, max_index, channel_gate, spatial_gate, channel_index};
+  s.check(x, call.args);
+  s.enter(call.args);
+  Tensor grad_x = need_x ? empty_map_like(x, size.c) : nothing(x);
+  std::vector<Tensor> conv_grads = weight_grads(conv_weights, need_parameters);
+  const AttentionGrads grads(p, need_parameters, x);
+  call.args.need_parameters = need_parameters;
+  call.args.x = map_of(x);
+  call.args.y = map_of(y);
+  call.args.grad_result = map_of(grad);
+  if (need_x) call.args.grad_x = map_of(grad_x);
+  call.backward();
+  write_weight_grads(call, conv_grads);
+  if (need_parameters) grads.write(call, p);
+  return {grad_x,           conv_grads,     grads.fc1_weight, grads.fc1_bias,
+          grads.fc2_weight, grads.fc2_bias, grads.spatial_weight};
+}
+
+}  // namespace
+}  // namespace mfef::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mfef, CPU, m) {
+  m.impl("multi_scale_conv2d", TORCH_BOX(&mfef::cpu::multi_scale_conv2d));
+  m.impl("multi_scale_conv2d_backward", TORCH_BOX(&mfef::cpu::multi_scale_conv2d_backward));
+  m.impl("dual_attention", TORCH_BOX(&mfef::cpu::dual_attention));
+  m.impl("dual_attention_backward", TORCH_BOX(&mfef::cpu::dual_attention_backward));
+  m.impl("mfef_block", TORCH_BOX(&mfef::cpu::mfef_block));
+  m.impl("mfef_block_backward", TORCH_BOX(&mfef::cpu::mfef_block_backward));
+}

@@ -1,0 +1,238 @@
+// SIMD vectors of one instruction set, through the compiler's vector extensions.
+//
+// Everything in this file, and in every header that includes it, lives in a namespace named after
+// the instruction set (MFEF_ISA), because the same source is compiled once per instruction set into
+// one library: a function shared by name between two of them would be merged by the linker, and an
+// old processor would run into a new instruction. For the same reason nothing here uses the standard
+// library's templates.
+#pragma once
+
+#include <cstdint>
+
+#define MFEF_INLINE inline __attribute__((always_inline))
+
+namespace mfef::cpu::MFEF_ISA {
+
+#if defined(MFEF_ISA_avx512)
+constexpr int kVectorBytes = 64;
+constexpr int kRegisters = 32;
+#elif defined(MFEF_ISA_avx2)
+constexpr int kVectorBytes = 32;
+constexpr int kRegisters = 16;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kRegisters = 16;
+#endif
+
+// The integer that has the width of T, for lane masks and indices.
+template <class T>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+using IVec = typename VecOf<typename IntOf<T>::type>::type;
+
+// Lanes of a vector of T. The lanes are images in one plan and pixels in the other.
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class A>
+MFEF_INLINE constexpr A least(A a, A b) {
+  return b < a ? b : a;
+}
+template <class A>
+MFEF_INLINE constexpr A most(A a, A b) {
+  return a < b ? b : a;
+}
+
+// f(Index<0>{}), ..., f(Index<N - 1>{}): a loop whose counter is a constant in every iteration, so
+// that arrays indexed by it stay in registers.
+template <int I>
+struct Index {
+  static constexpr int value = I;
+};
+template <int N, int I = 0, class F>
+MFEF_INLINE constexpr void static_for(const F& f) {
+  if constexpr (I < N) {
+    f(Index<I>{});
+    static_for<N, I + 1>(f);
+  }
+}
+
+template <class T>
+MFEF_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class T>
+MFEF_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+template <class T>
+MFEF_INLINE Vec<T> splat(T a) {
+  return a - Vec<T>{};  // a - 0 is a, also for -0, so the compiler broadcasts and subtracts nothing
+}
+template <class T>
+MFEF_INLINE IVec<T> isplat(int64_t a) {
+  return IVec<T>{} + typename IntOf<T>::type(a);
+}
+template <class To, class From>
+MFEF_INLINE To bit_cast(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To r;
+  __builtin_memcpy(&r, &v, sizeof(r));
+  return r;
+}
+
+// bfloat16 as it lies in memory; arithmetic is in float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Loads of the element type E into lanes of the compute type T, and back with rounding to nearest.
+template <class T>
+MFEF_INLINE Vec<T> load_elements(const T* p) {
+  return load(p);
+}
+template <class T>
+MFEF_INLINE void store_elements(T* p, Vec<T> v) {
+  store(p, v);
+}
+MFEF_INLINE float to_compute(BFloat16 e) { return bit_cast<float>(uint32_t(e.bits) << 16); }
+MFEF_INLINE float to_compute(float e) { return e; }
+MFEF_INLINE double to_compute(double e) { return e; }
+MFEF_INLINE void from_compute(float v, float* e) { *e = v; }
+MFEF_INLINE void from_compute(double v, double* e) { *e = v; }
+MFEF_INLINE void from_compute(float v, BFloat16* e) {
+  uint32_t u = bit_cast<uint32_t>(v);
+  // NaN first: rounding could carry its mantissa into infinity.
+  e->bits = v != v ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
+
+MFEF_INLINE Vec<float> load_elements(const BFloat16* p) {
+  HalfVec h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  return bit_cast<Vec<float>>(__builtin_convertvector(h, WordVec) << 16);
+}
+MFEF_INLINE void store_elements(BFloat16* p, Vec<float> v) {
+  WordVec u = bit_cast<WordVec>(v);
+  WordVec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  WordVec nan = (u >> 16) | 0x40;
+  WordVec is_nan = bit_cast<WordVec>(v != v);
+  HalfVec h = __builtin_convertvector((nan & is_nan) | (rounded & ~is_nan), HalfVec);
+  __builtin_memcpy(p, &h, sizeof(h));
+}
+
+// e^x for each lane, within 2 ulp: 2^n by the exponent's bits, e^r by its Taylor series on
+// |r| <= ln(2) / 2, whose remainder is below half an ulp at the degrees used. Overflow and underflow
+// are clamped to the last exponents that are normal numbers; NaN stays NaN.
+template <class T>
+MFEF_INLINE Vec<T> exp(Vec<T> x) {
+  constexpr bool kFloat = sizeof(T) == 4;
+  const T highest = kFloat ? T(88.0) : T(709.0), lowest = kFloat ? T(-87.0) : T(-708.0);
+  const T magic = kFloat ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^(mantissa bits)
+  x = x > highest ? splat<T>(highest) : x;
+  x = x < lowest ? splat<T>(lowest) : x;
+  Vec<T> shifted = x * T(1.4426950408889634074) + magic;  // integer part in the low bits
+  Vec<T> n = shifted - magic;
+  const T ln2_high = kFloat ? T(0.693145751953125) : T(6.93147180369123816490e-01);
+  const T ln2_low = kFloat ? T(1.42860682030941723212e-06) : T(1.90821492927058770002e-10);
+  Vec<T> r = (x - n * ln2_high) - n * ln2_low;
+  Vec<T> sum = splat<T>(kFloat ? T(1.0 / 5040) : T(1.0 / 6227020800.0));
+  if constexpr (!kFloat) {
+    sum = sum * r + T(1.0 / 479001600);
+    sum = sum * r + T(1.0 / 39916800);
+    sum = sum * r + T(1.0 / 3628800);
+    sum = sum * r + T(1.0 / 362880);
+    sum = sum * r + T(1.0 / 40320);
+    sum = sum * r + T(1.0 / 5040);
+  }
+  sum = sum * r + T(1.0 / 720);
+  sum = sum * r + T(1.0 / 120);
+  sum = sum * r + T(1.0 / 24);
+  sum = sum * r + T(1.0 / 6);
+  sum = sum * r + T(0.5);
+  sum = sum * r + T(1);
+  sum = sum * r + T(1);
+  return bit_cast<Vec<T>>(bit_cast<IVec<T>>(sum) + (bit_cast<IVec<T>>(shifted) << (kFloat ? 23 : 52)));
+}
+
+template <class T>
+MFEF_INLINE Vec<T> sigmoid(Vec<T> x) {
+  Vec<T> s = T(1) / (T(1) + exp<T>(-x));
+  // exp() is clamped; far below, the true value is no normal number.
+  return x < (sizeof(T) == 4 ? T(-87.0) : T(-708.0)) ? Vec<T>{} : s;
+}
+
+template <int... J>
+struct Lanes {};
+template <int N, int... J>
+struct MakeLanes : MakeLanes<N - 1, N - 1, J...> {};
+template <int... J>
+struct MakeLanes<0, J...> {
+  using type = Lanes<J...>;
+};
+
+// Blocks of S lanes change places between a and b: one step of a transposition.
+template <class T, int S, int... J>
+MFEF_INLINE void exchange_blocks(Vec<T>& a, Vec<T>& b, Lanes<J...>) {
+  Vec<T> low = __builtin_shufflevector(a, b, ((J & S) == 0 ? J : kLanes<T> + J - S)...);
+  Vec<T> high = __builtin_shufflevector(a, b, ((J & S) == 0 ? J + S : kLanes<T> + J)...);
+  a = low;
+  b = high;
+}
+
+// Transposes a square of kLanes x kLanes elements held in registers: at each step blocks of S x S
+// change places across the diagonal.
+template <class T, int S = 1>
+MFEF_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  if constexpr (S < kLanes<T>) {
+    static_for<kLanes<T>>([&](auto i) {
+      constexpr int kRow = decltype(i)::value;
+      if constexpr ((kRow & S) == 0) {
+        exchange_blocks<T, S>(rows[kRow], rows[kRow + S], typename MakeLanes<kLanes<T>>::type{});
+      }
+    });
+    transpose<T, S * 2>(rows);
+  }
+}
+
+// Element i of the result is the sum of the lanes of rows[i], added pairwise: a fixed order with
+// log2(kLanes) rounding steps.
+template <class T>
+MFEF_INLINE Vec<T> sums_of_lanes(Vec<T> (&rows)[kLanes<T>]) {
+  transpose<T>(rows);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) rows[i] += rows[i + width];
+  }
+  return rows[0];
+}
+
+template <class T>
+MFEF_INLINE T sum_of_lanes(Vec<T> v) {
+  T lane[kLanes<T>];
+  store(lane, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  }
+  return lane[0];
+}
+
+}  // namespace mfef::cpu::MFEF_ISA

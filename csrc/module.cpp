@@ -1,0 +1,81 @@
+// The pybind11 surface of _C: what was built, what is in use, what would be planned. No tensors; the
+// operators are reached through torch.ops.mfef.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using mfef::cpu::BlockArgs;
+using mfef::cpu::Element;
+using mfef::cpu::Kernels;
+using mfef::cpu::Plan;
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = MFEF_VERSION;
+  info["compiler"] = __VERSION__;
+  info["torch_built_against"] = MFEF_TORCH_VERSION;
+  info["cuda"] = MFEF_CUDA_STATUS;
+  info["cpu_isas_built"] = mfef::cpu::compiled_isas();
+  info["cpu_isas_usable"] = mfef::cpu::usable_isas();
+  return info;
+}
+
+// How the CPU would run a problem. branches: (in, out, groups, k) each; hidden 0: no attention.
+py::dict cpu_plan(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                  const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>& branches, bool split,
+                  int64_t hidden, int64_t spatial_k, const std::string& dtype) {
+  BlockArgs a{};
+  a.element = dtype == "float64" ? Element::kDouble : dtype == "bfloat16" ? Element::kBFloat16 : Element::kFloat;
+  a.batch = batch;
+  a.in = a.out = channels;
+  a.height = height;
+  a.width = width;
+  a.split = split;
+  a.hidden = hidden;
+  a.spatial_k = spatial_k;
+  if (int64_t(branches.size()) > mfef::cpu::kMaxBranches) throw std::invalid_argument("too many branches");
+  int64_t in_first = 0, out_first = 0;
+  for (const auto& [in, out, groups, k] : branches) {
+    a.branches[a.branch_count++] = {split ? in_first : 0, in, out_first, out, groups, k, 0};
+    in_first += in;
+    out_first += out;
+  }
+  if (a.branch_count) a.out = out_first;
+  const Kernels& kernels = mfef::cpu::kernels();
+  const int lanes = kernels.vector_bytes / (a.element == Element::kDouble ? 8 : 4);
+  a.plan = mfef::cpu::choose_plan(a, lanes);
+  py::dict plan;
+  plan["isa"] = kernels.name;
+  plan["lanes"] = lanes;
+  plan["plan"] = a.plan == Plan::kImages ? "images" : "pixels";
+  plan["units"] = kernels.units(a);
+  plan["forward_scratch_bytes"] = kernels.forward_scratch(a);
+  plan["backward_scratch_bytes"] = kernels.backward_scratch(a);
+  return plan;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native part of mfef_ext: build information and planner. Operators: torch.ops.mfef.";
+  m.def("build_info", &build_info);
+  m.def("cpu_isa", [] { return std::string(mfef::cpu::kernels().name); });
+  m.def("force_cpu_isa", &mfef::cpu::force_isa, py::arg("name"));
+  m.def("forced_cpu_plan", &mfef::cpu::forced_plan);
+  m.def("force_cpu_plan", &mfef::cpu::force_plan, py::arg("name"));
+  m.def("cpu_plan", &cpu_plan, py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"),
+        py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("dtype"));
+  m.def(
+      "fma_chain", [](int64_t iterations) { return mfef::cpu::kernels().fma_chain(iterations); }, py::arg("iterations"),
+      py::call_guard<py::gil_scoped_release>(),
+      "Runs multiply-adds in registers on this thread; returns the floating-point operations done.");
+}
