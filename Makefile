@@ -27,7 +27,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "$(PYTHON) is missing or older than Python 3.10; set PYTHON to one that is not." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
-	  { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv." >&2; exit 1; }
+	  { rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv." >&2; exit 1; }
 
 # First what a build without isolation needs, then the rest beside the package itself.
 $(VENV)/.needs: constraints.txt pyproject.toml | $(BIN)/python
