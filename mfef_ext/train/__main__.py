@@ -69,11 +69,14 @@ def show(path: Path) -> int:
 
 
 def _train_and_report(config: TrainConfig) -> None:
+    import torch
     from rich.console import Console
 
     from . import loop, report
     from .display import Display
 
+    config.check()
+    torch.set_num_threads(config.thread_count)
     console = Console()
     with Display(console, config.epochs) as display:
         run = loop.train(config, display)

@@ -140,7 +140,9 @@ def training_batches(
 
     The last batch is smaller where the sizes ask for it: no image is left out.
     """
-    draw = torch.Generator().manual_seed((seed << 32) + epoch)
+    # torch's CPU generator heeds 32 bits of its seed: hash both numbers into these.
+    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1)
+    draw = torch.Generator().manual_seed(int(mixed[0]))
     for index in torch.randperm(len(dataset.train), generator=draw).split(batch_size):
         x = dataset.train.x[index.to(dataset.train.x.device)]
         yield (

@@ -69,8 +69,6 @@ def prepare(config: TrainConfig) -> Run:
     not work out.
     """
     config.check()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     try:
         device = torch.empty(1, device=config.device).device
     except (RuntimeError, AssertionError) as error:

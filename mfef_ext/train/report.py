@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -89,8 +92,10 @@ def draw_gates(run: Run, path: Path) -> bool:
         answers = {role: z.argmax(1).tolist() for role, z in run.distiller(x).logits.items()}
     if not gates:
         return False
-    pixels = (x - x.min()).permute(0, 2, 3, 1).cpu() / float(x.max() - x.min())
-    height, width = pixels.shape[1:3]
+    # Both are brought to one size: pixels stay squares, the coarser gate becomes smooth.
+    size = 8 * max(x.shape[2:])
+    pixels = F.interpolate((x - x.min()) / (x.max() - x.min()), size=size)
+    pixels = pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
     rows, columns = 1 + len(gates), len(first)
     figure = Figure(figsize=(1.35 * columns + 1.4, 1.75 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -98,23 +103,17 @@ def draw_gates(run: Run, path: Path) -> bool:
         axes.set(xticks=[], yticks=[])
     grid[0][0].set_ylabel("image")
     for column, label in enumerate(labels):
-        grid[0][column].imshow(pixels[column].squeeze(-1), cmap="gray")
+        grid[0][column].imshow(pixels[column])
         grid[0][column].set_title(classes[label], fontsize=10)
     for i, gate in enumerate(gates):
+        smooth = F.interpolate(gate[:, None], size=size, mode="bilinear")[:, 0].numpy()
         # One scale per student, so that images can be compared; gates seldom span 0 to 1.
-        low, high = float(gate.min()), float(gate.max())
+        heat = ScalarMappable(Normalize(smooth.min(), smooth.max()), "plasma")
         grid[i + 1][0].set_ylabel(f"student {i}")
         for column, axes in enumerate(grid[i + 1]):
-            axes.imshow(pixels[column].squeeze(-1), cmap="gray")
-            heat = axes.imshow(
-                gate[column],
-                cmap="turbo",
-                alpha=0.5,
-                vmin=low,
-                vmax=high,
-                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-                interpolation="bilinear",
-            )
+            # Colour says the gate and brightness the image, so neither hides the other.
+            brightness = 0.35 + 0.65 * pixels[column]
+            axes.imshow(heat.to_rgba(smooth[column])[..., :3] * brightness)
             axes.set_xlabel(f"says {classes[answers[f'student{i}'][column]]}", fontsize=8)
         figure.colorbar(heat, ax=list(grid[i + 1]), label="spatial gate", pad=0.01)
     figure.savefig(path, dpi=120)

@@ -1,0 +1,126 @@
+"""Any list of networks becomes one module; what cannot work is refused in a sentence."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mfef_ext.distill import METHODS, OnlineDistiller, register
+
+
+class Net(nn.Module):
+    def __init__(self, classes=4, channels=8):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.BatchNorm2d(channels))
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, x):
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+def make(students=None, method="mfef", **changes):
+    arguments = {"num_classes": 4, "tap": "body", "input_shape": (1, 6, 6)} | changes
+    return OnlineDistiller([Net(), Net()] if students is None else students, method, **arguments)
+
+
+def test_ce_is_the_students_alone():
+    nets = [Net(), Net()]
+    d = make(nets, "ce")
+    assert len(list(d.parameters())) == 2 * len(list(nets[0].parameters()))
+    x, y = torch.randn(5, 1, 6, 6), torch.tensor([0, 1, 2, 3, 0])
+    out = d(x, y)
+    assert set(out.logits) == {"student0", "student1", "ensemble"}
+    expected = [nn.functional.cross_entropy(net(x), y) for net in nets]
+    torch.testing.assert_close(out.loss, sum(expected))
+    assert d.spatial_gates(x) == []
+
+
+def test_without_labels_there_are_logits_only():
+    out = make().eval()(torch.randn(2, 1, 6, 6))
+    assert set(out.logits) == {"student0", "student1", "ensemble", "fused"}
+    assert out.losses == {}
+    with pytest.raises(ValueError, match="no labels"):
+        _ = out.loss
+
+
+def test_every_parameter_is_in_exactly_one_named_group():
+    d = make()
+    groups = d.parameter_groups()
+    assert [g["name"] for g in groups] == ["student0", "student1", "method"]
+    ids = [id(p) for g in groups for p in g["params"]]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {id(p) for p in d.parameters()}
+
+
+def test_students_are_left_as_they_were():
+    net = Net().train()
+    net.fc.eval()  # a mode of its own must survive the probe
+    before = copy.deepcopy(net.state_dict())
+    d = make([net, Net()])
+    assert net.training and not net.fc.training
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    d(torch.randn(2, 1, 6, 6))
+    assert not net.body._forward_hooks
+    copy.deepcopy(d)
+
+
+def test_students_may_differ_in_width_and_map_size():
+    small = nn.Sequential()
+    small.add_module("down", nn.Conv2d(1, 12, 3, stride=2, padding=1))
+    small.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    small.add_module("flat", nn.Flatten())
+    small.add_module("fc", nn.Linear(12, 4))
+    d = make([Net(), small], tap=["body", "down"])
+    d(torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2])).loss.backward()
+    assert small.down.weight.grad.abs().sum() > 0
+
+
+def test_torch_compile_traces_through_the_tap():
+    d = make().eval()
+    x = torch.randn(2, 1, 6, 6)
+    compiled = torch.compile(d, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x).logits["fused"], d(x).logits["fused"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"method": "mfeff"}, ValueError, ["method='mfeff'", "mfef"]),
+        ({"students": []}, ValueError, ["students=[]", "at least one"]),
+        ({"tap": "layer9"}, ValueError, ["tap='layer9'", "body, fc"]),
+        ({"tap": ["body"]}, ValueError, ["1 layers for 2 students"]),
+        ({"tap": "fc"}, ValueError, ["tap='fc'", "not a map"]),
+        ({"num_classes": 7}, ValueError, ["num_classes=7", "(1, 4)"]),
+        ({"temprature": 1.0}, TypeError, ["temprature=1.0", "temperature"]),
+        ({"method": "ce", "temperature": 1.0}, TypeError, ["it takes none"]),
+    ],
+)
+def test_bad_input(changes, error, words):
+    with pytest.raises(error) as caught:
+        make(**changes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_one_network_twice_is_refused():
+    net = Net()
+    with pytest.raises(ValueError, match="same network twice"):
+        make([net, net])
+
+
+def test_a_layer_that_runs_twice_is_refused():
+    class Twice(Net):
+        def forward(self, x):
+            self.body(x)
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="ran 2 times"):
+        make([Twice()])
+
+
+def test_a_method_is_registered_once():
+    with pytest.raises(ValueError, match="already"):
+        register("mfef")(METHODS["ce"])

@@ -1,0 +1,58 @@
+"""The command dispatches, helps, and imports nothing that it does not need."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mfef_ext import cli, inspection
+from mfef_ext.version import __version__
+
+
+def exit_status(argv):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    return caught.value.code
+
+
+def test_version(capsys):
+    assert exit_status(["--version"]) == 0
+    assert capsys.readouterr().out == f"mfef {__version__}\n"
+
+
+def test_help_names_every_command(capsys):
+    assert exit_status(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("train", "show", "doctor"))
+
+
+def test_help_of_train_explains_the_options(capsys):
+    assert exit_status(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("--backend", "--seed", "--method", "resnet56"))
+
+
+@pytest.mark.parametrize("argv", [[], ["tarin"], ["show"], ["--bogus"]])
+def test_wrong_usage(argv, capsys):
+    assert exit_status(argv) == 2
+    assert "usage: mfef" in capsys.readouterr().err
+
+
+def test_doctor_prints_what_inspection_says(monkeypatch, capsys):
+    monkeypatch.setattr(inspection, "doctor", lambda: "all is well", raising=False)
+    assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr().out == "all is well\n"
+
+
+def test_show_of_nothing(tmp_path, capsys):
+    assert cli.main(["show", str(tmp_path)]) == 4
+    assert "last.ckpt cannot be read" in capsys.readouterr().err
+
+
+def test_extras_are_imported_by_train_alone():
+    code = (
+        "import sys, mfef_ext.cli, mfef_ext.train, mfef_ext.distill\n"
+        "extras = {'tyro', 'rich', 'sklearn', 'safetensors', 'matplotlib', 'torchvision'}\n"
+        "sys.exit(sorted(extras & set(sys.modules)) or 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

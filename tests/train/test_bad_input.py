@@ -1,0 +1,102 @@
+"""What cannot be done is refused: one sentence, exit status 2, nothing written."""
+
+import sys
+
+import pytest
+
+from mfef_ext.train.__main__ import main
+
+
+def refused(options, capsys, *words):
+    """Runs the command; it must refuse with a single line on stderr that contains ``words``."""
+    try:
+        status = main(options)
+    except SystemExit as exit:  # how the option parser leaves
+        status = exit.code
+    captured = capsys.readouterr()
+    assert status == 2 and captured.out == ""
+    for word in words:
+        assert word in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "mfeg"], ["--method=mfeg", "did you mean mfef?", "ce, mfef"]),
+        (["--dataset", "digit"], ["--dataset=digit", "did you mean digits?"]),
+        (["--students", "resnet8", "resnet9"], ["--students=resnet9", "resnet8"]),
+        (["--students"], ["--students= must name at least one"]),
+        (["--backend", "gpu"], ["--backend=gpu", "reference, cpu, triton, cuda"]),
+        (["--backend", "cuda"], ["--backend=cuda does not work here: ", "choose automatically"]),
+        (["--device", "cuda:77"], ["--device=cuda:77 cannot be used", "--device cpu"]),
+        (["--device", "nonsense"], ["--device=nonsense cannot be used", "--device cpu"]),
+        (["--epochs", "0"], ["--epochs=0 must be at least 1; the default is 15"]),
+        (["--epochs", "-3"], ["--epochs=-3 must be at least 1"]),
+        (["--batch-size", "0"], ["--batch-size=0 must be at least 1"]),
+        (["--batch-size", "9999"], ["--batch-size=9999 is more than the 1295 training images"]),
+        (["--lr", "0"], ["--lr=0.0 must be positive and finite; the default is 0.1"]),
+        (["--lr", "nan"], ["--lr=nan must be positive and finite"]),
+        (["--lr", "inf"], ["--lr=inf must be positive"]),
+        (["--lr-drops", "0.5", "1.5"], ["--lr-drops=1.5 must be above 0"]),
+        (["--momentum", "1"], ["--momentum=1.0 must be"]),
+        (["--weight-decay", "-1"], ["--weight-decay=-1.0 must be 0 or more"]),
+        (["--temperature", "0"], ["--temperature=0.0 must be positive"]),
+        (["--ramp-epochs", "-1"], ["--ramp-epochs=-1.0 must be 0 or more"]),
+        (["--validation", "1"], ["--validation=1.0 must be"]),
+        (["--validation", "0.001"], ["--validation=0.001 leaves a class", "or 0 for none"]),
+        (["--seed", "-1"], ["--seed=-1 must be"]),
+        (["--threads", "0"], ["--threads=0 must be"]),
+    ],
+)
+def test_refused_in_one_sentence(options, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = refused(options, capsys, *words)
+    assert len(error.splitlines()) == 1 and error.startswith("mfef: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "word"), [(["--epochs", "x"], "--epochs"), (["--epoks", "1"], "--epoks")]
+)
+def test_refused_by_the_option_parser(options, word, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(options, capsys, word, "mfef train --help")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_anything_in_it_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    error = refused(["--out", str(tmp_path)], capsys, f"--out={tmp_path} is not empty")
+    assert len(error.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    assert (tmp_path / "thesis.txt").read_text() == "all of it"
+
+
+def test_a_file_in_the_way_is_left_alone(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below"):
+        refused(["--out", str(out)], capsys, f"--out={out} cannot be written", "name a folder")
+    assert file.read_text() == "mine"
+
+
+def test_an_unwritable_folder_is_refused(tmp_path, capsys, monkeypatch):
+    def touch(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    # Permissions mean nothing to root, which tests often run as: refuse the first file instead.
+    monkeypatch.setattr("pathlib.Path.touch", touch)
+    refused(["--out", str(tmp_path)], capsys, f"--out={tmp_path} cannot be written (Permission")
+
+
+def test_runs_that_is_a_file_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("mine")
+    refused(["--dataset", "fake"], capsys, "--out=runs/mfef-fake-001 cannot be written")
+
+
+def test_missing_extras_are_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    refused([], capsys, "training needs rich, tyro; run: pip install 'mfef_ext[train]'")

@@ -1,0 +1,63 @@
+"""Splits are fixed and stratified, batches are a function of seed and epoch alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from mfef_ext.train import UsageError, data
+
+
+def rows(images):
+    return {x.numpy().tobytes() for x in images.x}
+
+
+def test_digits_are_split_without_overlap_and_by_class():
+    whole, held_out = data.load("digits", 0), data.load("digits", 0.1)
+    assert whole.shape == (1, 8, 8)
+    assert len(whole.train) + len(whole.test) == 1797 and len(whole.validation) == 0
+    assert len(held_out.train) + len(held_out.validation) == len(whole.train)
+    assert torch.equal(whole.test.x, held_out.test.x)
+    parts = [rows(held_out.train), rows(held_out.validation), rows(held_out.test)]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    for part, share in ((held_out.test, 0.2), (held_out.validation, 0.08)):
+        counts = np.bincount(part.y, minlength=10)
+        assert counts.min() >= share * 174 - 1 and counts.max() <= share * 183 + 1
+
+
+def test_normalisation_can_be_undone():
+    d = data.load("digits", 0)
+    assert abs(float(d.train.x.mean())) < 1e-4 and abs(float(d.train.x.std()) - 1) < 1e-3
+    pixels = d.train.x * d.std + d.mean
+    torch.testing.assert_close(pixels, pixels.round(), rtol=0, atol=1e-4)
+    assert round(float(pixels.min())) == 0 and round(float(pixels.max())) == 16
+
+
+def test_an_epoch_shows_every_image_once_and_depends_on_seed_and_epoch_alone():
+    d = data.load("fake", 0.1)
+    first = list(data.training_batches(d, 50, seed=3, epoch=1))
+    torch.rand(5)  # the global generator plays no part
+    again = list(data.training_batches(d, 50, seed=3, epoch=1))
+    for (x, y), (x_again, y_again) in zip(first, again, strict=True):
+        assert torch.equal(x, x_again) and torch.equal(y, y_again)
+    labels = torch.cat([y for _, y in first])
+    assert torch.equal(labels.sort().values, d.train.y.sort().values)
+    assert [len(y) for _, y in first][:-1] == [50] * (len(first) - 1)
+    for seed, epoch in ((3, 2), (4, 1)):
+        other = torch.cat([y for _, y in data.training_batches(d, 50, seed, epoch)])
+        assert not torch.equal(labels, other)
+
+
+def test_shifts_move_whole_images_and_repeat_the_border():
+    x = torch.arange(12.0).reshape(1, 1, 3, 4).expand(400, 2, 3, 4)
+    moved = data.shifted(x, 1, torch.Generator().manual_seed(0))
+    expected = set()
+    padded = torch.nn.functional.pad(x[:1], (1, 1, 1, 1), mode="replicate")
+    for dy in range(3):
+        for dx in range(3):
+            expected.add(padded[0, :, dy : dy + 3, dx : dx + 4].numpy().tobytes())
+    assert {m.numpy().tobytes() for m in moved} == expected
+
+
+def test_a_validation_share_that_misses_a_class_is_refused():
+    with pytest.raises(UsageError, match=r"--validation=0.001 leaves a class"):
+        data.load("digits", 0.001)
