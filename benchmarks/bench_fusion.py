@@ -37,6 +37,7 @@ DEFAULT_SECONDS, QUICK_SECONDS = 290, 40
 # On a GPU the launch overhead is a large part of an eager step, so the modes that remove it are
 # baselines too. On the CPU they do nothing.
 CUDA_COMPILE_MODES = ("reduce-overhead", "max-autotune")
+GRACE = 5  # seconds that a compilation may take past the deadline before it is given up
 # Float64 on the CPU manages a few GFLOP/s here: the check takes as many images as fit in this
 # many operations of the forward pass.
 CHECK_OPS = 4e8
@@ -274,7 +275,13 @@ def compile_all(
     outcome: dict[tuple[Case, Layout], str] = {(c, layout): "budget" for c, layout, *_ in jobs}
     workers = min(len(jobs), len(os.sched_getaffinity(0)), 8)
     with one_compile_thread(), multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for case, layout, said in pool.imap_unordered(compile_ahead, jobs):
+        done = pool.imap_unordered(compile_ahead, jobs)
+        for _ in jobs:
+            try:
+                # What is still being compiled a little after the deadline is given up.
+                case, layout, said = done.next(timeout=max(0.0, deadline + GRACE - time.time()))
+            except multiprocessing.TimeoutError:
+                break
             outcome[case, layout] = said
     return outcome
 

@@ -39,6 +39,7 @@ def environment(device: str) -> Json:
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "device": device,
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "mfef_ext": mfef_ext.__version__,
@@ -96,6 +97,16 @@ def assemble(env: Json, figures: Json, options: Json, rows: list[Json]) -> Json:
         "summary": summarise(rows),
         "cases": rows,
     }
+
+
+def busy(env: Json) -> str:
+    """A warning when other processes kept the cores busy as the run began, or ""."""
+    if env["load"] <= env["cores"] / 2:
+        return ""
+    return (
+        f"the machine was busy when the run began (load {env['load']:g} on {env['cores']} cores): "
+        "threads wait for each other, so times are too long and ratios uncertain"
+    )
 
 
 def blocks(rows: list[Json]) -> Iterator[tuple[tuple[str, ...], list[Json]]]:
@@ -204,11 +215,15 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f}%"
 
 
+def threads(env: Json) -> str:
+    return f"{env['threads']} thread{'' if env['threads'] == 1 else 's'}"
+
+
 def heading(env: Json, figures: Json) -> str:
     """Where this runs, in a few lines."""
     where = env["gpu"] or f"{env['cpu']}, {env['cores']} cores, {env['memory_gib']} GiB"
     lines = [
-        f"{where}; {env['threads']} threads; ISA used: {env['isa'] or 'not known'}",
+        f"{where}; {threads(env)}; ISA used: {env['isa'] or 'not known'}",
         f"torch {env['torch']}, mfef_ext {env['mfef_ext']}, commit {env['commit'][:12]}"
         + (" with uncommitted changes" if env["dirty"] else "")
         + f", {env['date']}",
@@ -330,6 +345,8 @@ def text(result: Json) -> str:
     lines = ["", heading(result["environment"], result["figures"]), "", LEGEND]
     for key, block in blocks(result["cases"]):
         baselines = baseline_names(block)
+        if not baselines:
+            continue  # none of its cases ran: the notes below say so
         rows = [["", *map(column_title, baselines), *CANDIDATE_HEAD]]
         for row in block:
             times = [milliseconds(row, name) for name in baselines]
@@ -351,7 +368,8 @@ def text(result: Json) -> str:
 
 def notes(result: Json) -> list[str]:
     """What is wrong, what did not run and why, and how much was checked."""
-    lines: list[str] = []
+    warning = busy(result["environment"])
+    lines = [f"note: {warning}"] if warning else []
     left_out: dict[tuple[str, str], list[str]] = {}
     for row in result["cases"]:
         case = f"{row['suite']} {row['shape']} {row['dtype']} {row['direction']}"
@@ -387,13 +405,16 @@ def markdown(result: Json) -> str:
     dirty = " with uncommitted changes" if env["dirty"] else ""
     copy = result["figures"]["copy_bandwidth"]["per_second"] / 1e9
     lines = [
-        f"Measured on {env['date'][:10]} on {where}, {env['threads']} threads, torch "
+        f"Measured on {env['date'][:10]} on {where}, {threads(env)}, torch "
         f"{env['torch']}, mfef_ext {env['mfef_ext']}, commit {env['commit'][:12]}{dirty}; copy "
         f"bandwidth {copy:.0f} GB/s. Milliseconds and ratios are medians of interleaved rounds, "
         'in brackets the 20th to 80th percentile of the ratios. "cl" is channels_last.',
     ]
+    lines += ["", *markdown_summary(result["summary"])]
     for (suite, dtype, direction), block in blocks(result["cases"]):
         baselines = baseline_names(block)
+        if not baselines:
+            continue
         backends = list(dict.fromkeys(b for row in block for b in case_candidates(row)))
         head = ["shape", *map(column_title, baselines)]
         for backend in backends:
@@ -405,21 +426,30 @@ def markdown(result: Json) -> str:
             for backend in backends:
                 cells += markdown_cells(row, backend)
             lines.append(row_of(cells))
-        for entry in result["summary"]:
-            if tuple(entry[k] for k in BLOCK) == (suite, dtype, direction):
-                layout = entry["candidate"].removesuffix(" contiguous")
-                star = "" if entry["all_baselines_ran"] else "\\*"
-                lines += [
-                    "",
-                    f"Geometric means, {layout}: {number(entry['against_eager'])}x eager "
-                    f"contiguous, {number(entry['against_fastest'])}x{star} the fastest baseline.",
-                ]
     if not all(row.get("all_baselines_ran", True) for row in result["cases"]):
         reasons = "; ".join(dict.fromkeys(missing_reasons(result["cases"])))
         lines += ["", f"\\* Of the baselines that ran; not run: {reasons}."]
+    if busy(env):
+        lines += ["", f"Note: {busy(env)}."]
     if options["quick"]:
         lines += ["", "A quick run: one shape per suite."]
     return "\n".join(lines)
+
+
+def markdown_summary(summary: list[Json]) -> list[str]:
+    """Geometric means of the candidates in contiguous layout, a line per block."""
+    head = ["suite", "dtype", "direction", "backend", "against eager contiguous"]
+    head += ["against the fastest baseline", "smallest of these"]
+    lines = [row_of(head), row_of(["---"] * 4 + ["---:"] * 3)]
+    for entry in summary:
+        backend, layout = entry["candidate"].rsplit(" ", 1)
+        if layout != "contiguous":
+            continue
+        star = "" if entry["all_baselines_ran"] else "\\*"
+        cells = [*(entry[k] for k in BLOCK), backend, f"{number(entry['against_eager'])}x"]
+        cells.append(f"{number(entry['against_fastest'])}x{star}")
+        lines.append(row_of([*cells, f"{number(entry['smallest_against_fastest'])}x{star}"]))
+    return lines
 
 
 def missing_reasons(rows: list[Json]) -> Iterator[str]:
@@ -494,7 +524,7 @@ def plot(result: Json, path: Path) -> bool:
     figure.legend(handles, texts, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     env = result["environment"]
     figure.suptitle(
-        f"mfef_block: {env['gpu'] or env['cpu']}, {env['threads']} threads, torch {env['torch']}",
+        f"mfef_block: {env['gpu'] or env['cpu']}, {threads(env)}, torch {env['torch']}",
         fontsize=11,
     )
     figure.savefig(path, dpi=130)

@@ -168,7 +168,7 @@ def fma_peak(device: str, dtype: torch.dtype, seconds: float = 0.1) -> dict[str,
         for worker in workers:
             worker.join()
         best = max(best, sum(done) / (time.perf_counter() - start))
-    how = f"mfef_ext._C.fma_chain, float32, {threads} threads, best of 5"
+    how = f"mfef_ext._C.fma_chain, float32, on {threads} Python thread(s), best of 5"
     return {"per_second": best, "how": how}
 
 
