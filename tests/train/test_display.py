@@ -1,0 +1,25 @@
+"""A terminal gets a moving bar, everything else one plain line per epoch."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from mfef_ext.train.display import Display
+
+ROW = {"epoch": 3, "loss": 1.25, "validation/student0": 97.5, "test/student0": 96.0}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_display(terminal):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=60, _environ={})
+    with Display(console, 12) as display:
+        for step in range(1, 6):
+            display.step(3, step, 5, 1.5)
+        display.epoch(ROW, 812.4)
+    line = "epoch  3/12  loss 1.250  validation %: student0 97.50  (812 images/s)\n"
+    if terminal:
+        assert line in out.getvalue() and "\x1b[" in out.getvalue() and "epoch 3 " in out.getvalue()
+    else:
+        assert out.getvalue() == line
