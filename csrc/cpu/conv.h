@@ -12,7 +12,9 @@
 //   kPixels  kLanes        1          rows are joined by k / 2 zeros; the map is one long row
 //
 // In the images plan, rows of taps outside the map are skipped by the caller ([ky_begin, ky_end)).
-// Accumulation runs over (input channel, ky, kx) in this order, whatever the tile.
+// Accumulation runs over (input channel, ky, kx) in this order, whatever the tile. No chain of additions
+// is longer than kChain: longer sums are cut into chains that are added up, so that the rounding error
+// grows with the square root of a chain, not of the sum.
 #pragma once
 
 #include "simd.h"
@@ -21,6 +23,8 @@ namespace mfef::cpu::MFEF_ISA {
 
 enum ConvLayout { kClip = 0, kPadded = 1, kPixels = 2 };
 constexpr int kLayouts = 3;
+
+constexpr int64_t kChain = 192;
 
 // Kernel sizes that are compiled as constants; every other odd size runs with the loop count as a
 // variable (entry 0).
@@ -55,7 +59,7 @@ struct ConvTile {
   T* y;
   int64_t y_channel;
   const T* init;    // one value per output channel to start from, or null
-  bool accumulate;  // start from y
+  bool accumulate;  // add to y
 };
 
 template <class T>
@@ -70,9 +74,7 @@ void conv_tile(const ConvTile<T>& a) {
   static_for<kOut>([&](auto o) {
     static_for<kPix>([&](auto p) {
       constexpr int o_ = decltype(o)::value, p_ = decltype(p)::value;
-      acc[o_][p_] = a.accumulate ? load(a.y + o_ * a.y_channel + p_ * kStep)
-                    : a.init     ? splat(a.init[o_])
-                                 : Vec<T>{};
+      acc[o_][p_] = a.init ? splat(a.init[o_]) : Vec<T>{};
     });
   });
   const int k = kK ? kK : a.k;
@@ -120,7 +122,8 @@ void conv_tile(const ConvTile<T>& a) {
   static_for<kOut>([&](auto o) {
     static_for<kPix>([&](auto p) {
       constexpr int o_ = decltype(o)::value, p_ = decltype(p)::value;
-      store(a.y + o_ * a.y_channel + p_ * kStep, acc[o_][p_]);
+      T* y = a.y + o_ * a.y_channel + p_ * kStep;
+      store(y, a.accumulate ? load(y) + acc[o_][p_] : acc[o_][p_]);
     });
   });
 }
@@ -137,6 +140,7 @@ struct WeightGradTile {
   int64_t rows, width;  // width in vectors
   int k;
   T* sums;  // [out][k * k] vectors, at this ky
+  bool accumulate;  // add to sums
 };
 
 template <class T>
@@ -200,7 +204,8 @@ void weight_grad_tile(const WeightGradTile<T>& a) {
     static_for<kOut>([&](auto o) {
       static_for<kTaps>([&](auto x) {
         constexpr int o_ = decltype(o)::value, kx = decltype(x)::value;
-        store(a.sums + (int64_t(o_) * k * k + kx0 + kx) * kStep, acc[o_][kx]);
+        T* sum = a.sums + (int64_t(o_) * k * k + kx0 + kx) * kStep;
+        store(sum, a.accumulate ? load(sum) + acc[o_][kx] : acc[o_][kx]);
       });
     });
   }
@@ -221,8 +226,7 @@ template <class T>
 struct ConvTableMaker {
   template <int kLayout, int kK, int kOut, int kPix>
   static constexpr ConvTileFn<T> conv() {
-    if constexpr ((kK == 0 || is_compiled_size<T>(kK)) && tile_fits(kOut, kPix) && !(kLayout == kClip && kK == 0) &&
-                  !(kLayout == kPixels && kPix == 7)) {
+    if constexpr ((kK == 0 || is_compiled_size<T>(kK)) && tile_fits(kOut, kPix) && !(kLayout == kClip && kK == 0)) {
       return &conv_tile<T, kK, kOut, kPix, kLayout>;
     } else {
       return nullptr;

@@ -131,16 +131,15 @@ void conv_map(const ConvMap<T>& map, const T* x, const T* packed, const T* init,
   ConvTile<T> tile;
   tile.x_channel = map.channel;
   tile.x_row = pixels ? map.pitch : map.pitch * L;
-  tile.channels = in_group;
   tile.k = map.k;
   tile.ky_begin = 0;
   tile.ky_end = map.k;
   tile.y_channel = map.out_channel;
-  tile.accumulate = accumulate;
+  const int64_t taps = int64_t(map.k) * map.k;
+  const int64_t chains = least((in_group * taps + kChain - 1) / kChain, in_group);
+  const int64_t chain = (in_group + chains - 1) / chains;  // input channels of a chain
 
   auto run_row = [&](int64_t g, int64_t h, int64_t o, int out, const T* weights) {
-    tile.weights = weights;
-    tile.init = init ? init + g * out_group + o : nullptr;
     const T* group = x + g * in_group * map.channel;
     if (!pixels) {
       tile.ky_begin = int(most<int64_t>(0, radius - h));
@@ -150,9 +149,15 @@ void conv_map(const ConvMap<T>& map, const T* x, const T* packed, const T* init,
     T* row = y + (g * out_group + o) * map.out_channel + (pixels ? 0 : h * map.width * L);
     for (int64_t w = 0; w < width;) {
       const int pix = map.layout == kClip ? int(width) : next_pix(width - w, map.main_pix);
-      tile.x = group + w * L;
       tile.y = row + w * L;
-      table.conv[map.layout][ki][out_index(out)][pix_index(pix)](tile);
+      for (int64_t i = 0; i < in_group; i += chain) {
+        tile.x = group + i * map.channel + w * L;
+        tile.channels = least(chain, in_group - i);
+        tile.weights = weights + i * taps * out;
+        tile.init = init && i == 0 ? init + g * out_group + o : nullptr;
+        tile.accumulate = accumulate || i > 0;
+        table.conv[map.layout][ki][out_index(out)][pix_index(pix)](tile);
+      }
       w += pix;
     }
   };
@@ -199,7 +204,6 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
   tile.x_row = pixels ? map.pitch : map.pitch * L;
   tile.dy_row = map.width * L;
   tile.dy_channel = dy_channel;
-  tile.width = pixels ? map.vectors : map.width;
   for (int64_t g = 0; g < map.groups; ++g) {
     for (int64_t o = 0; o < out_group;) {
       int out = 1;
@@ -213,18 +217,31 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
         const T* channel = x + (g * in_group + i) * map.channel;
         for (int ky = 0; ky < map.k; ++ky) {
           tile.sums = scratch + int64_t(ky) * map.k * L;
+          tile.accumulate = false;
+          auto run = [&](const T* x_at, const T* dy_at, int64_t rows, int64_t width) {
+            tile.x = x_at;
+            tile.dy = dy_at;
+            tile.rows = rows;
+            tile.width = width;
+            table.weight_grad[map.layout][ki][out_index(out)][pi](tile);
+            tile.accumulate = true;
+          };
           if (pixels) {
-            tile.rows = 1;
-            tile.x = channel + ky * map.pitch;
-            tile.dy = dy_tile;
+            for (int64_t p = 0; p < map.vectors; p += kChain) {
+              run(channel + ky * map.pitch + p * L, dy_tile + p * L, 1, least(kChain, map.vectors - p));
+            }
           } else {
             const int64_t first = most<int64_t>(0, radius - ky);
             const int64_t last = least<int64_t>(map.height, map.height + radius - ky);
-            tile.rows = most<int64_t>(0, last - first);
-            tile.x = channel + (tile.rows ? first + ky - radius : 0) * tile.x_row;
-            tile.dy = dy_tile + (tile.rows ? first : 0) * tile.dy_row;
+            const int64_t band = most<int64_t>(1, kChain / map.width);
+            int64_t h = first;
+            do {  // once also without a row, for the sums to be written
+              const int64_t rows = most<int64_t>(0, least(band, last - h));
+              run(rows ? channel + (h + ky - radius) * tile.x_row : channel,
+                  rows ? dy_tile + h * tile.dy_row : dy_tile, rows, map.width);
+              h += band;
+            } while (h < last);
           }
-          table.weight_grad[map.layout][ki][out_index(out)][pi](tile);
         }
         T* grad = grads + ((g * out_group + o) * in_group + i) * taps;
         for (int j = 0; j < out; ++j, grad += in_group * taps) {
