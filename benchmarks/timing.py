@@ -20,6 +20,8 @@ from torch import Tensor
 # costs are then small, and both sides of a ratio see the same caches.
 SAMPLE_SECONDS = 2e-3
 MAX_CALLS = 50
+# A step that takes this long has warmed everything up in one call.
+WARM_ENOUGH = 0.1
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,10 @@ def interleave(
     """
     calls = {}
     for name, step in steps.items():
-        # The first call of the two may still build something; the second says how long one takes.
-        seconds_per_call(step, 1, device)
         once = seconds_per_call(step, 1, device)
+        if once < WARM_ENOUGH:
+            # The first call may have built something; the second says how long one takes.
+            once = seconds_per_call(step, 1, device)
         calls[name] = max(1, min(MAX_CALLS, round(SAMPLE_SECONDS / max(once, 1e-9))))
     names = list(steps)
     series: dict[str, list[float]] = {name: [] for name in names}
