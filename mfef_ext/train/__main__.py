@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _train_and_report(config)
     except UsageError as error:
         return _refuse(str(error), USAGE)
-    except OSError as error:  # the disk is full or gone: a checkpoint is whole or not replaced
-        return _refuse(f"cannot write {error.filename}: {error.strerror}; make room", FILES)
+    except OSError as error:  # a full disk has no file name; the last checkpoint is whole
+        return _refuse(f"a file could not be written ({error}); make room and try again", FILES)
     except NotFiniteError as error:
         return _refuse(
             f"stopped: {error}; try a smaller --lr. The last good epoch is kept: "
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"stopped: {error}. The last whole epoch is kept: mfef show {error.folder}",
             INTERRUPTED,
         )
+    except KeyboardInterrupt:  # before the first step, after the last, or for the second time
+        return _refuse("stopped at once; checkpoints already written are whole", INTERRUPTED)
     return DONE
 
 

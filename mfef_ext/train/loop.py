@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,11 +97,14 @@ def prepare(config: TrainConfig) -> Run:
         **{name: values[name] for name in method_options(config.method)},
     ).to(device)
     try:
-        accuracy(distiller, data.Images(dataset.test.x[:2], dataset.test.y[:2]))
-    except RuntimeError as error:
-        if config.backend is None:
+        with torch.no_grad():
+            distiller.eval()(dataset.test.x[:2], dataset.test.y[:2])
+    except (RuntimeError, ValueError) as error:
+        forced = os.environ.get("MFEF_BACKEND")
+        if not (config.backend or forced):
             raise
-        raise UsageError(f"--backend={config.backend} does not work here: {error}") from error
+        asked = f"--backend={config.backend}" if config.backend else f"MFEF_BACKEND={forced}"
+        raise UsageError(f"{asked} does not work here: {error}") from error
     optimizer = torch.optim.SGD(
         distiller.parameter_groups(),
         lr=config.lr,

@@ -94,8 +94,8 @@ def draw_gates(run: Run, path: Path) -> bool:
         return False
     # Both are brought to one size: pixels stay squares, the coarser gate becomes smooth.
     size = 8 * max(x.shape[2:])
-    pixels = F.interpolate((x - x.min()) / (x.max() - x.min()), size=size)
-    pixels = pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
+    large = F.interpolate((x - x.min()) / (x.max() - x.min()), size=size)
+    pixels = large.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
     rows, columns = 1 + len(gates), len(first)
     figure = Figure(figsize=(1.35 * columns + 1.4, 1.75 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)

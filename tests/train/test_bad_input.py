@@ -1,5 +1,7 @@
 """What cannot be done is refused: one sentence, exit status 2, nothing written."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -94,6 +96,16 @@ def test_runs_that_is_a_file_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("mine")
     refused(["--dataset", "fake"], capsys, "--out=runs/mfef-fake-001 cannot be written")
+
+
+def test_a_backend_forced_by_the_environment_is_named(tmp_path):
+    # Read when the package is imported, so in a process of its own.
+    command = [sys.executable, "-m", "mfef_ext.train", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "MFEF_BACKEND": "cuda"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "MFEF_BACKEND=cuda does not work here: " in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_extras_are_named(capsys, monkeypatch):

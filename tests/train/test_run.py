@@ -224,6 +224,31 @@ def test_a_signal_stops_at_a_step_and_leaves_a_whole_checkpoint(tmp_path, number
     assert not list(path.glob("*.writing")) and not list(path.glob("student*"))
 
 
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
+    written = []
+
+    def replace(source, target, os_replace=os.replace):
+        written.append(target)
+        if len(written) == 2:  # the first is the checkpoint before training
+            raise OSError(28, "No space left on device")
+        os_replace(source, target)
+
+    monkeypatch.setattr("os.replace", replace)
+    path = tmp_path / "run"
+    assert main([*QUICK, "--out", str(path), "--method", "ce"]) == 4
+    assert "No space left on device" in capsys.readouterr().err
+    assert checkpoint.load(path / "last.ckpt")["epoch"] == 0
+
+
+def test_ctrl_c_outside_the_steps_is_not_a_traceback(tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "prepare", interrupted)
+    assert main([*QUICK, "--out", str(tmp_path / "run")]) == 75
+    assert "stopped at once" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_mfef_students_recognise_97_percent_of_held_out_digits(tmp_path):
     assert main(["--epochs", "8", "--threads", "1", "--out", str(tmp_path / "run")]) == 0
