@@ -507,11 +507,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print("compiling the torch.compile baselines ...", flush=True)
         compiled = compile_all(cases, device, threads, budget.left() - reserve)
     rows = []
+    since = timing.processor_seconds()
     # float32 of every suite first: what the budget cannot hold is then bfloat16.
     for i, case in enumerate(sorted(cases, key=lambda c: c.dtype != "float32")):
         rows.append(run_case(case, options, budget, len(cases) - i, compiled))
         print(report.progress_line(rows[-1]), flush=True)
     figures = larger_figures(figures, machine_figures(device, options.dtype, options.quick))
+    environment["share_of_others"] = timing.share_of_others(since)
     for row in rows:
         add_achieved(row, figures)
     return report.assemble(environment, figures, vars(options), rows)

@@ -22,6 +22,8 @@ import mfef_ext
 
 Json = dict[str, Any]
 SCHEMA = 1
+# Other processes may take this share of the cores while a run still counts as undisturbed.
+QUIET = 0.05
 # One block of a table: the rows that share these.
 BLOCK = ("suite", "dtype", "direction")
 
@@ -39,7 +41,6 @@ def environment(device: str) -> Json:
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "device": device,
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "mfef_ext": mfef_ext.__version__,
@@ -100,12 +101,17 @@ def assemble(env: Json, figures: Json, options: Json, rows: list[Json]) -> Json:
 
 
 def busy(env: Json) -> str:
-    """A warning when other processes kept the cores busy as the run began, or ""."""
-    if env["load"] <= env["cores"] / 2:
+    """A warning when other processes took part of the cores while cases were timed, or "".
+
+    It matters more than a longer time: an implementation with many parallel regions, as eager
+    PyTorch, waits for its slowest thread in each, so a busy machine flatters the fused one.
+    """
+    share = env["share_of_others"]
+    if share is None or share <= QUIET:
         return ""
     return (
-        f"the machine was busy when the run began (load {env['load']:g} on {env['cores']} cores): "
-        "threads wait for each other, so times are too long and ratios uncertain"
+        f"other processes took {percent(share)} of the cores while this was timed: threads waited "
+        "for them, times are too long and the ratios are not to be relied on"
     )
 
 
@@ -166,8 +172,8 @@ def write(result: Json, folder: Path) -> str:
 def write_csv(result: Json, path: Path) -> None:
     """One line per case and contestant; each line says where it ran."""
     env = result["environment"]
-    machine = ("date", "cpu", "cores", "memory_gib", "gpu", "device", "threads", "isa", "torch")
-    versions = ("python", "mfef_ext", "commit", "dirty")
+    machine = ("date", "cpu", "cores", "memory_gib", "gpu", "device", "threads", "isa")
+    versions = ("share_of_others", "torch", "python", "mfef_ext", "commit", "dirty")
     shape = ("suite", "shape", "groups", "dtype", "direction")
     timed = ("kind", "status", "reason", "rounds", "median", "p20", "p80")
     fractions = ("naive_of_peak", "real_of_peak", "bytes_of_copy")

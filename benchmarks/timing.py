@@ -189,6 +189,30 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def processor_seconds() -> tuple[float, float, float] | None:
+    """Seconds so far of all cores: busy, in all, and those of this process; None off Linux."""
+    try:
+        line = Path("/proc/stat").read_text().split("\n", 1)[0]
+    except OSError:
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, steal; the guests' are in the first two.
+    ticks = [int(field) for field in line.split()[1:9]]
+    second = os.sysconf("SC_CLK_TCK")
+    idle = ticks[3] + ticks[4]
+    own = time.process_time()
+    return (sum(ticks) - idle) / second, sum(ticks) / second, own
+
+
+def share_of_others(since: tuple[float, float, float] | None) -> float | None:
+    """The share of the cores' time that other processes (and other guests of the host, where it
+    tells) took since :func:`processor_seconds`."""
+    now = processor_seconds()
+    if since is None or now is None or now[1] <= since[1]:
+        return None
+    busy, every, own = (b - a for a, b in zip(since, now, strict=True))
+    return max(0.0, busy - own) / every
+
+
 def copy_bandwidth(device: str, quick: bool = False) -> dict[str, Any]:
     """Bytes ``per_second``, read and written by a copy of a tensor larger than the caches, and
     ``how`` it was measured."""

@@ -145,6 +145,15 @@ def test_terminal_table_and_markdown_come_from_the_json(finished, capsys):
     assert "--no-compile" in table  # the asterisk is explained
 
 
+def test_a_disturbed_run_says_so(finished):
+    result = report.read_json(finished[0] / "results.json")
+    result["environment"]["share_of_others"] = 0.4
+    for shown in (report.text(result), report.markdown(result)):
+        assert "other processes took 40% of the cores" in shown
+    result["environment"]["share_of_others"] = 0.01
+    assert "other processes" not in report.text(result) + report.markdown(result)
+
+
 def test_without_matplotlib_the_plot_is_left_out_and_said(finished, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = report.write(report.read_json(finished[0] / "results.json"), tmp_path)

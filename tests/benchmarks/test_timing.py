@@ -87,3 +87,10 @@ def test_fma_peak_adds_up_the_threads(monkeypatch):
     monkeypatch.setattr(timing.torch, "get_num_threads", lambda: 3)
     peak = timing.fma_peak("cpu", torch.float32, seconds=0.02)["per_second"]
     assert 1.5e10 < peak <= 3e10  # three sleepers of 1e10 per second each
+
+
+def test_the_share_of_others_leaves_out_this_process(monkeypatch):
+    monkeypatch.setattr(timing, "processor_seconds", lambda: (130.0, 220.0, 24.0))
+    # 30 of 120 seconds were busy, 20 of them our own.
+    assert timing.share_of_others((100.0, 100.0, 4.0)) == pytest.approx(10 / 120)
+    assert timing.share_of_others(None) is None
