@@ -139,7 +139,7 @@ struct WeightGradTile {
   int64_t dy_row, dy_channel;
   int64_t rows, width;  // width in vectors
   int k;
-  T* sums;  // [out][k * k] vectors, at this ky
+  T* sums;  // [out][k * k] vectors, at this ky; kClip leaves out taps that never meet the row
   bool accumulate;  // add to sums
 };
 
@@ -204,6 +204,7 @@ void weight_grad_tile(const WeightGradTile<T>& a) {
     static_for<kOut>([&](auto o) {
       static_for<kTaps>([&](auto x) {
         constexpr int o_ = decltype(o)::value, kx = decltype(x)::value;
+        if constexpr (kLayout == kClip && (kx - kRadius >= kPix || kRadius - kx >= kPix)) return;
         T* sum = a.sums + (int64_t(o_) * k * k + kx0 + kx) * kStep;
         store(sum, a.accumulate ? load(sum) + acc[o_][kx] : acc[o_][kx]);
       });

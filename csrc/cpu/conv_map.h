@@ -199,6 +199,12 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
   const bool pixels = map.layout == kPixels;
   const int pi = map.layout == kClip ? pix_index(int(map.width)) : 0;
 
+  // Taps that meet the map at all; the gradient of the others is zero.
+  const int ky_begin = int(most<int64_t>(0, radius - (map.height - 1)));
+  const int ky_end = int(least<int64_t>(map.k, radius + map.height));
+  const int kx_begin = int(most<int64_t>(0, radius - (map.width - 1)));
+  const int kx_end = int(least<int64_t>(map.k, radius + map.width));
+
   WeightGradTile<T> tile;
   tile.k = map.k;
   tile.x_row = pixels ? map.pitch : map.pitch * L;
@@ -215,7 +221,7 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
       const T* dy_tile = dy + (g * out_group + o) * dy_channel;
       for (int64_t i = 0; i < in_group; ++i) {
         const T* channel = x + (g * in_group + i) * map.channel;
-        for (int ky = 0; ky < map.k; ++ky) {
+        for (int ky = ky_begin; ky < ky_end; ++ky) {
           tile.sums = scratch + int64_t(ky) * map.k * L;
           tile.accumulate = false;
           auto run = [&](const T* x_at, const T* dy_at, int64_t rows, int64_t width) {
@@ -235,25 +241,36 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
             const int64_t last = least<int64_t>(map.height, map.height + radius - ky);
             const int64_t band = most<int64_t>(1, kChain / map.width);
             int64_t h = first;
-            do {  // once also without a row, for the sums to be written
-              const int64_t rows = most<int64_t>(0, least(band, last - h));
-              run(rows ? channel + (h + ky - radius) * tile.x_row : channel,
-                  rows ? dy_tile + h * tile.dy_row : dy_tile, rows, map.width);
-              h += band;
-            } while (h < last);
+            for (; h < last; h += band) {
+              run(channel + (h + ky - radius) * tile.x_row, dy_tile + h * tile.dy_row, least(band, last - h), map.width);
+            }
           }
         }
+        // Sums of lanes, kLanes of them at a time, over the taps that meet the map.
         T* grad = grads + ((g * out_group + o) * in_group + i) * taps;
-        for (int j = 0; j < out; ++j, grad += in_group * taps) {
-          const T* sums = scratch + j * taps * L;
-          for (int64_t t = 0; t < taps; t += L) {
-            Vec<T> lanes[L];
-            const int count = int(least<int64_t>(L, taps - t));
-            for (int r = 0; r < L; ++r) lanes[r] = r < count ? load(sums + (t + r) * L) : Vec<T>{};
-            T total[L];
-            store(total, sums_of_lanes<T>(lanes));
-            for (int r = 0; r < count; ++r) grad[t + r] += total[r];
+        const int64_t count = out * (ky_end - ky_begin) * (kx_end - kx_begin);
+        int64_t j = 0;
+        int ky = ky_begin, kx = kx_begin;
+        for (int64_t t = 0; t < count; t += L) {
+          Vec<T> lanes[L];
+          T* places[L];
+          const int filled = int(least<int64_t>(L, count - t));
+          for (int r = 0; r < filled; ++r) {
+            const int64_t tap = int64_t(ky) * map.k + kx;
+            lanes[r] = load(scratch + (j * taps + tap) * L);
+            places[r] = grad + j * in_group * taps + tap;
+            if (++kx == kx_end) {
+              kx = kx_begin;
+              if (++ky == ky_end) {
+                ky = ky_begin;
+                ++j;
+              }
+            }
           }
+          for (int r = filled; r < L; ++r) lanes[r] = Vec<T>{};
+          T total[L];
+          store(total, sums_of_lanes<T>(lanes));
+          for (int r = 0; r < filled; ++r) *places[r] += total[r];
         }
       }
       o += out;

@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
+#include <utility>
 
 #include "common/problem.h"
 #include "isa.h"
@@ -23,52 +23,57 @@ void* allocate(int64_t bytes) {
   return std::aligned_alloc(64, rounded);
 }
 
-Buffer buffer(int64_t bytes) {
-  void* p = allocate(bytes);
-  if (!p) throw std::bad_alloc();
-  return Buffer(p);
-}
-
-// Scratch is kept from call to call, up to kKept bytes a thread: fresh pages cost as much as the
-// kernels that write them.
-class Scratch {
+// Buffers are kept from call to call, up to kKept bytes a thread: fresh pages cost as much as the kernels
+// that write them.
+class Pool {
  public:
-  void* at_least(int64_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      size_ = 0;
-      memory_.reset(allocate(bytes));
-      if (memory_) size_ = bytes;
+  // A buffer of at least `bytes`; null if there is no memory.
+  struct Piece {
+    Buffer memory;
+    int64_t size = 0;
+  };
+  Piece take(int64_t bytes) {
+    size_t best = pieces_.size();
+    for (size_t i = 0; i < pieces_.size(); ++i) {
+      const bool fits = pieces_[i].size >= bytes && pieces_[i].size <= 2 * bytes + 4096;
+      if (fits && (best == pieces_.size() || pieces_[i].size < pieces_[best].size)) best = i;
     }
-    return memory_.get();
+    if (best == pieces_.size()) return {Buffer(allocate(bytes)), bytes};
+    Piece piece = std::move(pieces_[best]);
+    pieces_.erase(pieces_.begin() + std::ptrdiff_t(best));
+    kept_ -= piece.size;
+    return piece;
   }
-  void trim() {
-    if (size_ > kKept) {
-      memory_.reset();
-      size_ = 0;
+  void give(Piece piece) {
+    if (piece.size > kKept || !piece.memory) return;
+    while (kept_ + piece.size > kKept) {  // the oldest go first
+      kept_ -= pieces_.front().size;
+      pieces_.erase(pieces_.begin());
     }
+    kept_ += piece.size;
+    pieces_.push_back(std::move(piece));
   }
 
  private:
   static constexpr int64_t kKept = int64_t(64) << 20;
-  Buffer memory_;
-  int64_t size_ = 0;
+  std::vector<Piece> pieces_;
+  int64_t kept_ = 0;
 };
 
-thread_local Scratch scratch;
+thread_local Pool pool;
 
 // f(begin, end, scratch) over [0, count) on torch's threads.
 template <class F>
 void parallel(int64_t count, int64_t scratch_bytes, const F& f) {
   std::atomic<bool> out_of_memory{false};
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    void* memory = scratch.at_least(scratch_bytes);
-    if (!memory) {
+    Pool::Piece scratch = pool.take(scratch_bytes);
+    if (!scratch.memory) {
       out_of_memory = true;  // an exception must not leave a worker thread
       return;
     }
-    f(begin, end, memory);
-    scratch.trim();
+    f(begin, end, scratch.memory.get());
+    pool.give(std::move(scratch));
   });
   STD_TORCH_CHECK(!out_of_memory, "mfef: not enough memory for ", scratch_bytes, " bytes of scratch per thread");
 }
@@ -127,6 +132,10 @@ void widen_to(const Tensor& t, Element e, void* to) {
     for_each_element(t, [&](int64_t i) { *at++ = static_cast<const double*>(from)[i]; });
   } else if (e == Element::kFloat) {
     float* at = static_cast<float*>(to);
+    if (t.is_contiguous()) {
+      std::memcpy(at, from, size_t(t.numel()) * sizeof(float));
+      return;
+    }
     for_each_element(t, [&](int64_t i) { *at++ = static_cast<const float*>(from)[i]; });
   } else {
     float* at = static_cast<float*>(to);
@@ -169,6 +178,11 @@ Map map_of(const Tensor& t) {
 // BlockArgs with the memory that it points to.
 class Call {
  public:
+  Call(const Call&) = delete;
+  ~Call() {
+    for (Pool::Piece& piece : memory_) pool.give(std::move(piece));
+  }
+
   Call(const Tensor& x, const MapSize& size) {
     args.element = element_of(x);
     args.batch = size.n;
@@ -291,8 +305,10 @@ class Call {
   }
 
   void* room(int64_t elements) {
-    memory_.push_back(buffer(elements * compute_size(args.element)));
-    return memory_.back().get();
+    const int64_t bytes = elements * compute_size(args.element);
+    memory_.push_back(pool.take(bytes));
+    STD_TORCH_CHECK(memory_.back().memory, "mfef: not enough memory for ", bytes, " bytes");
+    return memory_.back().memory.get();
   }
 
   const void* parameter(const Tensor& t) {
@@ -301,7 +317,7 @@ class Call {
     return to;
   }
 
-  std::vector<Buffer> memory_;
+  std::vector<Pool::Piece> memory_;
   int64_t weight_count_ = 0;
 };
 
