@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/pool.h"
 
 namespace py = pybind11;
 
@@ -74,6 +75,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_cpu_plan", &mfef::cpu::force_plan, py::arg("name"));
   m.def("cpu_plan", &cpu_plan, py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"),
         py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("dtype"));
+  m.def(
+      "poison_buffers", [](bool on) { mfef::cpu::poison_buffers = on; }, py::arg("on"),
+      "For tests: fills every buffer of the kernels with NaN before use.");
   m.def(
       "fma_chain", [](int64_t iterations) { return mfef::cpu::kernels().fma_chain(iterations); }, py::arg("iterations"),
       py::call_guard<py::gil_scoped_release>(),

@@ -1,11 +1,191 @@
-"""What was built, what would run, and why."""
+"""What was built, what would run where, and why."""
 
 from __future__ import annotations
 
+import platform
+import sys
 
-def build_info() -> dict:
-    raise NotImplementedError
+import torch
+from torch import Tensor, nn
+
+from . import _C, backends, ops
+from .modules import DualAttention, MFEFBlock, MultiScaleConv2d
+from .problem import (
+    Problem,
+    describe_dual_attention,
+    describe_mfef_block,
+    describe_multi_scale_conv2d,
+)
+from .version import __version__
 
 
-def explain(x, block) -> str:
-    raise NotImplementedError
+def build_info() -> dict[str, object]:
+    """What this installation was built from and for, and what it uses here.
+
+    Keys: version, compiler, torch_built_against, torch (the one running), cuda (compiled by what
+    and for which architectures, or why not), cuda_loaded, cpu_isas_built, cpu_isas_usable (on this
+    processor), isa_used.
+    """
+    info: dict[str, object] = dict(_C.build_info())
+    info["torch"] = torch.__version__
+    info["cuda_loaded"] = ops.CUDA_LOADED
+    info["isa_used"] = _C.cpu_isa()
+    return info
+
+
+class Explanation(str):
+    """A text that shows itself line by line at a prompt too."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _describe(x: Tensor, block: nn.Module) -> list[Problem]:
+    """The problems that one forward of ``block`` poses."""
+
+    def attention_problem(a: DualAttention, y: Tensor) -> Problem:
+        return describe_dual_attention(
+            y, a.fc1_weight, a.fc1_bias, a.fc2_weight, a.fc2_bias, a.spatial_weight
+        )
+
+    def conv_problems(c: MultiScaleConv2d) -> list[Problem]:
+        weights = list(c.weights)
+        if c.mode != "hierarchical":
+            return [describe_multi_scale_conv2d(x, weights, c.groups, c.mode == "split", c.bias)]
+        part = c.channels // len(weights)
+        return [
+            describe_multi_scale_conv2d(x[:, :part], [w], [g], True, None)
+            for w, g in zip(weights, c.groups, strict=True)
+        ]
+
+    if isinstance(block, DualAttention):
+        return [attention_problem(block, x)]
+    if isinstance(block, MultiScaleConv2d):
+        return conv_problems(block)
+    if isinstance(block, MFEFBlock):
+        c, a = block.conv, block.attention
+        if c.mode == "hierarchical":
+            return [*conv_problems(c), attention_problem(a, x)]
+        return [
+            describe_mfef_block(
+                x,
+                list(c.weights),
+                c.groups,
+                a.fc1_weight,
+                a.fc1_bias,
+                a.fc2_weight,
+                a.fc2_bias,
+                a.spatial_weight,
+                c.mode == "split",
+            )
+        ]
+    raise TypeError(
+        f"block must be an MFEFBlock, MultiScaleConv2d or DualAttention, got {type(block).__name__}"
+    )
+
+
+def cpu_plan(problem: Problem) -> dict[str, object]:
+    """How the CPU kernels would run a problem: ISA, lanes, plan, units of work, scratch bytes."""
+    return _C.cpu_plan(
+        batch=problem.batch,
+        channels=problem.channels,
+        height=problem.height,
+        width=problem.width,
+        branches=[
+            (b.in_channels, b.out_channels, b.groups, b.kernel_size) for b in problem.branches
+        ],
+        split=problem.split,
+        hidden=problem.hidden,
+        spatial_k=problem.spatial_kernel_size,
+        dtype=str(problem.dtype).removeprefix("torch."),
+    )
+
+
+_PLAN_TEXT = {
+    "images": "images plan: {lanes} images in the lanes of a vector, {units} block(s) of images",
+    "pixels": "pixels plan: {lanes} neighbouring pixels in the lanes, {units} image(s)",
+}
+
+
+def _explain_problem(problem: Problem, forced: str | None) -> list[str]:
+    shape = (problem.batch, problem.channels, problem.height, problem.width)
+    dtype = str(problem.dtype).removeprefix("torch.")
+    lines = [f"{problem.op} on {shape}, {dtype}, {problem.device}"]
+    try:
+        chosen = backends.choose(problem, forced)
+    except RuntimeError as error:
+        return [*lines, f"  refused: {error}"]
+    why = "forced" if backends.forced_name(forced) else "the first that can"
+    lines.append(f"  runs on: {chosen.name} ({why})")
+    if chosen.name == "cpu":
+        plan = cpu_plan(problem)
+        kept = int(str(plan["backward_scratch_bytes"])) / 1024
+        text = _PLAN_TEXT[str(plan["plan"])].format(**plan)
+        lines.append(f"    {plan['isa']}, {text}; scratch {kept:,.0f} KiB a thread")
+    for name in backends.BACKEND_NAMES:
+        if name == chosen.name:
+            continue
+        ok, reason = backends.by_name(name).supports(problem)
+        lines.append(f"  {name}: {'could, but is not asked first' if ok else 'no, ' + reason}")
+    return lines
+
+
+def explain(x: Tensor, block: nn.Module) -> Explanation:
+    """Says which backend and algorithm ``block(x)`` would use, and why the others would not.
+
+    Args:
+        x: an (N, C, H, W) input of the block.
+        block: an ``MFEFBlock``, ``MultiScaleConv2d`` or ``DualAttention``.
+
+    Returns a text of a few lines; nothing is computed. Raises as the block would for bad input.
+    """
+    forced = getattr(block, "backend", None)
+    lines = [line for p in _describe(x, block) for line in _explain_problem(p, forced)]
+    return Explanation("\n".join(lines))
+
+
+def doctor() -> str:
+    """A report of what was built, what was found on this machine, and what is missing."""
+    info = build_info()
+    built, usable = list(_C.build_info()["cpu_isas_built"]), _C.build_info()["cpu_isas_usable"]
+    lines = [
+        f"mfef_ext {__version__}, Python {platform.python_version()}, torch {torch.__version__} "
+        f"(built against {info['torch_built_against']}, compiler {info['compiler']})",
+        f"CPU: kernels for {', '.join(built)}; this processor runs {', '.join(usable)}; "
+        f"in use: {info['isa_used']}; {torch.get_num_threads()} thread(s)",
+        f"CUDA library: {info['cuda']}; {'loaded' if info['cuda_loaded'] else 'not loaded'}",
+    ]
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        lines.append(f"GPUs: {', '.join(names)}")
+    else:
+        lines.append(
+            "GPUs: none usable by this torch"
+            + ("" if torch.version.cuda else " (it is a build without CUDA)")
+        )
+    for device_type in ("cpu", "cuda"):
+        order = " -> ".join(b.name for b in backends.order(device_type))
+        lines.append(f"backends for {device_type} tensors, in order: {order}")
+    for name in backends.BACKEND_NAMES:
+        operators = backends.by_name(name).operators
+        lines.append(f"  {name}: {', '.join(sorted(operators)) or 'no operator yet'}")
+    missing = [
+        extra
+        for extra in ("torchvision", "sklearn", "rich", "tyro", "safetensors", "matplotlib")
+        if not _importable(extra)
+    ]
+    lines.append(
+        "training extras: "
+        + (
+            f"missing {', '.join(missing)}: pip install 'mfef_ext[train]'"
+            if missing
+            else "all there"
+        )
+    )
+    return "\n".join(lines)
+
+
+def _importable(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return name in sys.modules or find_spec(name) is not None

@@ -144,9 +144,7 @@ class MultiScaleConv2d(nn.Module):
                 backend=self.backend,
             )
         if x.dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(
-                f"x must be (N, {self.channels}, H, W), got shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"x must be (N, {self.channels}, H, W), got shape {tuple(x.shape)}")
         part = self.channels // len(self.groups)
         outputs: list[Tensor] = []
         for i, (weight, g) in enumerate(zip(self.weights, self.groups, strict=True)):
@@ -365,16 +363,19 @@ class FeatureFusion(nn.Module):
         self.in_channels = tuple(in_channels)
         self.out_channels = out_channels
         total = sum(in_channels)
-        kw = {"device": device, "dtype": dtype}
-        self.depthwise = nn.Conv2d(total, total, 3, padding=1, groups=total, bias=False, **kw)
-        self.norm1 = nn.BatchNorm2d(total, **kw)
-        self.pointwise = nn.Conv2d(total, out_channels, 1, bias=False, **kw)
-        self.norm2 = nn.BatchNorm2d(out_channels, **kw)
+        self.depthwise = nn.Conv2d(
+            total, total, 3, padding=1, groups=total, bias=False, device=device, dtype=dtype
+        )
+        self.norm1 = nn.BatchNorm2d(total, device=device, dtype=dtype)
+        self.pointwise = nn.Conv2d(total, out_channels, 1, bias=False, device=device, dtype=dtype)
+        self.norm2 = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew and clears the running statistics."""
-        for layer in (self.depthwise, self.norm1, self.pointwise, self.norm2):
-            layer.reset_parameters()
+        self.depthwise.reset_parameters()
+        self.norm1.reset_parameters()
+        self.pointwise.reset_parameters()
+        self.norm2.reset_parameters()
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         if len(maps) != len(self.in_channels):
@@ -389,7 +390,7 @@ class FeatureFusion(nn.Module):
                 raise ValueError(
                     f"maps[{i}] has batch {m.shape[0]} but maps[0] has {maps[0].shape[0]}"
                 )
-        size = maps[0].shape[2:]
+        size = (maps[0].shape[2], maps[0].shape[3])
         aligned = [
             m if m.shape[2:] == size else nn.functional.adaptive_avg_pool2d(m, size) for m in maps
         ]

@@ -6,10 +6,18 @@ autograd formulas only pass tensors on; autocast converts to the autocast dtype,
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from . import _C as _C  # registers the operators
+from . import _C as _C  # registers the operators' schemas and CPU kernels
+
+# The CUDA library needs a torch with CUDA; in another one it could not be loaded.
+_cuda_library = Path(__file__).with_name("_C_cuda.so")
+CUDA_LOADED = torch.version.cuda is not None and _cuda_library.exists()
+if CUDA_LOADED:
+    torch.ops.load_library(str(_cuda_library))
 
 _lib = torch.library.Library("mfef", "IMPL")
 

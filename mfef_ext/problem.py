@@ -226,9 +226,7 @@ def describe_multi_scale_conv2d(
         total = sum(b.out_channels for b in branches)
         _check_shape("bias", bias, (total,), "one entry per output channel")
     n, c, h, w = x.shape
-    return Problem(
-        "multi_scale_conv2d", n, c, h, w, _effective_dtype(x), x.device, branches, split
-    )
+    return Problem("multi_scale_conv2d", n, c, h, w, _effective_dtype(x), x.device, branches, split)
 
 
 def describe_dual_attention(

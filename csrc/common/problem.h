@@ -64,13 +64,13 @@ struct BranchSize {
 
 // The branches of a multi-scale convolution of x; their output channels add up to *out_channels.
 inline std::vector<BranchSize> check_branches(const Tensor& x, const std::vector<Tensor>& weights,
-                                              const std::vector<int64_t>& groups, bool split,
-                                              size_t most_branches, int64_t* out_channels) {
+                                              const std::vector<int64_t>& groups, bool split, size_t most_branches,
+                                              int64_t* out_channels) {
   STD_TORCH_CHECK(!weights.empty(), "mfef: weights is empty");
-  STD_TORCH_CHECK(weights.size() <= most_branches, "mfef: weights has ", weights.size(),
-                  " branches, at most ", most_branches, " are supported");
-  STD_TORCH_CHECK(weights.size() == groups.size(), "mfef: weights has ", weights.size(),
-                  " branches but groups has ", groups.size(), " entries");
+  STD_TORCH_CHECK(weights.size() <= most_branches, "mfef: weights has ", weights.size(), " branches, at most ",
+                  most_branches, " are supported");
+  STD_TORCH_CHECK(weights.size() == groups.size(), "mfef: weights has ", weights.size(), " branches but groups has ",
+                  groups.size(), " entries");
   std::vector<BranchSize> branches;
   int64_t in = 0, out = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -81,7 +81,8 @@ inline std::vector<BranchSize> check_branches(const Tensor& x, const std::vector
     // Padded maps are addressed with k as an int; no useful kernel comes near this bound.
     STD_TORCH_CHECK(w.size(2) < 4096, "mfef: the kernel size of weights[", i, "] is ", w.size(2), ", at most 4095");
     const int64_t g = groups[i];
-    STD_TORCH_CHECK(g > 0 && g <= w.size(0) && w.size(0) % g == 0, "mfef: groups[", i, "]=", g, " must divide Cout=", w.size(0));
+    STD_TORCH_CHECK(g > 0 && g <= w.size(0) && w.size(0) % g == 0, "mfef: groups[", i, "]=", g,
+                    " must divide Cout=", w.size(0));
     STD_TORCH_CHECK(w.size(1) <= x.size(1) / g, "mfef: weights[", i, "] takes more channels than the input has");
     const BranchSize b{w.size(1) * g, w.size(0), g, w.size(2)};
     STD_TORCH_CHECK(split || b.in == x.size(1), "mfef: weights[", i, "] takes ", b.in, " channels but the input has ",
@@ -138,11 +139,11 @@ inline bool is_channels_last(const Tensor& x) {
 inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype,
                             const Tensor& like) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.device().type())),
-      like.device().index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.device().type())),
+                               like.device().index(), &handle));
   return Tensor(handle);
 }
 

@@ -33,8 +33,8 @@ MFEF_INLINE IVec<T> beats(Vec<T> v, Vec<T> m) {
 
 // to[j] = (init ? scale * init[j] : 0) + sum_i weights[j * row + i * col] * v[i], lane-wise.
 template <class T>
-void dense_layer(const T* weights, int64_t rows, int64_t cols, int64_t row, int64_t col, const T* v,
-                 const T* init, T scale, T* to) {
+void dense_layer(const T* weights, int64_t rows, int64_t cols, int64_t row, int64_t col, const T* v, const T* init,
+                 T scale, T* to) {
   constexpr int L = kLanes<T>;
   auto block = [&](int64_t j, auto count) {
     constexpr int kCount = decltype(count)::value;
@@ -332,8 +332,8 @@ struct AttentionImages {
     pack_weights<T>(spatial_back, true, static_cast<const T*>(args.spatial_weight), packed_back);
     conv_map<T>(spatial_back, bordered(spatial_back, 1, grad_gate), packed_back, nullptr, false, grad_pooled);
     if (args.need_parameters) {
-      weight_grad_map<T>(spatial, bordered(spatial, 2, pooled), grad_gate, pixels * L,
-                         partials + args.partial.spatial, sums);
+      weight_grad_map<T>(spatial, bordered(spatial, 2, pooled), grad_gate, pixels * L, partials + args.partial.spatial,
+                         sums);
     }
 
     // Through z = y * gate: grad becomes the part of dy that does not come through the pooling.
@@ -371,8 +371,8 @@ struct AttentionImages {
 
     // The MLP.
     hidden_layer();
-    dense_layer<T>(static_cast<const T*>(args.fc2_weight), args.hidden, channels, 1, args.hidden, grad_logit,
-                   nullptr, T(0), grad_hidden_mean);
+    dense_layer<T>(static_cast<const T*>(args.fc2_weight), args.hidden, channels, 1, args.hidden, grad_logit, nullptr,
+                   T(0), grad_hidden_mean);
     for (int64_t h = 0; h < args.hidden * L; h += L) {
       Vec<T> g = load(grad_hidden_mean + h);
       store(grad_hidden_mean + h, load(hidden_mean + h) <= Vec<T>{} ? Vec<T>{} : g);
@@ -384,10 +384,10 @@ struct AttentionImages {
     if (args.need_parameters) {
       scatter_rows<T, T, L>(grad_logit, 0, images, channels, rows);
       outer_products<T>(hidden_sum, args.hidden, rows, channels, images, partials + args.partial.fc2_weight);
-      outer_products<T>(grad_hidden_mean, args.hidden, static_cast<const T*>(args.mean) + image * channels,
-                        channels, images, partials + args.partial.fc1_weight);
-      outer_products<T>(grad_hidden_max, args.hidden, static_cast<const T*>(args.max) + image * channels,
-                        channels, images, partials + args.partial.fc1_weight);
+      outer_products<T>(grad_hidden_mean, args.hidden, static_cast<const T*>(args.mean) + image * channels, channels,
+                        images, partials + args.partial.fc1_weight);
+      outer_products<T>(grad_hidden_max, args.hidden, static_cast<const T*>(args.max) + image * channels, channels,
+                        images, partials + args.partial.fc1_weight);
       for (int r = 0; r < images; ++r) {
         for (int64_t i = 0; i < channels; ++i) partials[args.partial.fc2_bias + i] += 2 * rows[r * channels + i];
         for (int64_t h = 0; h < args.hidden; ++h) {

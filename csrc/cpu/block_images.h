@@ -89,10 +89,9 @@ struct BlockImages {
     }
     attention.forward(y);
     if (args.save) attention.save(image, images);
-    unpack_images<E, T>(args.result, image, images, 0, args.out, args.height, args.width,
-                        [&](int64_t c, int64_t p) {
-                          return value(c, p) * load(attention.gate + c * L) * load(attention.spatial_gate + p * L);
-                        });
+    unpack_images<E, T>(args.result, image, images, 0, args.out, args.height, args.width, [&](int64_t c, int64_t p) {
+      return value(c, p) * load(attention.gate + c * L) * load(attention.spatial_gate + p * L);
+    });
   }
 
   template <class E>

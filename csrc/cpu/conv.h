@@ -133,13 +133,13 @@ void conv_tile(const ConvTile<T>& a) {
 // caller adds up.
 template <class T>
 struct WeightGradTile {
-  const T* x;   // as in ConvTile, at the first row
+  const T* x;  // as in ConvTile, at the first row
   int64_t x_row;
   const T* dy;  // first output channel at the first row
   int64_t dy_row, dy_channel;
   int64_t rows, width;  // width in vectors
   int k;
-  T* sums;  // [out][k * k] vectors, at this ky; kClip leaves out taps that never meet the row
+  T* sums;          // [out][k * k] vectors, at this ky; kClip leaves out taps that never meet the row
   bool accumulate;  // add to sums
 };
 
@@ -161,9 +161,8 @@ void weight_grad_tile(const WeightGradTile<T>& a) {
   const int k = kK ? kK : a.k;
   for (int kx0 = 0; kx0 < k; kx0 += kTaps) {
     Vec<T> acc[kOut][kTaps];
-    static_for<kOut>([&](auto o) {
-      static_for<kTaps>([&](auto x) { acc[decltype(o)::value][decltype(x)::value] = Vec<T>{}; });
-    });
+    static_for<kOut>(
+        [&](auto o) { static_for<kTaps>([&](auto x) { acc[decltype(o)::value][decltype(x)::value] = Vec<T>{}; }); });
     const T* x_row = a.x + kx0 * kTap;
     const T* dy_row = a.dy;
     for (int64_t h = 0; h < a.rows; ++h) {
@@ -235,8 +234,8 @@ struct ConvTableMaker {
   }
   template <int kLayout, int kK, int kOut, int kPix>
   static constexpr WeightGradTileFn<T> weight_grad() {
-    if constexpr ((kK == 0 || is_compiled_size<T>(kK)) && weight_grad_fits(kOut, kK) && !(kLayout == kClip && kK == 0) &&
-                  (kLayout == kClip || kPix == 1)) {
+    if constexpr ((kK == 0 || is_compiled_size<T>(kK)) && weight_grad_fits(kOut, kK) &&
+                  !(kLayout == kClip && kK == 0) && (kLayout == kClip || kPix == 1)) {
       return &weight_grad_tile<T, kK, kOut, kPix, kLayout>;
     } else {
       return nullptr;
@@ -248,11 +247,10 @@ struct ConvTableMaker {
       static_for<kKernelSizeCount>([&](auto k) {
         static_for<kOutCount>([&](auto out) {
           static_for<kPixCount>([&](auto pix) {
-            constexpr int l = decltype(layout)::value, ki = decltype(k)::value,
-                          o = decltype(out)::value, p = decltype(pix)::value;
+            constexpr int l = decltype(layout)::value, ki = decltype(k)::value, o = decltype(out)::value,
+                          p = decltype(pix)::value;
             table.conv[l][ki][o][p] = conv<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();
-            table.weight_grad[l][ki][o][p] =
-                weight_grad<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();
+            table.weight_grad[l][ki][o][p] = weight_grad<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();
           });
         });
       });

@@ -39,12 +39,12 @@ struct ConvMap {
   int64_t in, out, groups, height, width;
   int k;
   ConvLayout layout;
-  int64_t pitch;         // from row to row of the padded input: in vectors (images), elements (pixels)
-  int64_t lead;          // zeros before the first pixel
-  int64_t channel;       // length of one padded input channel
-  int64_t vectors;       // kPixels: vectors of one output channel
-  int64_t out_channel;   // length of one output channel
-  int main_pix;          // widest tile
+  int64_t pitch;        // from row to row of the padded input: in vectors (images), elements (pixels)
+  int64_t lead;         // zeros before the first pixel
+  int64_t channel;      // length of one padded input channel
+  int64_t vectors;      // kPixels: vectors of one output channel
+  int64_t out_channel;  // length of one output channel
+  int main_pix;         // widest tile
 
   int64_t in_group() const { return in / groups; }
   int64_t out_group() const { return out / groups; }
@@ -52,8 +52,7 @@ struct ConvMap {
 };
 
 template <class T>
-MFEF_INLINE ConvMap<T> images_map(int64_t in, int64_t out, int64_t groups, int64_t k, int64_t height,
-                                  int64_t width) {
+MFEF_INLINE ConvMap<T> images_map(int64_t in, int64_t out, int64_t groups, int64_t k, int64_t height, int64_t width) {
   ConvMap<T> m{};
   m.in = in;
   m.out = out;
@@ -61,8 +60,7 @@ MFEF_INLINE ConvMap<T> images_map(int64_t in, int64_t out, int64_t groups, int64
   m.k = int(k);
   m.height = height;
   m.width = width;
-  const bool clip = is_compiled_size<T>(k) &&
-                    (width == 1 || width == 2 || width == 4 || width == 7 || width == 8);
+  const bool clip = is_compiled_size<T>(k) && (width == 1 || width == 2 || width == 4 || width == 7 || width == 8);
   m.layout = clip ? kClip : kPadded;
   m.pitch = clip ? width : width + 2 * (k / 2);
   m.lead = clip ? 0 : (k / 2) * kLanes<T>;
@@ -73,8 +71,7 @@ MFEF_INLINE ConvMap<T> images_map(int64_t in, int64_t out, int64_t groups, int64
 }
 
 template <class T>
-MFEF_INLINE ConvMap<T> pixels_map(int64_t in, int64_t out, int64_t groups, int64_t k, int64_t height,
-                                  int64_t width) {
+MFEF_INLINE ConvMap<T> pixels_map(int64_t in, int64_t out, int64_t groups, int64_t k, int64_t height, int64_t width) {
   ConvMap<T> m{};
   m.in = in;
   m.out = out;
@@ -183,7 +180,7 @@ void conv_map(const ConvMap<T>& map, const T* x, const T* packed, const T* init,
 // Elements of scratch that weight_grad_map needs.
 template <class T>
 MFEF_INLINE int64_t weight_grad_scratch(int k) {
-  return (int64_t(8) * k * k + kLanes<T>) * kLanes<T>;
+  return (int64_t(8) * k * k + kLanes<T>)*kLanes<T>;
 }
 
 // grads += the weights' gradient of this map; (out, in / groups, k, k) contiguous. dy has rows of
@@ -242,7 +239,8 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
             const int64_t band = most<int64_t>(1, kChain / map.width);
             int64_t h = first;
             for (; h < last; h += band) {
-              run(channel + (h + ky - radius) * tile.x_row, dy_tile + h * tile.dy_row, least(band, last - h), map.width);
+              run(channel + (h + ky - radius) * tile.x_row, dy_tile + h * tile.dy_row, least(band, last - h),
+                  map.width);
             }
           }
         }

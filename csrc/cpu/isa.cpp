@@ -84,7 +84,7 @@ void force_isa(const std::string& name) { in_use = find(name); }
 const Kernels& kernels() {
   const Kernels* k = in_use;
   if (!k) {
-    const char* wanted = std::getenv("MFEF_CPU_ISA");
+    const char* wanted = std::getenv("MFEF_USE_ISA");
     in_use = k = find(wanted ? wanted : "");
   }
   return *k;

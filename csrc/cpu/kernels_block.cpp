@@ -113,8 +113,8 @@ int64_t fma_chain(int64_t iterations) {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    MFEF_STRING(MFEF_ISA), kVectorBytes, packed_elements, prepare, units, forward_scratch,
-    backward_scratch,      forward,      backward,        fma_chain,
+    MFEF_STRING(MFEF_ISA), kVectorBytes,     packed_elements, prepare,  units,
+    forward_scratch,       backward_scratch, forward,         backward, fma_chain,
 };
 
 }  // namespace mfef::cpu::MFEF_ISA

@@ -61,8 +61,7 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
       }
       for (; c < channels; ++c) {
         for (int r = 0; r < L; ++r) {
-          at[c * pixels * L + r] =
-              r < images ? T(to_compute(pixel[r * m.stride[0] + c * m.stride[1]])) : T(0);
+          at[c * pixels * L + r] = r < images ? T(to_compute(pixel[r * m.stride[0] + c * m.stride[1]])) : T(0);
         }
       }
     }
@@ -71,8 +70,8 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
 
 // The way back. value(c, p) gives the vector of channel first + c at pixel p, over lanes of images.
 template <class E, class T, class Value>
-MFEF_INLINE void unpack_images(const Map& m, int64_t image, int images, int64_t first, int64_t channels,
-                               int64_t height, int64_t width, const Value& value) {
+MFEF_INLINE void unpack_images(const Map& m, int64_t image, int images, int64_t first, int64_t channels, int64_t height,
+                               int64_t width, const Value& value) {
   constexpr int L = kLanes<T>;
   const int64_t pixels = height * width;
   E* base = element_at<E>(m, image, first, 0, 0);
@@ -128,8 +127,8 @@ MFEF_INLINE void unpack_images(const Map& m, int64_t image, int images, int64_t 
 
 // Channels [first, first + channels) of one image to rows of pixels: to[c * pitch + p], p < H * W.
 template <class E, class T>
-void pack_pixels(const Map& m, int64_t image, int64_t first, int64_t channels, int64_t height, int64_t width,
-                 T* to, int64_t pitch) {
+void pack_pixels(const Map& m, int64_t image, int64_t first, int64_t channels, int64_t height, int64_t width, T* to,
+                 int64_t pitch) {
   constexpr int L = kLanes<T>;
   const int64_t pixels = height * width;
   const E* base = element_at<E>(m, image, first, 0, 0);
@@ -173,8 +172,8 @@ void pack_pixels(const Map& m, int64_t image, int64_t first, int64_t channels, i
 
 // The way back: from[c * pitch + p].
 template <class E, class T>
-void unpack_pixels(const Map& m, int64_t image, int64_t first, int64_t channels, int64_t height,
-                   int64_t width, const T* from, int64_t pitch) {
+void unpack_pixels(const Map& m, int64_t image, int64_t first, int64_t channels, int64_t height, int64_t width,
+                   const T* from, int64_t pitch) {
   constexpr int L = kLanes<T>;
   const int64_t pixels = height * width;
   E* base = element_at<E>(m, image, first, 0, 0);

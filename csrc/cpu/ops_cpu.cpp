@@ -1,66 +1,16 @@
 // The operators on CPU tensors: from checked tensors to BlockArgs, scratch, threads, and back.
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <utility>
 
 #include "common/problem.h"
 #include "isa.h"
+#include "pool.h"
 
 namespace mfef::cpu {
 namespace {
 
-// --- memory ----------------------------------------------------------------------------------
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<void, Free>;
-
-void* allocate(int64_t bytes) {
-  const size_t rounded = (size_t(bytes > 0 ? bytes : 1) + 63) / 64 * 64;
-  return std::aligned_alloc(64, rounded);
-}
-
-// Buffers are kept from call to call, up to kKept bytes a thread: fresh pages cost as much as the kernels
-// that write them.
-class Pool {
- public:
-  // A buffer of at least `bytes`; null if there is no memory.
-  struct Piece {
-    Buffer memory;
-    int64_t size = 0;
-  };
-  Piece take(int64_t bytes) {
-    size_t best = pieces_.size();
-    for (size_t i = 0; i < pieces_.size(); ++i) {
-      const bool fits = pieces_[i].size >= bytes && pieces_[i].size <= 2 * bytes + 4096;
-      if (fits && (best == pieces_.size() || pieces_[i].size < pieces_[best].size)) best = i;
-    }
-    if (best == pieces_.size()) return {Buffer(allocate(bytes)), bytes};
-    Piece piece = std::move(pieces_[best]);
-    pieces_.erase(pieces_.begin() + std::ptrdiff_t(best));
-    kept_ -= piece.size;
-    return piece;
-  }
-  void give(Piece piece) {
-    if (piece.size > kKept || !piece.memory) return;
-    while (kept_ + piece.size > kKept) {  // the oldest go first
-      kept_ -= pieces_.front().size;
-      pieces_.erase(pieces_.begin());
-    }
-    kept_ += piece.size;
-    pieces_.push_back(std::move(piece));
-  }
-
- private:
-  static constexpr int64_t kKept = int64_t(64) << 20;
-  std::vector<Piece> pieces_;
-  int64_t kept_ = 0;
-};
-
-thread_local Pool pool;
+// --- work on threads -------------------------------------------------------------------------
 
 // f(begin, end, scratch) over [0, count) on torch's threads.
 template <class F>
@@ -169,9 +119,7 @@ void add_slots(T* partials, int64_t slots, int64_t total) {
   });
 }
 
-Map map_of(const Tensor& t) {
-  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
-}
+Map map_of(const Tensor& t) { return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}}; }
 
 // --- one call --------------------------------------------------------------------------------
 
@@ -300,9 +248,7 @@ class Call {
     }
   }
 
-  void choose() {
-    args.plan = choose_plan(args, kernels().vector_bytes / int(compute_size(args.element)));
-  }
+  void choose() { args.plan = choose_plan(args, kernels().vector_bytes / int(compute_size(args.element))); }
 
   void* room(int64_t elements) {
     const int64_t bytes = elements * compute_size(args.element);
@@ -333,17 +279,21 @@ struct Saved {
   static Saved empty(const Tensor& x, const BlockArgs& a, bool save) {
     const int64_t n = save ? a.batch : 0;
     const ScalarType real = compute_type(a.element), index = ScalarType::Int;
-    return {empty_dense({n, a.out}, real, x),  empty_dense({n, a.out}, real, x),
-            empty_dense({n, a.out}, index, x), empty_dense({n, a.out}, real, x),
-            empty_dense({n, a.height, a.width}, real, x), empty_dense({n, a.height, a.width}, index, x)};
+    return {empty_dense({n, a.out}, real, x),
+            empty_dense({n, a.out}, real, x),
+            empty_dense({n, a.out}, index, x),
+            empty_dense({n, a.out}, real, x),
+            empty_dense({n, a.height, a.width}, real, x),
+            empty_dense({n, a.height, a.width}, index, x)};
   }
 
   void check(const Tensor& x, const BlockArgs& a) const {
     auto one = [&](const char* name, const Tensor& t, ScalarType dtype, bool per_channel) {
       STD_TORCH_CHECK(t.scalar_type() == dtype && t.device() == x.device() && t.is_contiguous(), "mfef: ", name,
                       " is not what the forward saved");
-      check_shape(name, t, per_channel ? std::vector<int64_t>{a.batch, a.out}
-                                       : std::vector<int64_t>{a.batch, a.height, a.width});
+      check_shape(
+          name, t,
+          per_channel ? std::vector<int64_t>{a.batch, a.out} : std::vector<int64_t>{a.batch, a.height, a.width});
     };
     const ScalarType real = compute_type(a.element), index = ScalarType::Int;
     one("mean", mean, real, true);
@@ -545,8 +495,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> 
   call.backward();
   write_weight_grads(call, conv_grads);
   if (need_parameters) grads.write(call, p);
-  return {grad_x,           conv_grads,     grads.fc1_weight, grads.fc1_bias,
-          grads.fc2_weight, grads.fc2_bias, grads.spatial_weight};
+  return {grad_x, conv_grads, grads.fc1_weight, grads.fc1_bias, grads.fc2_weight, grads.fc2_bias, grads.spatial_weight};
 }
 
 }  // namespace

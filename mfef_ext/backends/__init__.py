@@ -43,14 +43,14 @@ class Backend:
         return True, ""
 
 
-def check_backend_name(name: object) -> str:
+def check_backend_name(name: str) -> str:
     """``name`` if it is a backend's, else ValueError listing those that are."""
     if name not in BACKEND_NAMES:
         raise ValueError(
             f"backend={name!r} is unknown; use one of {', '.join(map(repr, BACKEND_NAMES))}, "
             "or None to choose automatically"
         )
-    return name  # type: ignore[return-value]
+    return name
 
 
 # Process-wide, not per thread: torch.compile can read (and guard on) a module's global, and a
@@ -95,13 +95,18 @@ def by_name(name: str) -> Backend:
     raise AssertionError(name)
 
 
+def forced_name(backend: str | None = None) -> str | None:
+    """The backend that is forced for a call that asks for ``backend``, or None."""
+    return backend if backend is not None else _forced
+
+
 def choose(problem: Problem, backend: str | None = None) -> Backend:
     """The backend that runs ``problem``.
 
     ``backend`` (or :func:`use_backend`, or the environment variable MFEF_BACKEND) forces one;
     RuntimeError with the reason if it cannot run the problem.
     """
-    forced = backend if backend is not None else _forced
+    forced = forced_name(backend)
     if forced is not None:
         chosen = by_name(forced)
         ok, reason = chosen.supports(problem)

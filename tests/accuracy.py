@@ -1,0 +1,190 @@
+"""How results are judged: the rule of the project, in one place.
+
+A result is compared with the reference in float64. Its largest error may be at most twice the error
+of eager PyTorch in the same dtype, plus one unit in the last place of the largest magnitude.
+
+The error of eager PyTorch is a random quantity: for a tensor of a few elements one evaluation is
+exact by luck. It is therefore taken as the largest over evaluations that are the same operation in
+another order: contiguous, channels_last, batch reversed, and (where rounding cannot make ties)
+mirrored in H and W. For float64, whose reference is float64 itself, it is the error of float32
+scaled by the ratio of the two units in the last place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import mfef_ext
+from mfef_ext import reference
+
+ATTENTION = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "spatial_weight")
+
+
+@dataclass
+class BlockCase:
+    """Arguments of one mfef_block, in float64; ``cast`` gives leaves of another dtype."""
+
+    x: Tensor
+    weights: list[Tensor]
+    groups: list[int]
+    attention: list[Tensor | None]
+    split: bool
+    grad: Tensor
+
+    def cast(self, dtype: torch.dtype) -> BlockCase:
+        def leaf(t: Tensor) -> Tensor:
+            # clone() keeps strides, so that a slice stays a slice
+            return t.detach().to(dtype).requires_grad_()
+
+        return BlockCase(
+            leaf(self.x),
+            [leaf(w) for w in self.weights],
+            self.groups,
+            [None if p is None else leaf(p) for p in self.attention],
+            self.split,
+            self.grad.to(dtype),
+        )
+
+    def leaves(self) -> list[Tensor]:
+        return [self.x, *self.weights, *(p for p in self.attention if p is not None)]
+
+    def mirrored(self, dims: Sequence[int]) -> BlockCase:
+        """The same block seen in a mirror; its output is the mirror image."""
+        a = list(self.attention)
+        assert a[4] is not None
+        a[4] = a[4].flip(dims)
+        return BlockCase(
+            self.x.flip(dims),
+            [w.flip(dims) for w in self.weights],
+            self.groups,
+            a,
+            self.split,
+            self.grad.flip(dims),
+        )
+
+
+def make_case(
+    shape: Sequence[int],
+    kernel_sizes: Sequence[int] = (3, 5, 7, 9),
+    groups="auto",
+    split: bool = True,
+    reduction: int = 4,
+    spatial_kernel_size: int = 7,
+    biases: bool = True,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> BlockCase:
+    """A random block whose maxima are far from ties, so that rounding picks the same elements."""
+    n, c, h, w = shape
+    for attempt in range(50):
+        torch.manual_seed(1000 * seed + attempt)
+        block = mfef_ext.MFEFBlock(
+            c,
+            kernel_sizes=kernel_sizes,
+            groups=groups,
+            mode="split" if split else "pyramid",
+            reduction=reduction,
+            spatial_kernel_size=spatial_kernel_size,
+            dtype=torch.float64,
+        )
+        a = block.attention
+        attention = [getattr(a, name).detach() for name in ATTENTION]
+        # Hidden units that are alive, so that every gradient is exercised.
+        attention[0], attention[1] = attention[0] * 2, attention[1].abs()
+        if not biases:
+            attention[1] = attention[3] = None
+        case = BlockCase(
+            torch.randn(n, c, h, w, dtype=torch.float64),
+            [p.detach() for p in block.conv.weights],
+            list(block.conv.groups),
+            attention,
+            split,
+            torch.randn(n, c, h, w, dtype=torch.float64),
+        )
+        # What the low-precision run gets is also what the reference gets.
+        case = case.cast(dtype).cast(torch.float64)
+        if far_from_ties(case):
+            return case
+    raise AssertionError("no draw without near ties")
+
+
+def far_from_ties(case: BlockCase, gap: float = 3e-5) -> bool:
+    """Whether no maximum (over pixels, over channels, or a ReLU's with 0) is nearly a tie."""
+    if case.x.shape[0] == 0:
+        return True
+    with torch.no_grad():
+        y = reference.multi_scale_conv2d(case.x, case.weights, case.groups, case.split)
+        _, z, _ = reference.attention_gates(y, *case.attention)
+        w, b = case.attention[0], case.attention[1]
+        flat = y.flatten(2)
+        hidden = [torch.nn.functional.linear(v, w, b) for v in (flat.mean(2), flat.max(2).values)]
+        ok = all(bool(h.abs().min() > gap) for h in hidden)
+        for t, dim in ((flat, 2), (z, 1)):
+            if t.shape[dim] > 1:
+                top = t.topk(2, dim=dim).values.unbind(dim)
+                ok = ok and bool((top[0] - top[1]).min() > gap * t.abs().max())
+    return ok
+
+
+def run_block(case: BlockCase, f: Callable, layout=torch.contiguous_format, **kw) -> list[Tensor]:
+    """[output, gradients of all leaves] of ``f`` on a case whose tensors are leaves."""
+    for leaf in case.leaves():
+        leaf.grad = None
+    x = case.x.contiguous(memory_format=layout)
+    out = f(x, case.weights, case.groups, *case.attention, split=case.split, **kw)
+    grads = torch.autograd.grad(out, case.leaves(), case.grad)
+    return [out.detach(), *grads]
+
+
+def eager_errors(case: BlockCase, dtype: torch.dtype, wanted: list[Tensor]) -> list[float]:
+    """The error of eager PyTorch, as the docstring of this file has it."""
+    if dtype == torch.float64:
+        scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        rounded = case.cast(torch.float32).cast(torch.float64)
+        exact = run_block(rounded, reference.mfef_block)
+        return [e * scale for e in eager_errors(rounded.cast(torch.float64), torch.float32, exact)]
+
+    def errors(got: list[Tensor]) -> list[float]:
+        return [largest(g.double() - w) for g, w in zip(got, wanted, strict=True)]
+
+    low = case.cast(dtype)
+    runs = [run_block(low, reference.mfef_block)]
+    runs.append(run_block(low, reference.mfef_block, torch.channels_last))
+    back = BlockCase(
+        low.x.flip(0), low.weights, low.groups, low.attention, low.split, low.grad.flip(0)
+    ).cast(dtype)
+    out, grad_x, *rest = run_block(back, reference.mfef_block)
+    runs.append([out.flip(0), grad_x.flip(0), *rest])
+    if dtype == torch.float32:
+        for dims in ((2,), (3,), (2, 3)):
+            out, grad_x, *rest = run_block(low.mirrored(dims).cast(dtype), reference.mfef_block)
+            kernels = len(low.weights)
+            weights = [g.flip(dims) for g in rest[:kernels]]
+            others = [*rest[kernels:-1], rest[-1].flip(dims)]
+            runs.append([out.flip(dims), grad_x.flip(dims), *weights, *others])
+    return [max(column) for column in zip(*(errors(r) for r in runs), strict=True)]
+
+
+def largest(t: Tensor) -> float:
+    """The largest magnitude; infinite for NaN, 0 for an empty tensor."""
+    if t.numel() == 0:
+        return 0.0
+    return float(t.abs().nan_to_num(nan=float("inf")).max())
+
+
+def check_block(case: BlockCase, dtype: torch.dtype, layout=torch.contiguous_format, **kw) -> None:
+    """Asserts that forward and all gradients of the functional obey the rule."""
+    wanted = run_block(case.cast(torch.float64), reference.mfef_block)
+    got = run_block(case.cast(dtype), mfef_ext.functional.mfef_block, layout, **kw)
+    allowed = eager_errors(case, dtype, wanted)
+    eps = torch.finfo(dtype).eps
+    names = ["out", "x", *(f"weights[{i}]" for i in range(len(case.weights)))]
+    names += [n for n, p in zip(ATTENTION, case.attention, strict=True) if p is not None]
+    for name, g, w, e in zip(names, got, wanted, allowed, strict=True):
+        assert g.dtype == dtype and g.shape == w.shape, name
+        error, bound = largest(g.double() - w), 2 * e + eps * largest(w)
+        assert error <= bound, f"{name}: error {error:.3g} is above {bound:.3g} (eager {e:.3g})"

@@ -1,0 +1,65 @@
+"""What every test runs under: NaN in memory that nobody wrote, and nothing forced afterwards."""
+
+import os
+
+import pytest
+import torch
+
+import mfef_ext
+from mfef_ext import _C
+
+ISAS = _C.build_info()["cpu_isas_usable"]
+PLANS = ("images", "pixels")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty and the kernels' own buffers are filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    _C.poison_buffers(True)
+    yield
+    _C.poison_buffers(False)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[(isa, plan) for isa in ISAS for plan in PLANS], ids="-".join)
+def engine(request):
+    """Every instruction set that this processor has, with every plan, one after another."""
+    isa, plan = request.param
+    before = _C.cpu_isa()
+    _C.force_cpu_isa(isa)
+    _C.force_cpu_plan(plan)
+    yield request.param
+    _C.force_cpu_isa(before)
+    _C.force_cpu_plan("")
+
+
+@pytest.fixture(params=PLANS)
+def plan(request):
+    """Every plan, with the instruction set that is chosen by itself."""
+    _C.force_cpu_plan(request.param)
+    yield request.param
+    _C.force_cpu_plan("")
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and sets it back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_forced():
+    yield
+    assert mfef_ext.backends.forced_name() == (os.environ.get("MFEF_BACKEND") or None)
+    assert _C.forced_cpu_plan() == ""

@@ -1,0 +1,248 @@
+"""gradcheck, opcheck, torch.compile, autocast, double backward."""
+
+import pytest
+import torch
+
+from mfef_ext import _C, functional, use_backend
+from mfef_ext.modules import MFEFBlock
+from tests.accuracy import make_case
+
+OPS = torch.ops.mfef
+
+
+def block_arguments(
+    dtype, layout=torch.contiguous_format, shape=(3, 8, 4, 5), save=True, grad=True
+):
+    case = make_case(shape, kernel_sizes=(3, 5), dtype=dtype).cast(dtype)
+    if not grad:
+        for leaf in case.leaves():
+            leaf.requires_grad_(False)
+    x = case.x.detach().contiguous(memory_format=layout).requires_grad_(grad)
+    return x, case.weights, case.groups, case.attention, save
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_gradcheck_multi_scale_conv2d(engine, split):
+    case = make_case((2, 4, 3, 4), kernel_sizes=(3, 5), split=split).cast(torch.float64)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+    def f(x, b, *weights):
+        return functional.multi_scale_conv2d(x, list(weights), case.groups, split, b, backend="cpu")
+
+    assert torch.autograd.gradcheck(f, (case.x, bias, *case.weights))
+
+
+def test_gradcheck_dual_attention(engine):
+    case = make_case((2, 4, 3, 4), kernel_sizes=(3,), spatial_kernel_size=3, reduction=2)
+    case = case.cast(torch.float64)
+
+    def f(y, *parameters):
+        return functional.dual_attention(y, *parameters, backend="cpu")
+
+    assert torch.autograd.gradcheck(f, (case.x, *case.attention))
+
+
+def test_gradcheck_block(engine):
+    case = make_case((2, 4, 3, 4), kernel_sizes=(3, 5), spatial_kernel_size=3, reduction=2)
+    case = case.cast(torch.float64)
+
+    def f(x, w0, w1, *parameters):
+        return functional.mfef_block(x, [w0, w1], case.groups, *parameters, backend="cpu")
+
+    assert torch.autograd.gradcheck(f, (case.x, *case.weights, *case.attention))
+
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, layout, grad):
+    x, weights, groups, attention, _ = block_arguments(dtype, layout, grad=grad)
+    bias = torch.randn(8).to(dtype).requires_grad_(grad)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if dtype == torch.float32:
+        tests += ("test_aot_dispatch_dynamic",)
+    for name, arguments in (
+        ("multi_scale_conv2d", (x, weights, groups, True, bias)),
+        ("multi_scale_conv2d", (x, weights, groups, True, None)),
+        ("dual_attention", (x, *attention, True)),
+        ("mfef_block", (x, weights, groups, True, *attention, True)),
+        ("mfef_block", (x.detach(), weights, groups, True, *attention, grad)),
+    ):
+        torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("need_x", [False, True])
+@pytest.mark.parametrize("need_parameters", [False, True])
+def test_opcheck_of_the_backwards(layout, need_x, need_parameters):
+    x, weights, groups, attention, _ = block_arguments(torch.float32, layout, grad=False)
+    grad = torch.randn_like(x)
+    tests = ("test_schema", "test_faketensor")
+    needs = (need_x, need_parameters)
+    torch.library.opcheck(
+        OPS.multi_scale_conv2d_backward.default,
+        (grad, x, weights, groups, True, torch.randn(8), *needs),
+        test_utils=tests,
+    )
+    _, *saved = OPS.dual_attention(x, *attention, True)
+    torch.library.opcheck(
+        OPS.dual_attention_backward.default,
+        (grad, x, *attention, *saved, *needs),
+        test_utils=tests,
+    )
+    _, *saved = OPS.mfef_block(x, weights, groups, True, *attention, True)
+    torch.library.opcheck(
+        OPS.mfef_block_backward.default,
+        (grad, x, weights, groups, True, *attention, *saved, *needs),
+        test_utils=tests,
+    )
+
+
+@pytest.mark.parametrize("mode", ["split", "pyramid", "hierarchical"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_compile_without_graph_breaks(mode, layout):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    block = MFEFBlock(16, kernel_sizes=(3, 5), groups="auto", mode=mode)
+    x = torch.randn(3, 16, 6, 6).contiguous(memory_format=layout).requires_grad_()
+    grad = torch.randn(3, 16, 6, 6)
+    leaves = [x, *block.parameters()]
+    eager = block(x)
+    compiled = torch.compile(block, fullgraph=True)(x)
+    assert compiled.stride() == eager.stride()
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(compiled, leaves, grad),
+        torch.autograd.grad(eager, leaves, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_compile_with_dynamic_batch():
+    torch._dynamo.reset()
+    block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto")
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    for n in (2, 5, 17):
+        x = torch.randn(n, 8, 6, 6)
+        assert torch.equal(compiled(x), block(x))
+
+
+def test_compile_sees_a_forced_backend():
+    torch._dynamo.reset()
+    block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto").double()
+    compiled = torch.compile(block, fullgraph=True)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    native = compiled(x)
+    with use_backend("reference"):
+        plain = compiled(x)
+    torch.testing.assert_close(native, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    """bfloat16 runs natively; float16 has no CPU kernel, and the automatic choice falls through."""
+    block = MFEFBlock(16, kernel_sizes=(3, 5), groups="auto")
+    x = torch.randn(4, 16, 6, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        out = block(x)
+    out.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
+    assert (out.float() - block(x)).abs().max() < 0.05
+    if dtype == torch.bfloat16:
+        assert out.dtype == dtype
+        low = MFEFBlock(16, kernel_sizes=(3, 5), groups="auto", dtype=dtype)
+        low.load_state_dict(block.state_dict())
+        assert torch.equal(low(x.to(dtype)), out)
+
+
+def test_autocast_of_the_operators():
+    x, weights, groups, attention, _ = block_arguments(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert OPS.multi_scale_conv2d(x, weights, groups, True, None).dtype == torch.bfloat16
+        assert OPS.dual_attention(x, *attention, False)[0].dtype == torch.bfloat16
+        assert (
+            OPS.mfef_block(x, weights, groups, True, *attention, False)[0].dtype == torch.bfloat16
+        )
+        double = [[w.detach().double() for w in weights], [a.detach().double() for a in attention]]
+        out = OPS.mfef_block(x.double(), double[0], groups, True, *double[1], False)[0]
+        assert out.dtype == torch.float64
+
+
+def test_double_backward_is_refused_with_the_remedy(plan):
+    x, weights, groups, attention, _ = block_arguments(torch.float64)
+    for out in (
+        functional.multi_scale_conv2d(x, weights, groups, backend="cpu"),
+        functional.dual_attention(x, *attention, backend="cpu"),
+        functional.mfef_block(x, weights, groups, *attention, backend="cpu"),
+    ):
+        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match='backend="reference"'):
+            grad.square().sum().backward()
+
+
+def test_reference_differentiates_twice():
+    x, weights, groups, attention, _ = block_arguments(torch.float64, shape=(1, 2, 3, 3))
+
+    def f(x):
+        return functional.mfef_block(x, weights, groups, *attention, backend="reference")
+
+    assert torch.autograd.gradgradcheck(f, (x,))
+
+
+def test_backward_without_save_is_refused():
+    x, weights, groups, attention, _ = block_arguments(torch.float32)
+    out = OPS.mfef_block(x, weights, groups, True, *attention, False)[0]
+    with pytest.raises(RuntimeError, match="save=True"):
+        out.sum().backward()
+    out = OPS.dual_attention(x, *attention, False)[0]
+    with pytest.raises(RuntimeError, match="save=True"):
+        out.sum().backward()
+
+
+def test_what_is_saved_for_backward():
+    """x, the convolution's output, and nothing larger than (N, C) or (N, H, W)."""
+    n, c, h, w = 4, 16, 6, 5
+    block = MFEFBlock(c, kernel_sizes=(3, 5), groups="auto")
+    x = torch.randn(n, c, h, w, requires_grad=True)
+    sizes = []
+
+    def pack(t):
+        if not any(t is p for p in block.parameters()):
+            sizes.append(tuple(t.shape))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        block(x)
+    assert sorted(sizes).count((n, c, h, w)) == 2
+    assert set(sizes) == {(n, c, h, w), (n, c), (n, h, w)}
+
+
+def test_inference_saves_nothing():
+    block = MFEFBlock(16, kernel_sizes=(3, 5), groups="auto")
+    x = torch.randn(4, 16, 6, 5)
+    with torch.no_grad():
+        a = block.attention
+        outputs = OPS.mfef_block(
+            x,
+            list(block.conv.weights),
+            list(block.conv.groups),
+            True,
+            a.fc1_weight,
+            a.fc1_bias,
+            a.fc2_weight,
+            a.fc2_bias,
+            a.spatial_weight,
+            False,
+        )
+    assert all(t.numel() == 0 for t in outputs[1:])
+
+
+def test_buffers_are_poisoned_in_these_tests():
+    """The fixture works: without it the NaN checks of this suite would check nothing."""
+    assert torch.empty(3).isnan().all()
+    assert hasattr(_C, "poison_buffers")
