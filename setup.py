@@ -178,11 +178,14 @@ def first_complaint(output: str) -> str:
     return re.sub(r"^\S+:\d+:\d+: ", "", line).rstrip(".")
 
 
+# C++20, and what csrc/cpu/simd.h needs beyond it (GCC has it from 12 on).
 CXX_PROBE = """
 #include <concepts>
 #include <span>
 template <std::integral T> constexpr T twice(T value) { return value + value; }
 static_assert(__cplusplus >= 202002L && twice(2) == 4);
+typedef float Lanes __attribute__((vector_size(16)));
+Lanes swapped(Lanes a) { return __builtin_shufflevector(a, a, 1, 0, 3, 2); }
 int main() { return std::span<const int>().empty() ? 0 : 1; }
 """
 
@@ -200,7 +203,7 @@ def find_cxx(environ: Mapping[str, str]) -> str:
     if cxx is None:
         what = f"CXX={asked!r} names no program" if asked else "no C++ compiler was found"
         raise BuildError(
-            f"{what}; install g++ 11 or later (on Debian and Ubuntu: apt-get install g++), "
+            f"{what}; install g++ 12 or later (on Debian and Ubuntu: apt-get install g++), "
             "or set CXX to a compiler that knows C++20."
         )
     with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +218,7 @@ def find_cxx(environ: Mapping[str, str]) -> str:
     if run.returncode != 0:
         raise BuildError(
             f"the C++ compiler {cxx} cannot compile C++20 ({first_complaint(run.stderr)}); "
-            "install g++ 11 or clang++ 14, or later, and set CXX to it."
+            "install g++ 12 or clang++ 14, or later, and set CXX to it."
         )
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         raise BuildError(

@@ -146,7 +146,10 @@ def explain(x: Tensor, block: nn.Module) -> Explanation:
 
 def doctor() -> str:
     """A report of what was built, what was found on this machine, and what is missing."""
-    info = build_info()
+    try:
+        info = build_info()
+    except ValueError as error:  # MFEF_USE_ISA names what this processor has not
+        return f"mfef_ext {__version__}: MFEF_USE_ISA: {error}"
     built, usable = list(_C.build_info()["cpu_isas_built"]), _C.build_info()["cpu_isas_usable"]
     lines = [
         f"mfef_ext {__version__}, Python {platform.python_version()}, torch {torch.__version__} "

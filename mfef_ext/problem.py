@@ -66,12 +66,17 @@ def _check_tensor(name: str, value: object, like: Tensor | None = None) -> Tenso
                 f"{name} is on {value.device} but x is on {like.device}; "
                 f"move them to one device with .to({str(like.device)!r})"
             )
-        if value.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        if value.dtype != like.dtype and not _autocast_enabled(like.device.type):
             raise TypeError(
                 f"{name} has dtype {value.dtype} but x has {like.dtype}; "
                 f"convert one of them, or run under torch.autocast"
             )
     return value
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    # Some devices (meta) have no autocast, and asking them is an error.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check_input(name: str, x: object) -> Tensor:
@@ -209,9 +214,8 @@ def _describe_attention(
 
 def _effective_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the kernel will see: autocast converts everything but float64."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if x.dtype != torch.float64 and _autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 

@@ -115,6 +115,12 @@ def test_device_and_dtype_reach_every_parameter():
     assert all(p.dtype == torch.float64 for p in fusion.parameters())
 
 
+@pytest.mark.parametrize("mode", ["split", "pyramid", "hierarchical"])
+def test_shapes_are_inferred_on_the_meta_device(mode):
+    block = MFEFBlock(16, groups="auto", mode=mode, device="meta")
+    assert block(torch.empty(3, 16, 6, 5, device="meta")).shape == (3, 16, 6, 5)
+
+
 def test_gates_are_those_of_the_forward():
     block = MFEFBlock(16, groups="auto")
     x = torch.randn(3, 16, 6, 6)

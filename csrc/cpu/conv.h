@@ -12,9 +12,9 @@
 //   kPixels  kLanes        1          rows are joined by k / 2 zeros; the map is one long row
 //
 // In the images plan, rows of taps outside the map are skipped by the caller ([ky_begin, ky_end)).
-// Accumulation runs over (input channel, ky, kx) in this order, whatever the tile. No chain of additions
-// is longer than kChain: longer sums are cut into chains that are added up, so that the rounding error
-// grows with the square root of a chain, not of the sum.
+// Accumulation runs over (input channel, ky, kx) in this order, whatever the tile. A chain of additions
+// has at most kChain products, or those of one input channel; longer sums are cut into chains that are
+// added up, so that the rounding error grows with the square root of a chain, not of the sum.
 #pragma once
 
 #include "simd.h"
@@ -24,7 +24,7 @@ namespace mfef::cpu::MFEF_ISA {
 enum ConvLayout { kClip = 0, kPadded = 1, kPixels = 2 };
 constexpr int kLayouts = 3;
 
-constexpr int64_t kChain = 192;
+constexpr int64_t kChain = 100;  // 4 channels of 5 x 5, 2 of 7 x 7, 1 of 9 x 9
 
 // Kernel sizes that are compiled as constants; every other odd size runs with the loop count as a
 // variable (entry 0).

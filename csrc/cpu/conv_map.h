@@ -133,8 +133,9 @@ void conv_map(const ConvMap<T>& map, const T* x, const T* packed, const T* init,
   tile.ky_end = map.k;
   tile.y_channel = map.out_channel;
   const int64_t taps = int64_t(map.k) * map.k;
-  const int64_t chains = least((in_group * taps + kChain - 1) / kChain, in_group);
-  const int64_t chain = (in_group + chains - 1) / chains;  // input channels of a chain
+  const int64_t longest = most<int64_t>(1, kChain / taps);  // input channels of a chain
+  const int64_t chains = (in_group + longest - 1) / longest;
+  const int64_t chain = (in_group + chains - 1) / chains;
 
   auto run_row = [&](int64_t g, int64_t h, int64_t o, int out, const T* weights) {
     const T* group = x + g * in_group * map.channel;
@@ -237,10 +238,14 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
             const int64_t first = most<int64_t>(0, radius - ky);
             const int64_t last = least<int64_t>(map.height, map.height + radius - ky);
             const int64_t band = most<int64_t>(1, kChain / map.width);
-            int64_t h = first;
-            for (; h < last; h += band) {
-              run(channel + (h + ky - radius) * tile.x_row, dy_tile + h * tile.dy_row, least(band, last - h),
-                  map.width);
+            for (int64_t h = first; h < last; h += band) {
+              const T* x_row = channel + (h + ky - radius) * tile.x_row;
+              const T* dy_row = dy_tile + h * tile.dy_row;
+              // A row longer than a chain has the padded layout, where any part of a row is one of its own.
+              const int64_t part = map.layout == kClip ? map.width : kChain;
+              for (int64_t w = 0; w < map.width; w += part) {
+                run(x_row + w * L, dy_row + w * L, least(band, last - h), least(part, map.width - w));
+              }
             }
           }
         }

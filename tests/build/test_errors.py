@@ -158,7 +158,7 @@ def test_arch_list_wrong(tree: Path, tmp_path: Path) -> None:
 def test_no_compiler(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert complaint(tree, PATH=str(tmp_path / "empty")) == (
-        "mfef_ext: no C++ compiler was found; install g++ 11 or later (on Debian and Ubuntu: "
+        "mfef_ext: no C++ compiler was found; install g++ 12 or later (on Debian and Ubuntu: "
         "apt-get install g++), or set CXX to a compiler that knows C++20."
     )
 
@@ -175,13 +175,13 @@ def test_no_compiler_through_pip(tree: Path, tmp_path: Path) -> None:
     )
     output = run.stdout + run.stderr
     assert run.returncode == 1
-    assert output.count("mfef_ext: no C++ compiler was found; install g++ 11 or later") == 1
+    assert output.count("mfef_ext: no C++ compiler was found; install g++ 12 or later") == 1
     assert "Traceback" not in output
 
 
 def test_unknown_compiler(tree: Path) -> None:
     assert complaint(tree, CXX="g++-0 -pipe") == (
-        "mfef_ext: CXX='g++-0 -pipe' names no program; install g++ 11 or later (on Debian and "
+        "mfef_ext: CXX='g++-0 -pipe' names no program; install g++ 12 or later (on Debian and "
         "Ubuntu: apt-get install g++), or set CXX to a compiler that knows C++20."
     )
 
@@ -191,7 +191,7 @@ def test_old_compiler(tree: Path, tmp_path: Path) -> None:
     old = program(tmp_path / "g++", says)
     assert complaint(tree, CXX=str(old)) == (
         f"mfef_ext: the C++ compiler {old} cannot compile C++20 (g++: error: unrecognized "
-        "command-line option '-std=c++20'); install g++ 11 or clang++ 14, or later, "
+        "command-line option '-std=c++20'); install g++ 12 or clang++ 14, or later, "
         "and set CXX to it."
     )
 
