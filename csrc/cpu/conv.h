@@ -58,8 +58,8 @@ struct ConvTile {
   const T* weights;  // [channel][ky][kx][out]
   T* y;
   int64_t y_channel;
-  const T* init;    // one value per output channel to start from, or null
   bool accumulate;  // add to y
+  const T* bias;    // one value per output channel, added last, or null
 };
 
 template <class T>
@@ -74,7 +74,7 @@ void conv_tile(const ConvTile<T>& a) {
   static_for<kOut>([&](auto o) {
     static_for<kPix>([&](auto p) {
       constexpr int o_ = decltype(o)::value, p_ = decltype(p)::value;
-      acc[o_][p_] = a.init ? splat(a.init[o_]) : Vec<T>{};
+      acc[o_][p_] = Vec<T>{};
     });
   });
   const int k = kK ? kK : a.k;
@@ -123,7 +123,8 @@ void conv_tile(const ConvTile<T>& a) {
     static_for<kPix>([&](auto p) {
       constexpr int o_ = decltype(o)::value, p_ = decltype(p)::value;
       T* y = a.y + o_ * a.y_channel + p_ * kStep;
-      store(y, a.accumulate ? load(y) + acc[o_][p_] : acc[o_][p_]);
+      Vec<T> sum = a.accumulate ? load(y) + acc[o_][p_] : acc[o_][p_];
+      store(y, a.bias ? sum + splat(a.bias[o_]) : sum);
     });
   });
 }

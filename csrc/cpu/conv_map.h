@@ -114,7 +114,7 @@ void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, T* to) 
 
 // y = conv(x): x padded as the map says, y [out][out_channel] without borders.
 template <class T>
-void conv_map(const ConvMap<T>& map, const T* x, const T* packed, const T* init, bool accumulate, T* y) {
+void conv_map(const ConvMap<T>& map, const T* x, const T* packed, const T* bias, bool accumulate, T* y) {
   constexpr int L = kLanes<T>;
   const ConvTable<T>& table = conv_table<T>();
   const int ki = kernel_size_index<T>(map.k);
@@ -152,7 +152,8 @@ void conv_map(const ConvMap<T>& map, const T* x, const T* packed, const T* init,
         tile.x = group + i * map.channel + w * L;
         tile.channels = least(chain, in_group - i);
         tile.weights = weights + i * taps * out;
-        tile.init = init && i == 0 ? init + g * out_group + o : nullptr;
+        const bool last = i + chain >= in_group;
+        tile.bias = bias && last ? bias + g * out_group + o : nullptr;
         tile.accumulate = accumulate || i > 0;
         table.conv[map.layout][ki][out_index(out)][pix_index(pix)](tile);
       }
