@@ -38,6 +38,7 @@ struct BlockImages {
   const BlockArgs& args;
   int64_t pixels;
   T *x, *y, *grad, *padded, *padded_grad, *sums;
+  T* grad_rows;  // of the widest branch, channels in the lanes; for maps of a few pixels
   Carver carver;
   AttentionImages<T> attention;
 
@@ -54,6 +55,8 @@ struct BlockImages {
     grad = carver.take<T>(a.out * pixels * L);
     padded_grad = carver.take<T>(longest);
     sums = carver.take<T>(sums_count);
+    const bool few_pixels = pixels * L <= kChain;
+    grad_rows = carver.take<T>(few_pixels ? L * pixels * channel_row<T>(channels) : 0);
   }
 
   template <class E>
@@ -133,8 +136,14 @@ struct BlockImages {
         pad_images(map, b.in, x, padded);
         input = padded;
       }
-      weight_grad_map<T>(map, input, grad + b.out_first * pixels * L, pixels * L,
-                         partials + args.partial.conv + b.weight_first, sums);
+      const T* dy = grad + b.out_first * pixels * L;
+      T* grads = partials + args.partial.conv + b.weight_first;
+      if (weight_grad_by_channels(map)) {
+        channels_to_lanes<T>(dy, b.out, pixels, grad_rows);
+        weight_grad_channels<T>(map, input, grad_rows, channel_row<T>(b.out), images, grads);
+      } else {
+        weight_grad_map<T>(map, input, dy, pixels * L, grads, sums);
+      }
       if (args.split && args.grad_x.data) data_gradient<E>(b, image, images, false);
     }
     if (!args.grad_x.data || (args.split && args.need_parameters)) return;

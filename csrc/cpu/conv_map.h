@@ -282,6 +282,97 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
   }
 }
 
+// --- weight gradient with output channels in the lanes -------------------------------------------
+//
+// On a map of a few pixels the sums over lanes cost more than the products before them. There the weight
+// gradient is a matrix product for each tap, sum over (image, pixel) of dy (out) x x (in), with output
+// channels in the lanes and nothing to add up afterwards.
+
+// Whether it is used: one chain of additions must hold all pixels of a block of images, and one or two
+// input channels leave too few independent sums.
+template <class T>
+MFEF_INLINE bool weight_grad_by_channels(const ConvMap<T>& map) {
+  return map.layout != kPixels && map.in_group() >= 4 && map.height * map.width * kLanes<T> <= kChain;
+}
+
+// Turns dy [channel][pixel][image] into [image][pixel][channel], with kLanes channels to spare.
+template <class T>
+MFEF_INLINE int64_t channel_row(int64_t channels) {
+  return round_up(channels, kLanes<T>) + kLanes<T>;
+}
+template <class T>
+void channels_to_lanes(const T* dy, int64_t channels, int64_t pixels, T* to) {
+  constexpr int L = kLanes<T>;
+  const int64_t row = channel_row<T>(channels);
+  for (int64_t p = 0; p < pixels; ++p) {
+    for (int64_t c = 0; c < row; c += L) {
+      Vec<T> lanes[L];
+      for (int r = 0; r < L; ++r) lanes[r] = c + r < channels ? load(dy + ((c + r) * pixels + p) * L) : Vec<T>{};
+      transpose<T>(lanes);
+      for (int r = 0; r < L; ++r) store(to + (r * pixels + p) * row + c, lanes[r]);
+    }
+  }
+}
+
+// As weight_grad_map; dy comes from channels_to_lanes, of `images` images.
+template <class T>
+void weight_grad_channels(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_row, int images, T* grads) {
+  constexpr int L = kLanes<T>;
+  const int radius = map.k / 2;
+  const int64_t taps = int64_t(map.k) * map.k, pixels = map.height * map.width;
+  const int64_t in_group = map.in_group(), out_group = map.out_group();
+
+  // One tap, kLanes output channels, kCount input channels.
+  auto block = [&](const T* x_first, const T* dy_first, int ky, int kx, T* grad, int64_t outs, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    const int64_t dh = ky - radius, dw = kx - radius;
+    Vec<T> acc[kCount] = {};
+    for (int r = 0; r < images; ++r) {
+      for (int64_t h = most<int64_t>(0, -dh); h < least(map.height, map.height - dh); ++h) {
+        for (int64_t w = most<int64_t>(0, -dw); w < least(map.width, map.width - dw); ++w) {
+          const Vec<T> d = load(dy_first + (r * pixels + h * map.width + w) * dy_row);
+          const T* at = x_first + map.lead + ((h + dh) * map.pitch + w + dw) * L + r;
+          static_for<kCount>(
+              [&](auto i) { acc[decltype(i)::value] += d * splat(at[decltype(i)::value * map.channel]); });
+        }
+      }
+    }
+    static_for<kCount>([&](auto i) {
+      T lane[L];
+      store(lane, acc[decltype(i)::value]);
+      for (int64_t o = 0; o < outs; ++o) grad[(o * in_group + decltype(i)::value) * taps + ky * map.k + kx] += lane[o];
+    });
+  };
+  const int ky_begin = int(most<int64_t>(0, radius - (map.height - 1)));
+  const int ky_end = int(least<int64_t>(map.k, radius + map.height));
+  const int kx_begin = int(most<int64_t>(0, radius - (map.width - 1)));
+  const int kx_end = int(least<int64_t>(map.k, radius + map.width));
+  for (int64_t g = 0; g < map.groups; ++g) {
+    for (int64_t o = 0; o < out_group; o += L) {
+      const T* dy_first = dy + g * out_group + o;
+      const int64_t outs = least<int64_t>(L, out_group - o);
+      for (int64_t i = 0; i < in_group;) {
+        const int64_t left = in_group - i;
+        const T* x_first = x + (g * in_group + i) * map.channel;
+        T* grad = grads + ((g * out_group + o) * in_group + i) * taps;
+        const int step = left >= 8 ? 8 : left >= 4 ? 4 : 1;
+        for (int ky = ky_begin; ky < ky_end; ++ky) {
+          for (int kx = kx_begin; kx < kx_end; ++kx) {
+            if (step == 8) {
+              block(x_first, dy_first, ky, kx, grad, outs, Index<8>{});
+            } else if (step == 4) {
+              block(x_first, dy_first, ky, kx, grad, outs, Index<4>{});
+            } else {
+              block(x_first, dy_first, ky, kx, grad, outs, Index<1>{});
+            }
+          }
+        }
+        i += step;
+      }
+    }
+  }
+}
+
 // Copies an unbordered map [channels][height * width][kLanes] into the padded layout of the images plan.
 template <class T>
 void pad_images(const ConvMap<T>& map, int64_t channels, const T* from, T* to) {
