@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"
 VENV = ROOT / ".venv-torch213"
 PYTHON = VENV / "bin" / "python"
-NEEDS = ("numpy", "pytest", "hypothesis", "expecttest")
+NEEDS = ("numpy", "pytest", "pytest-xdist", "hypothesis", "expecttest")
 TESTS = ("tests/ops", "tests/test_modules.py")
 
 # Run by the second interpreter, so that what is tested is what is meant to be.
@@ -120,14 +120,25 @@ def main() -> None:
         return
     run(PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel)
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env["OMP_NUM_THREADS"] = "1"  # as in `make test`: two processes with a thread each
     with tempfile.TemporaryDirectory(prefix="mfef-second-torch-") as folder:
         for path in test_files():
             copy = Path(folder, path.relative_to(ROOT))
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
         run(PYTHON, "-c", WHERE_FROM, ROOT, TORCH, cwd=Path(folder), env=env)
-        pytest = (PYTHON, "-m", "pytest", "-p", "no:cacheprovider", *TESTS, *options.pytest)
-        run(*pytest, cwd=Path(folder), env=env)
+        pytest = (
+            PYTHON,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-n",
+            "2",
+            "--dist",
+            "worksteal",
+        )
+        run(*pytest, *TESTS, *options.pytest, cwd=Path(folder), env=env)
     if not options.pytest:  # a selection is not the whole
         passed.write_text(now)
 
