@@ -70,14 +70,15 @@ def make_environment() -> None:
     others = [line for line in lines if not re.match(r"torch|triton|nvidia|cuda", line)]
     content = "\n".join([*others, f"torch=={TORCH}", ""])
     installed = VENV / "installed-with.txt"
-    if PYTHON.exists() and installed.exists() and installed.read_text() == content:
+    record = content + "# " + " ".join(NEEDS)
+    if PYTHON.exists() and installed.exists() and installed.read_text() == record:
         return
     run(sys.executable, "-m", "venv", VENV)
     constraints = VENV / "constraints.txt"
     constraints.write_text(content)
     pip = (PYTHON, "-m", "pip", "install", "--quiet")
     run(*pip, "--constraint", constraints, "torch", *NEEDS)
-    installed.write_text(content)
+    installed.write_text(record)
 
 
 def digest(wheel: Path) -> str:
