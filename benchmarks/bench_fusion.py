@@ -557,8 +557,8 @@ def check_options(options: argparse.Namespace) -> str:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif options.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: torch sees no CUDA device here; use --device cpu"
-    if options.threads is not None and options.threads < 1:
-        return f"--threads {options.threads} must be at least 1"
+    if options.threads is not None and not 1 <= options.threads <= 1024:
+        return f"--threads {options.threads} must be from 1 to 1024"
     if options.seconds is None:
         options.seconds = QUICK_SECONDS if options.quick else DEFAULT_SECONDS
     elif not 1 <= options.seconds < math.inf:
@@ -575,8 +575,11 @@ def check_options(options: argparse.Namespace) -> str:
         while (root / f"{options.device}-{number}").exists():
             number += 1
         options.out = root / f"{options.device}-{number}"
-    if (options.out / "results.json").exists():
-        return f"--out {options.out} holds the results of another run; name another folder"
+    if options.out == Path():
+        return "--out is empty; name a folder"
+    for name in ("results.json", "results.csv", "plot.png"):
+        if (options.out / name).exists():
+            return f"--out {options.out} holds {name} of another run; name another folder"
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -599,9 +602,14 @@ def main(arguments: list[str] | None = None) -> int:
     if problem_with_options:
         print(f"bench_fusion: {problem_with_options}", file=sys.stderr)
         return 2
-    result = run(options)
+    try:
+        result = run(options)
+    except KeyboardInterrupt:
+        print("bench_fusion: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    written = report.write(result, options.out)  # first: standard output may be closed by now
     print(report.text(result))
-    print(report.write(result, options.out))
+    print(written)
     return 1 if any(row["status"] == "WRONG" for row in result["cases"]) else 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,28 @@ from .version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs ``mfef`` with ``argv`` (the process's own by default); returns the exit status."""
+    """Runs ``mfef`` with ``argv`` (the process's own by default); returns the exit status.
+
+    130: interrupted before there was anything to keep. 1: standard output was closed or full.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a folder's name need not be in the encoding
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("mfef: interrupted; nothing was left half done", file=sys.stderr)
+        return 130
+    except OSError as error:
+        # What is still buffered goes nowhere, so that the exit does not complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"mfef: the output could not be written ({error.strerror})", file=sys.stderr)
+        return 1
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["train"]:  # its options, and their help, are tyro's
         from .train.__main__ import main as train

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import functional as F
 from . import reference
 from .backends import check_backend_name
-from .problem import check_groups, check_kernel_size
+from .problem import FLOAT_DTYPES, check_groups, check_kernel_size
 
 Mode = Literal["split", "pyramid", "hierarchical"]
 MODES = ("split", "pyramid", "hierarchical")
@@ -25,6 +25,20 @@ def _check_positive(name: str, value: object, hint: str) -> int:
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1; {hint}")
     return value
+
+
+def _check_list(name: str, value: object, hint: str) -> tuple:
+    # A set has no order, and a generator can be read once: neither says which branch is which.
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(
+            f"{name} must be a list or tuple, got {type(value).__name__} {value!r}; {hint}"
+        )
+    return tuple(value)
+
+
+def _check_float_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype={dtype} must be one of float32, bfloat16, float16, float64")
 
 
 def _divide(channels: int, parts: int) -> list[int]:
@@ -75,18 +89,21 @@ class MultiScaleConv2d(nn.Module):
         _check_positive("channels", channels, "it is the number of channels of the input")
         out_channels = channels if out_channels is None else out_channels
         _check_positive("out_channels", out_channels, "leave it out to keep the number of channels")
+        _check_float_dtype(dtype)
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown; use one of {', '.join(map(repr, MODES))}")
-        if isinstance(kernel_sizes, int) or len(kernel_sizes) == 0:
+        kernel_sizes = _check_list("kernel_sizes", kernel_sizes, "for example (3, 5, 7, 9)")
+        if len(kernel_sizes) == 0:
             raise ValueError(
-                f"kernel_sizes={kernel_sizes!r} must list at least one kernel size, "
-                "for example (3, 5, 7, 9)"
+                "kernel_sizes=() must list at least one kernel size, for example (3, 5, 7, 9)"
             )
         for i, k in enumerate(kernel_sizes):
             check_kernel_size(f"kernel_sizes[{i}]", k)
         branches = len(kernel_sizes)
         if isinstance(groups, str) and groups != "auto":
             raise ValueError(f'groups={groups!r} must be "auto" or one number per kernel size')
+        if not isinstance(groups, str):
+            groups = _check_list("groups", groups, 'one number per kernel size, or "auto"')
         if not isinstance(groups, str) and len(groups) != branches:
             raise ValueError(
                 f"groups={tuple(groups)} has {len(groups)} entries but kernel_sizes="
@@ -143,6 +160,8 @@ class MultiScaleConv2d(nn.Module):
                 bias=self.bias,
                 backend=self.backend,
             )
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must be (N, {self.channels}, H, W), got shape {tuple(x.shape)}")
         part = self.channels // len(self.groups)
@@ -190,6 +209,7 @@ class DualAttention(nn.Module):
         super().__init__()
         _check_positive("channels", channels, "it is the number of channels of the input")
         _check_positive("reduction", reduction, "16 is usual")
+        _check_float_dtype(dtype)
         check_kernel_size("spatial_kernel_size", spatial_kernel_size)
         if backend is not None:
             check_backend_name(backend)
@@ -352,10 +372,10 @@ class FeatureFusion(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(in_channels, int) or len(in_channels) == 0:
+        in_channels = _check_list("in_channels", in_channels, "for example (64, 64)")
+        if len(in_channels) == 0:
             raise ValueError(
-                f"in_channels={in_channels!r} must list the channels of at least one map, "
-                "for example (64, 64)"
+                "in_channels=() must list the channels of at least one map, for example (64, 64)"
             )
         for i, c in enumerate(in_channels):
             _check_positive(f"in_channels[{i}]", c, "it is the number of channels of a map")
@@ -384,6 +404,8 @@ class FeatureFusion(nn.Module):
                 f"was built for {len(self.in_channels)}"
             )
         for i, (m, c) in enumerate(zip(maps, self.in_channels, strict=True)):
+            if not isinstance(m, Tensor):
+                raise TypeError(f"maps[{i}] must be a torch.Tensor, got {type(m).__name__}")
             if m.dim() != 4 or m.shape[1] != c:
                 raise ValueError(f"maps[{i}] must be (N, {c}, H, W), got shape {tuple(m.shape)}")
             if m.shape[0] != maps[0].shape[0]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _C as _C  # registers the operators' schemas and CPU kernels
+from . import problem
 
 # The CUDA library needs a torch with CUDA; in another one it could not be loaded.
 _cuda_library = Path(__file__).with_name("_C_cuda.so")
@@ -56,16 +57,30 @@ def _like(t: Tensor | None, x: Tensor, need: bool) -> Tensor:
     return torch.empty_like(t) if need and t is not None else _nothing(x)
 
 
+def _same_device(x: Tensor, *others: Tensor) -> None:
+    for t in others:
+        if t.device != x.device:
+            raise ValueError(
+                f"a tensor of shape {tuple(t.shape)} is on {t.device}, x on {x.device}"
+            )
+
+
 # --- fakes ------------------------------------------------------------------------------------
+
+
+# The fakes refuse what the kernels refuse: a call with one meta tensor among CPU tensors ends here.
 
 
 @torch.library.register_fake("mfef::multi_scale_conv2d")
 def _(x, weights, groups, split, bias):
+    problem.describe_multi_scale_conv2d(x, weights, groups, split, bias)
     return _map_like(x, sum(w.shape[0] for w in weights))
 
 
 @torch.library.register_fake("mfef::multi_scale_conv2d_backward")
 def _(grad, x, weights, groups, split, bias, need_x, need_parameters):
+    problem.describe_multi_scale_conv2d(x, weights, groups, split, bias)
+    _same_device(x, grad)
     return (
         _map_like(x, x.shape[1]) if need_x else _nothing(x),
         [torch.empty_like(w) for w in weights] if need_parameters else [],
@@ -75,6 +90,7 @@ def _(grad, x, weights, groups, split, bias, need_x, need_parameters):
 
 @torch.library.register_fake("mfef::dual_attention")
 def _(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight, save):
+    problem.describe_dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
     return (_map_like(y, y.shape[1]), *_saved(y, y.shape[1], save))
 
 
@@ -84,12 +100,15 @@ def _attention_grads(x, parameters, need):
 
 @torch.library.register_fake("mfef::dual_attention_backward")
 def _(grad, y, w1, b1, w2, b2, ws, mean, max, max_index, c, s, c_index, need_x, need_parameters):
+    problem.describe_dual_attention(y, w1, b1, w2, b2, ws)
+    _same_device(y, grad, mean, max, max_index, c, s, c_index)
     grad_y = _map_like(y, y.shape[1]) if need_x else _nothing(y)
     return (grad_y, *_attention_grads(y, (w1, b1, w2, b2, ws), need_parameters))
 
 
 @torch.library.register_fake("mfef::mfef_block")
 def _(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save):
+    problem.describe_mfef_block(x, conv_weights, groups, w1, b1, w2, b2, ws, split)
     channels = sum(w.shape[0] for w in conv_weights)
     y = _map_like(x, channels) if save else _nothing(x)
     return (_map_like(x, channels), y, *_saved(x, channels, save))
@@ -100,6 +119,8 @@ def _(
     grad, x, conv_weights, groups, split, w1, b1, w2, b2, ws,
     y, mean, max, max_index, c, s, c_index, need_x, need_parameters,
 ):  # fmt: skip
+    problem.describe_mfef_block(x, conv_weights, groups, w1, b1, w2, b2, ws, split)
+    _same_device(x, grad, y, mean, max, max_index, c, s, c_index)
     return (
         _map_like(x, x.shape[1]) if need_x else _nothing(x),
         [torch.empty_like(w) for w in conv_weights] if need_parameters else [],

@@ -17,6 +17,9 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+MOST_KERNEL_SIZE = 4095  # what the native kernels address; far beyond any map of use
+
+
 @dataclass(frozen=True)
 class Branch:
     """One branch of the multi-scale convolution: a grouped convolution with a square kernel."""
@@ -66,10 +69,15 @@ def _check_tensor(name: str, value: object, like: Tensor | None = None) -> Tenso
                 f"{name} is on {value.device} but x is on {like.device}; "
                 f"move them to one device with .to({str(like.device)!r})"
             )
-        if value.dtype != like.dtype and not _autocast_enabled(like.device.type):
+        # Autocast brings everything to one dtype, float64 excepted.
+        casts = _autocast_enabled(like.device.type) and torch.float64 not in (
+            value.dtype,
+            like.dtype,
+        )
+        if value.dtype != like.dtype and not casts:
             raise TypeError(
                 f"{name} has dtype {value.dtype} but x has {like.dtype}; "
-                f"convert one of them, or run under torch.autocast"
+                "convert one of them, or run under torch.autocast (which leaves float64 alone)"
             )
     return value
 
@@ -107,6 +115,8 @@ def check_kernel_size(name: str, k: object) -> int:
             f"{name}={k} must be odd and positive, so that H and W are kept; "
             f"use {max(k, 0) + 1 if k % 2 == 0 or k < 1 else k}"
         )
+    if k > MOST_KERNEL_SIZE:
+        raise ValueError(f"{name}={k} is too large; use at most {MOST_KERNEL_SIZE}")
     return k
 
 
@@ -302,7 +312,9 @@ def describe_kd_loss(student: Tensor, target: Tensor, temperature: float) -> Pro
         )
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number, got {_kind(temperature)}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} must be positive and finite, for example 3.0")
+    if not 1e-6 <= temperature <= 1e6:
+        raise ValueError(
+            f"temperature={temperature} must be from 1e-6 to 1e6; 3.0 is usual for distillation"
+        )
     n, classes = student.shape
     return Problem("kd_loss", n, classes, 1, 1, student.dtype, student.device)

@@ -1,5 +1,6 @@
 """The command dispatches, helps, and imports nothing that it does not need."""
 
+import os
 import subprocess
 import sys
 
@@ -56,3 +57,30 @@ def test_extras_are_imported_by_train_alone():
         "sys.exit(sorted(extras & set(sys.modules)) or 0)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def mfef(*argv, **environment):
+    """The command in a process of its own, its output sent to a full device."""
+    with open("/dev/full", "w") as full:
+        return subprocess.run(
+            [sys.executable, "-m", "mfef_ext.cli", *argv],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+
+@pytest.mark.parametrize("argv", [["doctor"], ["train", "--help"]])
+def test_a_full_output_is_one_sentence(argv):
+    run = mfef(*argv)
+    assert run.returncode == 1
+    assert run.stderr.startswith("mfef: the output could not be written (")
+    assert "Traceback" not in run.stderr and len(run.stderr.splitlines()) == 1
+
+
+def test_an_unknown_instruction_set_is_one_sentence(tmp_path):
+    run = mfef("train", "--out", str(tmp_path / "run"), MFEF_USE_ISA="sse9")
+    assert run.returncode == 2
+    assert "MFEF_USE_ISA" in run.stderr and "this processor runs" in run.stderr
+    assert "Traceback" not in run.stderr and not (tmp_path / "run").exists()

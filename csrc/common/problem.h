@@ -43,6 +43,26 @@ inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "mfef: ", name, " does not have the dtype of the input");
 }
 
+// No count of elements that the kernels multiply on (by lanes, bytes, images) may come near the limits of
+// 64 bits. A tensor can claim any size without having the memory: expanded tensors repeat one element.
+constexpr double kMostElements = double(int64_t(1) << 40);
+
+inline void check_count(const char* name, double count) {
+  STD_TORCH_CHECK(count <= kMostElements, "mfef: ", name, " has about ", count, " elements, at most 2^40 are supported");
+}
+
+// Every element that the strides reach lies inside the storage: a storage can be shrunk or freed behind a
+// tensor's back.
+inline void check_memory(const Tensor& t) {
+  if (t.numel() == 0) return;
+  int64_t last = 0, bytes = 0, offset = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  STD_TORCH_CHECK((offset + last + 1) * int64_t(t.element_size()) <= bytes, "mfef: a tensor of shape ", shape_of(t),
+                  " reaches beyond its storage of ", bytes, " bytes; was the storage resized?");
+}
+
 // The sizes of an (N, C, H, W) input; only N may be 0.
 struct MapSize {
   int64_t n, c, h, w;
@@ -53,8 +73,9 @@ inline MapSize check_map(const char* name, const Tensor& x) {
   const MapSize s{x.size(0), x.size(1), x.size(2), x.size(3)};
   STD_TORCH_CHECK(s.c > 0 && s.h > 0 && s.w > 0, "mfef: ", name, " has shape ", shape_of(x),
                   ": C, H and W must be at least 1");
-  STD_TORCH_CHECK(s.h < (int64_t(1) << 31) / s.w, "mfef: ", name, " has shape ", shape_of(x),
+  STD_TORCH_CHECK(s.h <= ((int64_t(1) << 31) - 1) / s.w, "mfef: ", name, " has shape ", shape_of(x),
                   ": H * W must be below 2^31");
+  check_count("an image", double(s.c) * double(s.h) * double(s.w));
   return s;
 }
 
@@ -84,6 +105,7 @@ inline std::vector<BranchSize> check_branches(const Tensor& x, const std::vector
     STD_TORCH_CHECK(g > 0 && g <= w.size(0) && w.size(0) % g == 0, "mfef: groups[", i, "]=", g,
                     " must divide Cout=", w.size(0));
     STD_TORCH_CHECK(w.size(1) <= x.size(1) / g, "mfef: weights[", i, "] takes more channels than the input has");
+    check_count("a weight", double(w.size(0)) * double(w.size(1)) * double(w.size(2)) * double(w.size(3)));
     const BranchSize b{w.size(1) * g, w.size(0), g, w.size(2)};
     STD_TORCH_CHECK(split || b.in == x.size(1), "mfef: weights[", i, "] takes ", b.in, " channels but the input has ",
                     x.size(1));
@@ -92,6 +114,7 @@ inline std::vector<BranchSize> check_branches(const Tensor& x, const std::vector
     branches.push_back(b);
   }
   STD_TORCH_CHECK(!split || in == x.size(1), "mfef: the branches take ", in, " channels but the input has ", x.size(1));
+  check_count("an image of the result", double(out) * double(x.size(2)) * double(x.size(3)));
   *out_channels = out;
   return branches;
 }
@@ -108,6 +131,7 @@ struct AttentionParameters {
     STD_TORCH_CHECK(fc1_weight.dim() == 2 && fc1_weight.size(0) > 0,
                     "mfef: fc1_weight must have shape (hidden, C), got ", shape_of(fc1_weight));
     const int64_t hidden = fc1_weight.size(0);
+    check_count("fc1_weight", double(hidden) * double(channels));
     check_shape("fc1_weight", fc1_weight, {hidden, channels});
     check_shape("fc2_weight", fc2_weight, {channels, hidden});
     if (fc1_bias) {

@@ -76,6 +76,7 @@ void for_each_element(const Tensor& t, const F& f) {
 
 // Copies t to compute-type elements in row-major order.
 void widen_to(const Tensor& t, Element e, void* to) {
+  check_memory(t);
   const void* from = t.data_ptr();
   if (e == Element::kDouble) {
     double* at = static_cast<double*>(to);
@@ -119,7 +120,10 @@ void add_slots(T* partials, int64_t slots, int64_t total) {
   });
 }
 
-Map map_of(const Tensor& t) { return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}}; }
+Map map_of(const Tensor& t) {
+  check_memory(t);
+  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+}
 
 // --- one call --------------------------------------------------------------------------------
 
@@ -291,6 +295,7 @@ struct Saved {
     auto one = [&](const char* name, const Tensor& t, ScalarType dtype, bool per_channel) {
       STD_TORCH_CHECK(t.scalar_type() == dtype && t.device() == x.device() && t.is_contiguous(), "mfef: ", name,
                       " is not what the forward saved");
+      check_memory(t);
       check_shape(
           name, t,
           per_channel ? std::vector<int64_t>{a.batch, a.out} : std::vector<int64_t>{a.batch, a.height, a.width});

@@ -27,10 +27,6 @@ BACKEND = Backend(
             lambda p: len(p.branches) <= MOST_BRANCHES,
             lambda p: f"{len(p.branches)} branches are more than {MOST_BRANCHES}",
         ),
-        Condition(
-            lambda p: max([b.kernel_size for b in p.branches] + [p.spatial_kernel_size]) < 4096,
-            lambda p: "a kernel size is 4096 or more",
-        ),
     ),
     {
         "multi_scale_conv2d": ops.multi_scale_conv2d,

@@ -74,10 +74,15 @@ def _train_and_report(config: TrainConfig) -> None:
     import torch
     from rich.console import Console
 
+    from ..inspection import build_info
     from . import loop, report
     from .display import Display
 
     config.check()
+    try:
+        build_info()
+    except ValueError as error:  # MFEF_USE_ISA names what this processor has not
+        raise UsageError(f"MFEF_USE_ISA: {error}") from error
     torch.set_num_threads(config.thread_count)
     console = Console()
     with Display(console, config.epochs) as display:

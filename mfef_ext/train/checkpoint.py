@@ -63,7 +63,13 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} is damaged: its SHA-256 differs from the one written; "
             "use another checkpoint of the run, or train again"
         )
-    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no exception of its own
+        raise CheckpointError(
+            f"{path} was not written by mfef train ({type(error).__name__}); "
+            "use a checkpoint of a run folder"
+        ) from error
 
 
 def save_student(path: Path, student: nn.Module, spec: StudentSpec, about: dict[str, Any]) -> None:
@@ -81,6 +87,7 @@ def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises CheckpointError if either file is missing or damaged.
     """
+    path = Path(path)
     content = _read(path)
     try:
         described = json.loads(_read(path.with_suffix(".json")))
@@ -96,7 +103,13 @@ def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{path} is damaged: its SHA-256 is not the one in {path.with_suffix('.json').name}; "
             "copy both again from the run folder"
         )
-    student.load_state_dict(load_safetensors(content))
+    try:
+        student.load_state_dict(load_safetensors(content))
+    except (RuntimeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path} does not fit the network that {path.with_suffix('.json').name} describes; "
+            "copy both again from the run folder"
+        ) from error
     return student.eval(), described
 
 

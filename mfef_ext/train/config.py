@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +16,9 @@ from ..distill import METHODS
 from . import UsageError
 from .data import DATASETS
 from .models import STUDENTS
+
+
+MOST_THREADS = 1024  # far more are a segmentation fault in the thread library
 
 
 @dataclass(frozen=True)
@@ -92,15 +96,32 @@ class TrainConfig:
         _check(len(self.students) > 0, "--students", "", "must name at least one network")
         for flag, count in (("--epochs", self.epochs), ("--batch-size", self.batch_size)):
             _check(count >= 1, flag, count, "must be at least 1")
-        _check(self.threads is None or self.threads >= 1, "--threads", self.threads, "must be >= 1")
-        _check(0 <= self.seed < 2**31, "--seed", self.seed, "must be from 0 to 2147483647")
-        for flag, number in (("--lr", self.lr), ("--temperature", self.temperature)):
-            _check(0 < number < math.inf, flag, number, "must be positive and finite")
         _check(
-            0 <= self.weight_decay < math.inf,
+            self.threads is None or 1 <= self.threads <= MOST_THREADS,
+            "--threads",
+            self.threads,
+            f"must be from 1 to {MOST_THREADS}",
+        )
+        _check(self.epochs <= 10**6, "--epochs", self.epochs, "must be at most 1000000")
+        _check(
+            re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device) is not None,
+            "--device",
+            self.device,
+            "must be cpu, cuda or cuda:N",
+        )
+        _check(0 <= self.seed < 2**31, "--seed", self.seed, "must be from 0 to 2147483647")
+        _check(0 < self.lr <= 1000, "--lr", self.lr, "must be positive and at most 1000")
+        _check(
+            1e-3 <= self.temperature <= 1000,
+            "--temperature",
+            self.temperature,
+            "must be positive, from 0.001 to 1000",
+        )
+        _check(
+            0 <= self.weight_decay <= 1000,
             "--weight-decay",
             self.weight_decay,
-            "must be 0 or more and finite",
+            "must be 0 or more and at most 1000",
         )
         # Nesterov momentum is undefined at 0.
         _check(0 < self.momentum < 1, "--momentum", self.momentum, "must be above 0 and below 1")

@@ -90,7 +90,18 @@ LAYERS = [
     (lambda: MFEFBlock(64.0), TypeError, "channels must be an int"),
     (lambda: MFEFBlock(3), ValueError, "channels=3 cannot be divided among 4 branches"),
     (lambda: MFEFBlock(64, kernel_sizes=()), ValueError, r"kernel_sizes=\(\)"),
-    (lambda: MFEFBlock(64, kernel_sizes=3), ValueError, "kernel_sizes=3 must list"),
+    (lambda: MFEFBlock(64, kernel_sizes=3), TypeError, "kernel_sizes must be a list or tuple.*3"),
+    (lambda: MFEFBlock(64, kernel_sizes={3, 5}), TypeError, "kernel_sizes must be a list"),
+    (lambda: MFEFBlock(64, groups=4), TypeError, 'groups must be a list or tuple.*"auto"'),
+    (lambda: MFEFBlock(64, groups={1, 4, 8, 16}), TypeError, "groups must be a list or tuple"),
+    (
+        lambda: MFEFBlock(64, kernel_sizes=(3, 2**61 + 1), groups="auto"),
+        ValueError,
+        r"kernel_sizes\[1\]=\d+ is too large; use at most 4095",
+    ),
+    (lambda: MFEFBlock(64, dtype=torch.complex64), TypeError, "dtype=torch.complex64"),
+    (lambda: FeatureFusion({4, 5}, 4), TypeError, "in_channels must be a list"),
+    (lambda: FeatureFusion((4,), 4)([None]), TypeError, r"maps\[0\] must be a torch.Tensor"),
     (lambda: MFEFBlock(64, kernel_sizes=(3, 4), groups="auto"), ValueError, "kernel_sizes.1.=4"),
     (lambda: MFEFBlock(64, kernel_sizes=(3, -1), groups="auto"), ValueError, "kernel_sizes.1.=-1"),
     (lambda: MFEFBlock(64, kernel_sizes=(3, 5)), ValueError, "groups.*4 entries.*has 2"),
@@ -131,6 +142,7 @@ KD = [
     ((torch.randn(2, 3), torch.randn(2, 4)), {}, ValueError, "target has shape"),
     ((torch.randn(3), torch.randn(3)), {}, ValueError, "student must be 2-D"),
     ((torch.randn(2, 3), torch.randn(2, 3)), {"temperature": 0.0}, ValueError, "temperature=0.0"),
+    ((torch.randn(2, 3), torch.randn(2, 3)), {"temperature": 1e200}, ValueError, "from 1e-6"),
     ((torch.randn(2, 3), torch.randn(2, 3)), {"temperature": "3"}, TypeError, "temperature must"),
     ((torch.ones(2, 3).long(), torch.randn(2, 3)), {}, TypeError, "student has dtype torch.int64"),
 ]
@@ -233,6 +245,58 @@ def test_raw_lists():
             x, [torch.empty(4, 4, 1, 1).expand(4, 4, 4097, 4097)], [1], True, None
         )
     del weights
+
+
+def test_counts_that_overflow_are_refused():
+    """Expanded tensors claim sizes that nobody could allocate; byte counts must not wrap."""
+    one = torch.zeros(1, 1, 1, 1)
+    huge = torch.zeros(1, 1, 1, 1).expand(2**62, 1, 1, 1)
+    with pytest.raises(RuntimeError, match="at most 2\\^40"):
+        OPS.multi_scale_conv2d(one, [huge], [1], True, None)
+    with pytest.raises(RuntimeError, match="at most 2\\^40"):
+        OPS.multi_scale_conv2d(one.expand(1, 2**31, 2**20, 1), [one], [2**31], True, None)
+    fc1, fc2 = torch.zeros(1, 1).expand(2**62, 1), torch.zeros(1, 1).expand(1, 2**62)
+    with pytest.raises(RuntimeError, match="at most 2\\^40"):
+        OPS.dual_attention(one, fc1, None, fc2, None, torch.zeros(1, 2, 1, 1), False)
+
+
+@pytest.mark.parametrize("left", [0, 64])
+def test_a_storage_that_was_shrunk_is_refused(left):
+    for i in range(3):
+        x, weights, _ = raw_block()
+        bias = torch.randn(4)
+        [x, weights[0], bias][i].untyped_storage().resize_(left if i < 2 else 0)
+        with pytest.raises(RuntimeError, match="beyond its storage"):
+            OPS.multi_scale_conv2d(x, weights, [1], True, bias)
+
+
+def test_a_map_just_below_the_limit_of_pixels():
+    meta = torch.empty(1, 1, 46340, 46341, device="meta")
+    assert meta.shape[2] * meta.shape[3] < 2**31
+    x = torch.zeros(1, 1, 1, 1).expand(1, 1, 46341, 46341)  # 2^31 and some
+    with pytest.raises(RuntimeError, match="below 2\\^31"):
+        OPS.multi_scale_conv2d(x, [torch.zeros(1, 1, 1, 1)], [1], True, None)
+
+
+def test_one_meta_tensor_among_others_is_refused():
+    """The dispatcher sends such a call to the fake, which must not answer with empty memory."""
+    x, weights, attention = raw_block()
+    for bad_weight in (weights[0].to("meta"),):
+        with pytest.raises(ValueError, match="is on meta"):
+            OPS.multi_scale_conv2d(x, [bad_weight], [1], True, None)
+    with pytest.raises(ValueError, match="is on meta"):
+        OPS.mfef_block(x, weights, [1], True, attention[0].to("meta"), *attention[1:], False)
+    _, *saved = OPS.dual_attention(x, *attention, True)
+    saved[2] = saved[2].to("meta")
+    with pytest.raises(ValueError, match="on meta"):
+        OPS.dual_attention_backward(x, x, *attention, *saved, True, True)
+    with pytest.raises(ValueError, match="must be odd"):
+        OPS.multi_scale_conv2d(x.to("meta"), [torch.empty(4, 4, 2, 2).to("meta")], [1], True, None)
+
+
+def test_autocast_does_not_mix_float64():
+    with torch.autocast("cpu"), pytest.raises(TypeError, match="leaves float64 alone"):
+        conv(x=torch.randn(2, 4, 5, 5, dtype=torch.float64))
 
 
 def test_foreign_indices_stay_inside(engine):
