@@ -63,7 +63,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Forces one backend for every call in the ``with`` block, in the whole process.
 
     ``None`` restores the automatic choice. Blocks must end in the reverse order of their beginning,
-    so two threads must not force different backends at the same time. An explicit ``backend=`` of a call or layer wins.
+    so two threads must not force different backends at the same time. An explicit ``backend=`` of a
+    call or layer wins.
     Raises ValueError for an unknown name.
     """
     global _forced

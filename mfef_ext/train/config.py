@@ -17,7 +17,6 @@ from . import UsageError
 from .data import DATASETS
 from .models import STUDENTS
 
-
 MOST_THREADS = 1024  # far more are a segmentation fault in the thread library
 
 
