@@ -323,7 +323,7 @@ def test_cases_after_the_budget_are_reported():
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--backend", "fpga"], "invalid choice: 'fpga'"),
         (["--threads", "two"], "invalid int value: 'two'"),
-        (["--threads", "0"], "--threads 0 must be at least 1"),
+        (["--threads", "0"], "--threads 0 must be from 1 to 1024"),
         (["--seconds", "-3"], "--seconds -3.0 must be at least 1"),
         (["--device", "cpu", "--backend", "cuda"], "--backend cuda cannot run here: "),
         (["--table", "nowhere.json"], "--table nowhere.json: "),
@@ -347,7 +347,7 @@ def test_an_out_folder_that_will_not_do(tmp_path, capsys):
     assert "cannot be made" in capsys.readouterr().err
     (tmp_path / "results.json").write_text("precious")
     assert run([*REFERENCE, "--out", str(tmp_path)]) == 2
-    assert "holds the results of another run" in capsys.readouterr().err
+    assert "holds results.json of another run" in capsys.readouterr().err
     assert (tmp_path / "results.json").read_text() == "precious"
 
 
