@@ -17,6 +17,7 @@ from . import UsageError
 from .data import DATASETS
 from .models import STUDENTS
 
+LARGEST = 1e38  # about what float32 holds
 MOST_THREADS = 1024  # far more are a segmentation fault in the thread library
 
 
@@ -109,7 +110,7 @@ class TrainConfig:
             "must be cpu, cuda or cuda:N",
         )
         _check(0 <= self.seed < 2**31, "--seed", self.seed, "must be from 0 to 2147483647")
-        _check(0 < self.lr <= 1000, "--lr", self.lr, "must be positive and at most 1000")
+        _check(0 < self.lr <= LARGEST, "--lr", self.lr, "must be positive and at most 1e38")
         _check(
             1e-3 <= self.temperature <= 1000,
             "--temperature",
@@ -117,10 +118,10 @@ class TrainConfig:
             "must be positive, from 0.001 to 1000",
         )
         _check(
-            0 <= self.weight_decay <= 1000,
+            0 <= self.weight_decay <= LARGEST,
             "--weight-decay",
             self.weight_decay,
-            "must be 0 or more and at most 1000",
+            "must be 0 or more and at most 1e38",
         )
         # Nesterov momentum is undefined at 0.
         _check(0 < self.momentum < 1, "--momentum", self.momentum, "must be above 0 and below 1")
