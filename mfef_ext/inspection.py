@@ -24,12 +24,13 @@ def build_info() -> dict[str, object]:
 
     Keys: version, compiler, torch_built_against, torch (the one running), cuda (compiled by what
     and for which architectures, or why not), cuda_loaded, cpu_isas_built, cpu_isas_usable (on this
-    processor), isa_used.
+    processor), isa_used, backend_forced (by MFEF_BACKEND or use_backend).
     """
     info: dict[str, object] = dict(_C.build_info())
     info["torch"] = torch.__version__
     info["cuda_loaded"] = ops.CUDA_LOADED
     info["isa_used"] = _C.cpu_isa()
+    info["backend_forced"] = backends.forced_name()
     return info
 
 
@@ -166,6 +167,8 @@ def doctor() -> str:
             "GPUs: none usable by this torch"
             + ("" if torch.version.cuda else " (it is a build without CUDA)")
         )
+    if info["backend_forced"]:
+        lines.append(f"forced for every call (MFEF_BACKEND): {info['backend_forced']}")
     for device_type in ("cpu", "cuda"):
         order = " -> ".join(b.name for b in backends.order(device_type))
         lines.append(f"backends for {device_type} tensors, in order: {order}")

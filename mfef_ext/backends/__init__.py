@@ -110,12 +110,20 @@ def choose(problem: Problem, backend: str | None = None) -> Backend:
     """
     forced = forced_name(backend)
     if forced is not None:
+        # Who forces it is who has to let go of it.
+        by_call = backend is not None
+        what = f"backend={forced!r}" if by_call else f"{forced!r} (use_backend or MFEF_BACKEND)"
+        remedy = "use backend=None" if by_call else "end the with block or unset the variable"
+        if forced not in BACKEND_NAMES:
+            raise ValueError(
+                f"{what} is unknown; use one of {', '.join(map(repr, BACKEND_NAMES))}, "
+                f"or {remedy} to choose automatically"
+            )
         chosen = by_name(forced)
         ok, reason = chosen.supports(problem)
         if not ok:
             raise RuntimeError(
-                f"backend={forced!r} cannot run {problem.op}: {reason}; "
-                "use backend=None to choose automatically"
+                f"{what} cannot run {problem.op}: {reason}; {remedy} to choose automatically"
             )
         return chosen
     for candidate in order(problem.device.type):
