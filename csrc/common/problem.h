@@ -48,7 +48,8 @@ inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
 constexpr double kMostElements = double(int64_t(1) << 40);
 
 inline void check_count(const char* name, double count) {
-  STD_TORCH_CHECK(count <= kMostElements, "mfef: ", name, " has about ", count, " elements, at most 2^40 are supported");
+  STD_TORCH_CHECK(count <= kMostElements, "mfef: ", name, " has about ", count,
+                  " elements, at most 2^40 are supported");
 }
 
 // Every element that the strides reach lies inside the storage: a storage can be shrunk or freed behind a
