@@ -43,12 +43,15 @@ class Backend:
         return True, ""
 
 
-def check_backend_name(name: str) -> str:
-    """``name`` if it is a backend's, else ValueError listing those that are."""
+def check_backend_name(name: str, what: str = "", remedy: str = "None") -> str:
+    """``name`` if it is a backend's, else ValueError listing those that are.
+
+    ``what`` and ``remedy`` word the error: who named it, and how to choose automatically.
+    """
     if name not in BACKEND_NAMES:
         raise ValueError(
-            f"backend={name!r} is unknown; use one of {', '.join(map(repr, BACKEND_NAMES))}, "
-            "or None to choose automatically"
+            f"{what or f'backend={name!r}'} is unknown; "
+            f"use one of {', '.join(map(repr, BACKEND_NAMES))}, or {remedy} to choose automatically"
         )
     return name
 
@@ -114,12 +117,7 @@ def choose(problem: Problem, backend: str | None = None) -> Backend:
         by_call = backend is not None
         what = f"backend={forced!r}" if by_call else f"{forced!r} (use_backend or MFEF_BACKEND)"
         remedy = "use backend=None" if by_call else "end the with block or unset the variable"
-        if forced not in BACKEND_NAMES:
-            raise ValueError(
-                f"{what} is unknown; use one of {', '.join(map(repr, BACKEND_NAMES))}, "
-                f"or {remedy} to choose automatically"
-            )
-        chosen = by_name(forced)
+        chosen = by_name(check_backend_name(forced, what, remedy))
         ok, reason = chosen.supports(problem)
         if not ok:
             raise RuntimeError(
