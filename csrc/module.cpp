@@ -46,7 +46,8 @@ py::dict cpu_plan(int64_t batch, int64_t channels, int64_t height, int64_t width
   if (int64_t(branches.size()) > mfef::cpu::kMaxBranches) throw std::invalid_argument("too many branches");
   int64_t in_first = 0, out_first = 0;
   for (const auto& [in, out, groups, k] : branches) {
-    a.branches[a.branch_count++] = {split ? in_first : 0, in, out_first, out, groups, k, 0};
+    a.branches[a.branch_count++] = {
+        split ? in_first : 0, in, out_first, out, groups, mfef::cpu::live_taps(k, height, width), 0, 0, nullptr, 0};
     in_first += in;
     out_first += out;
   }

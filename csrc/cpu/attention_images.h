@@ -1,8 +1,8 @@
 // Channel + spatial attention of a block of kLanes images: every reduction over channels or pixels is
 // lane-wise, so there is no shuffle, and one image never meets another.
 //
-// Maps are [channel][pixel][lane]; vectors per channel [channel][lane]; per pixel [pixel][lane].
-// Sums have two levels (runs of kRun, then the runs), which keeps the rounding error near that of a
+// Maps are [channel][pixel][lane], channels `step` elements apart; vectors per channel [channel][lane]; per pixel
+// [pixel][lane]. Sums have two levels (runs of kRun, then the runs), which keeps the rounding error near that of a
 // pairwise sum.
 #pragma once
 
@@ -78,10 +78,23 @@ void outer_products(const T* a, int64_t rows, const T* b, int64_t cols, int imag
   }
 }
 
+// grads += the gradient of the spatial convolution's weights, (2, k, k); `ordered` and `scratch` are room.
+template <class T>
+void spatial_weight_grad(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_channel, T* ordered, T* scratch,
+                         T* grads) {
+  const int64_t taps = int64_t(map.k) * map.k, row = round_up(taps, kLanes<T>);  // one output channel: tiles of one
+  for (int64_t i = 0; i < 2 * row; ++i) ordered[i] = T(0);
+  weight_grad_map<T>(map, x, dy, dy_channel, ordered, scratch);
+  for (int64_t i = 0; i < 2; ++i) {
+    for (int64_t t = 0; t < taps; ++t) grads[i * taps + t] += ordered[i * row + t];
+  }
+}
+
 template <class T>
 struct AttentionImages {
   const BlockArgs& args;
   int64_t channels, pixels;
+  int64_t step;  // from channel to channel of a map, in elements
   ConvMap<T> spatial, spatial_back;
   // Per channel.
   T *mean, *max, *gate, *total;
@@ -94,7 +107,7 @@ struct AttentionImages {
   T *packed, *packed_back;
   // Backward.
   T *grad_gate, *grad_pooled, *grad_logit, *grad_hidden_mean, *grad_hidden_max, *grad_mean, *grad_max;
-  T *rows, *sums;
+  T *rows, *sums, *spatial_sums;
 
   AttentionImages(const BlockArgs& a, Carver& carver, bool backward) : args(a) {
     constexpr int L = kLanes<T>;
@@ -102,6 +115,7 @@ struct AttentionImages {
     pixels = a.height * a.width;
     spatial = images_map<T>(2, 1, 1, a.spatial_k, a.height, a.width);
     spatial_back = images_map<T>(1, 2, 1, a.spatial_k, a.height, a.width);
+    step = spatial.out_channel;
     mean = carver.take<T>(channels * L);
     max = carver.take<T>(channels * L);
     gate = carver.take<T>(channels * L);
@@ -110,15 +124,15 @@ struct AttentionImages {
     hidden_mean = carver.take<T>(a.hidden * L);
     hidden_max = carver.take<T>(a.hidden * L);
     hidden_sum = carver.take<T>(a.hidden * L);
-    pooled = carver.take<T>(2 * pixels * L);
+    pooled = carver.take<T>(2 * step);
     padded = carver.take<T>(2 * spatial.channel);
-    spatial_gate = carver.take<T>(pixels * L);
+    spatial_gate = carver.take<T>(step);
     channel_index = carver.take<typename IntOf<T>::type>(pixels * L);
     packed = carver.take<T>(spatial.weight_count());
     if (!backward) return;
     packed_back = carver.take<T>(spatial.weight_count());
-    grad_gate = carver.take<T>(pixels * L);
-    grad_pooled = carver.take<T>(2 * pixels * L);
+    grad_gate = carver.take<T>(step);
+    grad_pooled = carver.take<T>(2 * step);
     grad_logit = carver.take<T>(channels * L);
     grad_hidden_mean = carver.take<T>(a.hidden * L);
     grad_hidden_max = carver.take<T>(a.hidden * L);
@@ -126,6 +140,7 @@ struct AttentionImages {
     grad_max = carver.take<T>(channels * L);
     rows = carver.take<T>(channels * L);
     sums = carver.take<T>(weight_grad_scratch<T>(int(a.spatial_k)));
+    spatial_sums = carver.take<T>(weight_grad_elements(spatial));
   }
 
   // Sum, maximum and its first place over the pixels of each channel.
@@ -138,7 +153,7 @@ struct AttentionImages {
       const T* map[kCount];
       static_for<kCount>([&](auto j) {
         constexpr int j_ = decltype(j)::value;
-        map[j_] = y + (c + j_) * pixels * L;
+        map[j_] = y + (c + j_) * step;
         sum[j_] = Vec<T>{};
         top[j_] = load(map[j_]);
         at[j_] = IVec<T>{};
@@ -213,7 +228,7 @@ struct AttentionImages {
           Vec<T> g = load(gate + c * L);
           static_for<kCount>([&](auto j) {
             constexpr int j_ = decltype(j)::value;
-            Vec<T> z = load(y + (c * pixels + p + j_) * L) * g;
+            Vec<T> z = load(y + c * step + (p + j_) * L) * g;
             part[j_] += z;
             IVec<T> better = beats<T>(z, top[j_]);
             top[j_] = better ? z : top[j_];
@@ -225,7 +240,7 @@ struct AttentionImages {
       static_for<kCount>([&](auto j) {
         constexpr int j_ = decltype(j)::value;
         store(pooled + (p + j_) * L, top[j_]);
-        store(pooled + (pixels + p + j_) * L, sum[j_] / splat(T(channels)));
+        store(pooled + step + (p + j_) * L, sum[j_] / splat(T(channels)));
         __builtin_memcpy(channel_index + (p + j_) * L, &at[j_], sizeof(at[j_]));
       });
     };
@@ -304,7 +319,7 @@ struct AttentionImages {
           Vec<T> g = load(gate + c * L);
           static_for<kCount>([&](auto j) {
             constexpr int j_ = decltype(j)::value;
-            const int64_t e = (c * pixels + p + j_) * L;
+            const int64_t e = c * step + (p + j_) * L;
             Vec<T> z = load(y + e) * g;
             dot_part[j_] += load(grad + e) * z;
             sum_part[j_] += z;
@@ -322,7 +337,7 @@ struct AttentionImages {
         Vec<T> s = load(spatial_gate + e);
         store(grad_gate + e, dot[j_] * (s * (T(1) - s)));
         store(pooled + e, top[j_]);
-        store(pooled + pixels * L + e, sum[j_] / splat(T(channels)));
+        store(pooled + step + e, sum[j_] / splat(T(channels)));
       });
     };
     int64_t p = 0;
@@ -332,8 +347,8 @@ struct AttentionImages {
     pack_weights<T>(spatial_back, true, static_cast<const T*>(args.spatial_weight), packed_back);
     conv_map<T>(spatial_back, bordered(spatial_back, 1, grad_gate), packed_back, nullptr, false, grad_pooled);
     if (args.need_parameters) {
-      weight_grad_map<T>(spatial, bordered(spatial, 2, pooled), grad_gate, pixels * L, partials + args.partial.spatial,
-                         sums);
+      spatial_weight_grad<T>(spatial, bordered(spatial, 2, pooled), grad_gate, step, spatial_sums, sums,
+                             partials + args.partial.spatial);
     }
 
     // Through z = y * gate: grad becomes the part of dy that does not come through the pooling.
@@ -346,11 +361,11 @@ struct AttentionImages {
         for (int64_t q = p0; q < end; ++q) {
           Vec<T> s = load(spatial_gate + q * L);
           Vec<T> from_max = load(grad_pooled + q * L);
-          Vec<T> from_mean = load(grad_pooled + (pixels + q) * L) / splat(T(channels));
+          Vec<T> from_mean = load(grad_pooled + step + q * L) / splat(T(channels));
           IVec<T> at = index_at(channel_index + q * L);
           static_for<kCount>([&](auto j) {
             constexpr int j_ = decltype(j)::value;
-            const int64_t e = ((c + j_) * pixels + q) * L;
+            const int64_t e = (c + j_) * step + q * L;
             Vec<T> dz = load(grad + e) * s + from_mean;
             dz += at == isplat<T>(c + j_) ? from_max : Vec<T>{};
             part[j_] += dz * load(y + e);
@@ -406,7 +421,7 @@ struct AttentionImages {
       Vec<T> from_max = load(grad_max + i * L);
       IVec<T> at = index_at(max_index + i * L);
       for (int64_t q = 0; q < pixels; ++q) {
-        T* e = grad + (i * pixels + q) * L;
+        T* e = grad + i * step + q * L;
         Vec<T> d = load(e) + from_mean + (at == isplat<T>(q) ? from_max : Vec<T>{});
         store(e, valid ? d : Vec<T>{});
       }

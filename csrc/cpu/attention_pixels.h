@@ -39,7 +39,7 @@ struct AttentionPixels {
   typename IntOf<T>::type *max_index, *channel_index;
   T *pooled, *padded, *raw, *spatial_gate, *packed;
   T *packed_back, *grad_gate, *padded_grad, *grad_pooled, *grad_logit, *grad_hidden_mean, *grad_hidden_max;
-  T *grad_mean, *grad_max, *sums;
+  T *grad_mean, *grad_max, *sums, *spatial_sums;
 
   AttentionPixels(const BlockArgs& a, Carver& carver, bool backward) : args(a) {
     channels = a.out;
@@ -71,6 +71,7 @@ struct AttentionPixels {
     grad_mean = carver.take<T>(channels);
     grad_max = carver.take<T>(channels);
     sums = carver.take<T>(weight_grad_scratch<T>(int(a.spatial_k)));
+    spatial_sums = carver.take<T>(weight_grad_elements(spatial));
   }
 
   void pool_pixels(const T* y) {
@@ -281,8 +282,8 @@ struct AttentionPixels {
     unpad_pixels(spatial_back, 2, raw, grad_pooled, row);
     if (args.need_parameters) {
       pad_pixels(spatial, 2, pooled, row, padded);
-      weight_grad_map<T>(spatial, padded, padded_grad + spatial_back.lead, spatial_back.channel,
-                         partials + args.partial.spatial, sums);
+      spatial_weight_grad<T>(spatial, padded, padded_grad + spatial_back.lead, spatial_back.channel, spatial_sums, sums,
+                             partials + args.partial.spatial);
     }
 
     for (int64_t c = 0; c < channels; ++c) {

@@ -22,15 +22,26 @@ struct Map {
   int64_t stride[4];
 };
 
+// Taps per side of a k x k kernel that can meet a map: farther out there is no pixel, wherever the kernel
+// stands. A 9 x 9 kernel has 3 x 3 of them on 2 x 2 pixels.
+constexpr int64_t live_taps(int64_t k, int64_t height, int64_t width) {
+  const int64_t side = height > width ? height : width;
+  return side > 0 && k > 2 * side - 1 ? 2 * side - 1 : k;
+}
+
 struct Branch {
   int64_t in_first, in;    // channel range of x
   int64_t out_first, out;  // channel range of y
   int64_t groups;
-  int64_t k;
+  int64_t k;             // live taps per side
+  int64_t border;        // taps cut off on each side because they are not
   int64_t weight_first;  // of its weights among all convolution weights
+  const void* weights;   // (out, in / groups, k, k) contiguous, in the compute type
+  int64_t grad_first;    // of its gradient's sums in PartialLayout's conv
 };
 
-// Offsets of the parameters' gradients in one slot of partial sums, in elements of the compute type.
+// Offsets of the parameters' gradients in one slot of partial sums, in elements of the compute type. Those of
+// the convolutions have an order of their own (weight_grad_elements, read_weight_grad).
 struct PartialLayout {
   int64_t conv, bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial, total;
 };
@@ -40,12 +51,11 @@ struct BlockArgs {
   Plan plan;
   int64_t batch, in, out, height, width;
 
-  // Convolution: absent when branch_count is 0 (then in == out). Weights are in the compute type
-  // (float, or double for double), branch after branch, each (Cout, Cin / groups, k, k) contiguous.
+  // Convolution: absent when branch_count is 0 (then in == out). The compute type is float, or double
+  // for double.
   bool split;
   int branch_count;
   Branch branches[kMaxBranches];
-  const void* weights;
   const void* bias;       // (out) or null
   void* packed;           // forward tiles of the weights, written by prepare()
   void* packed_backward;  // tiles of the flipped weights, written by prepare()
@@ -75,9 +85,15 @@ struct BlockArgs {
 struct Kernels {
   const char* name;
   int vector_bytes;
-  // Elements of the compute type that `packed` or `packed_backward` needs.
-  int64_t (*packed_elements)(const BlockArgs&, bool backward);
-  void (*prepare)(const BlockArgs&, bool backward);
+  // Elements of the compute type that `packed` or `packed_backward` needs; the tiles of weights that
+  // prepare() writes there, in any order.
+  int64_t (*packed_elements)(const BlockArgs&);
+  int64_t (*packed_tiles)(const BlockArgs&, bool backward);
+  void (*prepare)(const BlockArgs&, bool backward, int64_t tile_begin, int64_t tile_end);
+  // Elements of a branch's weight gradient in a slot of partial sums, and the gradient of one of its groups out
+  // of the first slot: (out, in, k, k) of the group, contiguous.
+  int64_t (*weight_grad_elements)(const BlockArgs&, int branch);
+  void (*read_weight_grad)(const BlockArgs&, int branch, int64_t group, void* to);
   // Number of independent units of work: blocks of images, or images.
   int64_t (*units)(const BlockArgs&);
   // Bytes of scratch that one thread needs.

@@ -37,22 +37,27 @@ template <class T>
 struct BlockImages {
   const BlockArgs& args;
   int64_t pixels;
+  int64_t step;  // from channel to channel of a map, in elements
   T *x, *y, *grad, *padded, *padded_grad, *sums;
   T* grad_rows;  // of the widest branch, channels in the lanes; for maps of a few pixels
   Carver carver;
   AttentionImages<T> attention;
 
   BlockImages(const BlockArgs& a, void* scratch, bool backward)
-      : args(a), pixels(a.height * a.width), carver{static_cast<char*>(scratch)}, attention(a, carver, backward) {
+      : args(a),
+        pixels(a.height * a.width),
+        step(channel_vectors(pixels) * kLanes<T>),
+        carver{static_cast<char*>(scratch)},
+        attention(a, carver, backward) {
     constexpr int L = kLanes<T>;
     int64_t channels, longest, outputs, sums_count;
     branch_extents<T>(a, &channels, &longest, &outputs, &sums_count);
     // Forward with all channels in every branch needs x whole; else one branch's channels at a time.
-    x = carver.take<T>((a.split ? channels : a.in) * pixels * L);
-    y = carver.take<T>(a.out * pixels * L);
+    x = carver.take<T>((a.split ? channels : a.in) * step);
+    y = carver.take<T>(a.out * step);
     padded = carver.take<T>(longest);
     if (!backward) return;
-    grad = carver.take<T>(a.out * pixels * L);
+    grad = carver.take<T>(a.out * step);
     padded_grad = carver.take<T>(longest);
     sums = carver.take<T>(sums_count);
     const bool few_pixels = pixels * L <= kChain;
@@ -65,14 +70,14 @@ struct BlockImages {
     const int64_t image = unit * L;
     const int images = int(least<int64_t>(L, args.batch - image));
     if (args.branch_count == 0) {
-      pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, y);
+      pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, step, y);
     } else if (!args.split) {
-      pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, x);
+      pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, step, x);
     }
     for (int i = 0; i < args.branch_count; ++i) {
       const Branch& b = args.branches[i];
       const ConvMap<T> map = branch_map<T>(args, b, false);
-      if (args.split) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, x);
+      if (args.split) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
       const T* input = x;
       if (map.layout != kClip) {
         pad_images(map, b.in, x, padded);
@@ -80,9 +85,9 @@ struct BlockImages {
       }
       const T* bias = static_cast<const T*>(args.bias);
       conv_map<T>(map, input, static_cast<const T*>(args.packed) + b.weight_first, bias ? bias + b.out_first : nullptr,
-                  false, y + b.out_first * pixels * L);
+                  false, y + b.out_first * step);
     }
-    auto value = [&](int64_t c, int64_t p) { return load(y + (c * pixels + p) * L); };
+    auto value = [&](int64_t c, int64_t p) { return load(y + c * step + p * L); };
     if (args.y.data) {
       unpack_images<E, T>(args.y, image, images, 0, args.out, args.height, args.width, value);
     }
@@ -102,47 +107,47 @@ struct BlockImages {
     constexpr int L = kLanes<T>;
     const int64_t image = unit * L;
     const int images = int(least<int64_t>(L, args.batch - image));
-    pack_images<E, T>(args.grad_result, image, images, 0, args.out, args.height, args.width, grad);
+    pack_images<E, T>(args.grad_result, image, images, 0, args.out, args.height, args.width, step, grad);
     if (args.hidden) {
-      pack_images<E, T>(args.y, image, images, 0, args.out, args.height, args.width, y);
+      pack_images<E, T>(args.y, image, images, 0, args.out, args.height, args.width, step, y);
       attention.restore(image, images);
       attention.backward(y, grad, image, images, partials);
     }
     if (args.branch_count == 0) {
       if (args.grad_x.data) {
         unpack_images<E, T>(args.grad_x, image, images, 0, args.in, args.height, args.width,
-                            [&](int64_t c, int64_t p) { return load(grad + (c * pixels + p) * L); });
+                            [&](int64_t c, int64_t p) { return load(grad + c * step + p * L); });
       }
       return;
     }
     if (args.bias && args.need_parameters) {
       for (int64_t c = 0; c < args.out; ++c) {
         Vec<T> sum{};
-        for (int64_t p = 0; p < pixels; ++p) sum += load(grad + (c * pixels + p) * L);
+        for (int64_t p = 0; p < pixels; ++p) sum += load(grad + c * step + p * L);
         partials[args.partial.bias + c] += sum_of_lanes<T>(sum);
       }
     }
     if (!args.split && args.need_parameters) {
-      pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, x);
+      pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, step, x);
     }
     // With all channels in every branch, dx is a sum over branches: weight gradients first, then dx in
     // the place of x.
     for (int i = 0; i < args.branch_count && args.need_parameters; ++i) {
       const Branch& b = args.branches[i];
       const ConvMap<T> map = branch_map<T>(args, b, false);
-      if (args.split) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, x);
+      if (args.split) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
       const T* input = x;
       if (map.layout != kClip) {
         pad_images(map, b.in, x, padded);
         input = padded;
       }
-      const T* dy = grad + b.out_first * pixels * L;
-      T* grads = partials + args.partial.conv + b.weight_first;
+      const T* dy = grad + b.out_first * step;
+      T* grads = partials + args.partial.conv + b.grad_first;
       if (weight_grad_by_channels(map)) {
-        channels_to_lanes<T>(dy, b.out, pixels, grad_rows);
+        channels_to_lanes<T>(dy, b.out, pixels, step, grad_rows);
         weight_grad_channels<T>(map, input, grad_rows, channel_row<T>(b.out), images, grads);
       } else {
-        weight_grad_map<T>(map, input, dy, pixels * L, grads, sums);
+        weight_grad_map<T>(map, input, dy, step, grads, sums);
       }
       if (args.split && args.grad_x.data) data_gradient<E>(b, image, images, false);
     }
@@ -155,9 +160,8 @@ struct BlockImages {
 
   template <class E>
   void data_gradient(const Branch& b, int64_t image, int images, bool accumulate) {
-    constexpr int L = kLanes<T>;
     const ConvMap<T> map = branch_map<T>(args, b, true);
-    const T* input = grad + b.out_first * pixels * L;
+    const T* input = grad + b.out_first * step;
     if (map.layout != kClip) {
       pad_images(map, b.out, input, padded_grad);
       input = padded_grad;
@@ -169,7 +173,7 @@ struct BlockImages {
   template <class E>
   void unpack_grad_x(int64_t image, int images, int64_t first, int64_t channels) {
     unpack_images<E, T>(args.grad_x, image, images, first, channels, args.height, args.width,
-                        [&](int64_t c, int64_t p) { return load(x + (c * pixels + p) * kLanes<T>); });
+                        [&](int64_t c, int64_t p) { return load(x + c * step + p * kLanes<T>); });
   }
 };
 

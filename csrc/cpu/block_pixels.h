@@ -110,7 +110,7 @@ struct BlockPixels {
         if (args.split) pack<E>(args.x, image, b.in_first, b.in, x);
         pad_pixels(forward_map, b.in, x, row, padded);
         weight_grad_map<T>(forward_map, padded, padded_grad + map.lead, map.channel,
-                           partials + args.partial.conv + b.weight_first, sums);
+                           partials + args.partial.conv + b.grad_first, sums);
       }
       if (!args.grad_x.data) continue;
       conv_map<T>(map, padded_grad, static_cast<const T*>(args.packed_backward) + b.weight_first, nullptr, false, raw);

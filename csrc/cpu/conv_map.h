@@ -33,6 +33,10 @@ MFEF_INLINE int next_pix(int64_t remaining, int limit) {
   return remaining >= 4 && limit >= 4 ? 4 : remaining >= 2 && limit >= 2 ? 2 : 1;
 }
 
+// Vectors from channel to channel of a map in the images plan. Not a multiple of 8: the channels of an 8 x 8
+// map would be 4 KiB apart, which is one and the same set of the L1 cache for the same pixel of them all.
+MFEF_INLINE int64_t channel_vectors(int64_t pixels) { return pixels % 8 == 0 ? pixels + 1 : pixels; }
+
 // A convolution's sizes and the layout of its packed maps (lengths and offsets in elements of T).
 template <class T>
 struct ConvMap {
@@ -64,8 +68,8 @@ MFEF_INLINE ConvMap<T> images_map(int64_t in, int64_t out, int64_t groups, int64
   m.layout = clip ? kClip : kPadded;
   m.pitch = clip ? width : width + 2 * (k / 2);
   m.lead = clip ? 0 : (k / 2) * kLanes<T>;
-  m.channel = height * m.pitch * kLanes<T>;
-  m.out_channel = height * width * kLanes<T>;
+  m.channel = channel_vectors(height * m.pitch) * kLanes<T>;
+  m.out_channel = channel_vectors(height * width) * kLanes<T>;
   m.main_pix = clip ? int(width) : next_pix(width, kRegisters == 32 ? 8 : 4);
   return m;
 }
@@ -91,25 +95,49 @@ MFEF_INLINE ConvMap<T> pixels_map(int64_t in, int64_t out, int64_t groups, int64
 }
 
 // Tiles of a group's weights follow each other, each [in][ky][kx][tile]; groups follow each other.
-// flipped: the weights of the data gradient, which maps `map.in` channels of dy to `map.out` of dx;
-// the weights in memory are then (map.in, map.out / groups, k, k).
 template <class T>
-void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, T* to) {
+MFEF_INLINE int64_t tiles_per_group(const ConvMap<T>& map) {
+  int64_t tiles = 0;
+  for (int64_t o = 0; o < map.out_group(); ++tiles) o += next_out(map.out_group() - o, map.main_pix);
+  return tiles;
+}
+
+// Packs tiles [begin, end). flipped: the weights of the data gradient, which maps `map.in` channels of dy
+// to `map.out` of dx; the weights in memory are then (map.in, map.out / groups, k, k).
+template <class T>
+void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, T* packed, int64_t begin, int64_t end) {
   const int64_t in_group = map.in_group(), out_group = map.out_group(), taps = int64_t(map.k) * map.k;
-  for (int64_t g = 0; g < map.groups; ++g) {
-    for (int64_t o = 0; o < out_group;) {
+  const int64_t tiles = tiles_per_group(map);
+  // Steps in memory from one channel of the tile, one input channel, one tap to the next.
+  const int64_t out_step = flipped ? taps : in_group * taps, in_step = flipped ? out_group * taps : taps;
+  auto pack = [&](const T* from, T* to, auto count) {
+    constexpr int kOut = decltype(count)::value;
+    for (int64_t i = 0; i < in_group; ++i, from += in_step) {
+      for (int64_t tap = 0; tap < taps; ++tap, to += kOut) {
+        const T* at = from + (flipped ? taps - 1 - tap : tap);
+        static_for<kOut>([&](auto j) { to[decltype(j)::value] = at[decltype(j)::value * out_step]; });
+      }
+    }
+  };
+  for (int64_t g = begin / tiles; g < map.groups && g * tiles < end; ++g) {
+    int64_t tile = g * tiles;
+    for (int64_t o = 0; o < out_group; ++tile) {
       const int out = next_out(out_group - o, map.main_pix);
-      for (int64_t i = 0; i < in_group; ++i) {
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          for (int j = 0; j < out; ++j) {
-            *to++ = flipped ? weights[((g * in_group + i) * out_group + o + j) * taps + taps - 1 - tap]
-                            : weights[((g * out_group + o + j) * in_group + i) * taps + tap];
-          }
-        }
+      if (tile >= begin && tile < end) {
+        const T* from = weights + g * in_group * out_group * taps + o * out_step;
+        T* to = packed + (g * out_group + o) * in_group * taps;
+        static_for<kOutCount>([&](auto i) {
+          constexpr int kOut = kOutCounts[decltype(i)::value];
+          if (out == kOut) pack(from, to, Index<kOut>{});
+        });
       }
       o += out;
     }
   }
+}
+template <class T>
+void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, T* packed) {
+  pack_weights(map, flipped, weights, packed, 0, map.groups * tiles_per_group(map));
 }
 
 // y = conv(x): x padded as the map says, y [out][out_channel] without borders.
@@ -185,10 +213,23 @@ MFEF_INLINE int64_t weight_grad_scratch(int k) {
   return (int64_t(8) * k * k + kLanes<T>)*kLanes<T>;
 }
 
-// grads += the weights' gradient of this map; (out, in / groups, k, k) contiguous. dy has rows of
-// `width` vectors (images) or the padded layout of the map, borders zero (pixels).
+// Output channels of the weight gradient's next tile.
 template <class T>
-void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_channel, T* grads, T* scratch) {
+MFEF_INLINE int next_grad_out(const ConvMap<T>& map, int64_t remaining) {
+  const int ki = kernel_size_index<T>(map.k);
+  int out = 1;
+  for (int i = 0; i < kOutCount; ++i) {
+    if (kOutCounts[i] <= remaining && weight_grad_fits(kOutCounts[i], kKernelSizes[ki])) out = kOutCounts[i];
+  }
+  return out;
+}
+
+// sums += the weights' gradient of this map, in the order in which it is computed, [group][tile][in][out of
+// the tile][ky][kx], every (tile, in) rounded up to whole vectors: so that sums over lanes are added where
+// they arise, a vector at a time. read_weight_grad() puts them in order. dy has rows of `width` vectors
+// (images) or the padded layout of the map, borders zero (pixels).
+template <class T>
+void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_channel, T* sums, T* scratch) {
   constexpr int L = kLanes<T>;
   const ConvTable<T>& table = conv_table<T>();
   const int ki = kernel_size_index<T>(map.k);
@@ -198,11 +239,12 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
   const bool pixels = map.layout == kPixels;
   const int pi = map.layout == kClip ? pix_index(int(map.width)) : 0;
 
-  // Taps that meet the map at all; the gradient of the others is zero.
+  // Rows of taps that meet the map at all; the tiles leave out the others and, when clipping, columns.
   const int ky_begin = int(most<int64_t>(0, radius - (map.height - 1)));
   const int ky_end = int(least<int64_t>(map.k, radius + map.height));
-  const int kx_begin = int(most<int64_t>(0, radius - (map.width - 1)));
-  const int kx_end = int(least<int64_t>(map.k, radius + map.width));
+  if (radius >= least(map.height, map.width)) {
+    for (int64_t i = 0; i < weight_grad_scratch<T>(map.k); i += L) store(scratch + i, Vec<T>{});
+  }
 
   WeightGradTile<T> tile;
   tile.k = map.k;
@@ -211,12 +253,8 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
   tile.dy_channel = dy_channel;
   for (int64_t g = 0; g < map.groups; ++g) {
     for (int64_t o = 0; o < out_group;) {
-      int out = 1;
-      for (int i = 0; i < kOutCount; ++i) {
-        if (kOutCounts[i] <= out_group - o && weight_grad_fits(kOutCounts[i], kKernelSizes[ki])) {
-          out = kOutCounts[i];
-        }
-      }
+      const int out = next_grad_out(map, out_group - o);
+      const auto run_tile = table.weight_grad[map.layout][ki][out_index(out)][pi];
       const T* dy_tile = dy + (g * out_group + o) * dy_channel;
       for (int64_t i = 0; i < in_group; ++i) {
         const T* channel = x + (g * in_group + i) * map.channel;
@@ -228,7 +266,7 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
             tile.dy = dy_at;
             tile.rows = rows;
             tile.width = width;
-            table.weight_grad[map.layout][ki][out_index(out)][pi](tile);
+            run_tile(tile);
             tile.accumulate = true;
           };
           if (pixels) {
@@ -250,31 +288,11 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
             }
           }
         }
-        // Sums of lanes, kLanes of them at a time, over the taps that meet the map.
-        T* grad = grads + ((g * out_group + o) * in_group + i) * taps;
-        const int64_t count = out * (ky_end - ky_begin) * (kx_end - kx_begin);
-        int64_t j = 0;
-        int ky = ky_begin, kx = kx_begin;
-        for (int64_t t = 0; t < count; t += L) {
+        // Sums of lanes, kLanes of them at a time; those beyond the last tap are never read.
+        for (int64_t t = 0; t < out * taps; t += L, sums += L) {
           Vec<T> lanes[L];
-          T* places[L];
-          const int filled = int(least<int64_t>(L, count - t));
-          for (int r = 0; r < filled; ++r) {
-            const int64_t tap = int64_t(ky) * map.k + kx;
-            lanes[r] = load(scratch + (j * taps + tap) * L);
-            places[r] = grad + j * in_group * taps + tap;
-            if (++kx == kx_end) {
-              kx = kx_begin;
-              if (++ky == ky_end) {
-                ky = ky_begin;
-                ++j;
-              }
-            }
-          }
-          for (int r = filled; r < L; ++r) lanes[r] = Vec<T>{};
-          T total[L];
-          store(total, sums_of_lanes<T>(lanes));
-          for (int r = 0; r < filled; ++r) *places[r] += total[r];
+          static_for<L>([&](auto r) { lanes[decltype(r)::value] = load(scratch + (t + decltype(r)::value) * L); });
+          store(sums, load(sums) + sums_of_lanes<T>(lanes));
         }
       }
       o += out;
@@ -301,87 +319,149 @@ MFEF_INLINE int64_t channel_row(int64_t channels) {
   return round_up(channels, kLanes<T>) + kLanes<T>;
 }
 template <class T>
-void channels_to_lanes(const T* dy, int64_t channels, int64_t pixels, T* to) {
+void channels_to_lanes(const T* dy, int64_t channels, int64_t pixels, int64_t dy_channel, T* to) {
   constexpr int L = kLanes<T>;
   const int64_t row = channel_row<T>(channels);
   for (int64_t p = 0; p < pixels; ++p) {
     for (int64_t c = 0; c < row; c += L) {
       Vec<T> lanes[L];
-      for (int r = 0; r < L; ++r) lanes[r] = c + r < channels ? load(dy + ((c + r) * pixels + p) * L) : Vec<T>{};
+      for (int r = 0; r < L; ++r) lanes[r] = c + r < channels ? load(dy + (c + r) * dy_channel + p * L) : Vec<T>{};
       transpose<T>(lanes);
       for (int r = 0; r < L; ++r) store(to + (r * pixels + p) * row + c, lanes[r]);
     }
   }
 }
 
-// As weight_grad_map; dy comes from channels_to_lanes, of `images` images.
+// As weight_grad_map, but sums are [group][kLanes output channels][in][ky][kx][lane]; dy comes from
+// channels_to_lanes, of `images` images.
 template <class T>
-void weight_grad_channels(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_row, int images, T* grads) {
+void weight_grad_channels(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_row, int images, T* sums) {
   constexpr int L = kLanes<T>;
   const int radius = map.k / 2;
   const int64_t taps = int64_t(map.k) * map.k, pixels = map.height * map.width;
   const int64_t in_group = map.in_group(), out_group = map.out_group();
 
-  // One tap, kLanes output channels, kCount input channels.
-  auto block = [&](const T* x_first, const T* dy_first, int ky, int kx, T* grad, int64_t outs, auto count) {
-    constexpr int kCount = decltype(count)::value;
+  // One tap, kVecs vectors of output channels, kCount input channels.
+  auto block = [&](const T* x_first, const T* dy_first, int ky, int kx, T* to, auto vecs, auto count) {
+    constexpr int kVecs = decltype(vecs)::value, kCount = decltype(count)::value;
     const int64_t dh = ky - radius, dw = kx - radius;
-    Vec<T> acc[kCount] = {};
+    Vec<T> acc[kVecs][kCount] = {};
     for (int r = 0; r < images; ++r) {
       for (int64_t h = most<int64_t>(0, -dh); h < least(map.height, map.height - dh); ++h) {
         for (int64_t w = most<int64_t>(0, -dw); w < least(map.width, map.width - dw); ++w) {
-          const Vec<T> d = load(dy_first + (r * pixels + h * map.width + w) * dy_row);
+          const T* d = dy_first + (r * pixels + h * map.width + w) * dy_row;
           const T* at = x_first + map.lead + ((h + dh) * map.pitch + w + dw) * L + r;
-          static_for<kCount>(
-              [&](auto i) { acc[decltype(i)::value] += d * splat(at[decltype(i)::value * map.channel]); });
+          Vec<T> dy_vec[kVecs];
+          static_for<kVecs>([&](auto v) { dy_vec[decltype(v)::value] = load(d + decltype(v)::value * L); });
+          static_for<kCount>([&](auto i) {
+            constexpr int i_ = decltype(i)::value;
+            const Vec<T> scalar = splat(at[i_ * map.channel]);
+            static_for<kVecs>([&](auto v) { acc[decltype(v)::value][i_] += dy_vec[decltype(v)::value] * scalar; });
+          });
         }
       }
     }
-    static_for<kCount>([&](auto i) {
-      T lane[L];
-      store(lane, acc[decltype(i)::value]);
-      for (int64_t o = 0; o < outs; ++o) grad[(o * in_group + decltype(i)::value) * taps + ky * map.k + kx] += lane[o];
+    static_for<kVecs>([&](auto v) {
+      static_for<kCount>([&](auto i) {
+        constexpr int v_ = decltype(v)::value, i_ = decltype(i)::value;
+        T* sum = to + (v_ * in_group + i_) * taps * L;
+        store(sum, load(sum) + acc[v_][i_]);
+      });
     });
   };
   const int ky_begin = int(most<int64_t>(0, radius - (map.height - 1)));
   const int ky_end = int(least<int64_t>(map.k, radius + map.height));
   const int kx_begin = int(most<int64_t>(0, radius - (map.width - 1)));
   const int kx_end = int(least<int64_t>(map.k, radius + map.width));
+  auto all_taps = [&](const T* x_first, const T* dy_first, T* to, auto vecs, auto count) {
+    for (int ky = ky_begin; ky < ky_end; ++ky) {
+      for (int kx = kx_begin; kx < kx_end; ++kx) {
+        block(x_first, dy_first, ky, kx, to + (int64_t(ky) * map.k + kx) * L, vecs, count);
+      }
+    }
+  };
   for (int64_t g = 0; g < map.groups; ++g) {
-    for (int64_t o = 0; o < out_group; o += L) {
+    for (int64_t o = 0; o < out_group;) {
+      const bool two = kRegisters == 32 && out_group - o > L;
       const T* dy_first = dy + g * out_group + o;
-      const int64_t outs = least<int64_t>(L, out_group - o);
       for (int64_t i = 0; i < in_group;) {
         const int64_t left = in_group - i;
         const T* x_first = x + (g * in_group + i) * map.channel;
-        T* grad = grads + ((g * out_group + o) * in_group + i) * taps;
+        T* to = sums + i * taps * L;
         const int step = left >= 8 ? 8 : left >= 4 ? 4 : 1;
-        for (int ky = ky_begin; ky < ky_end; ++ky) {
-          for (int kx = kx_begin; kx < kx_end; ++kx) {
-            if (step == 8) {
-              block(x_first, dy_first, ky, kx, grad, outs, Index<8>{});
-            } else if (step == 4) {
-              block(x_first, dy_first, ky, kx, grad, outs, Index<4>{});
-            } else {
-              block(x_first, dy_first, ky, kx, grad, outs, Index<1>{});
-            }
+        auto with_count = [&](auto vecs) {
+          if (step == 8) {
+            all_taps(x_first, dy_first, to, vecs, Index<8>{});
+          } else if (step == 4) {
+            all_taps(x_first, dy_first, to, vecs, Index<4>{});
+          } else {
+            all_taps(x_first, dy_first, to, vecs, Index<1>{});
           }
+        };
+        if (two) {
+          with_count(Index<2>{});
+        } else {
+          with_count(Index<1>{});
         }
         i += step;
       }
+      sums += (two ? 2 : 1) * in_group * taps * L;
+      o += (two ? 2 : 1) * L;
     }
   }
 }
 
-// Copies an unbordered map [channels][height * width][kLanes] into the padded layout of the images plan.
+// Elements of the sums of either form, and the gradient of group g out of them: (out, in, k, k) of the group,
+// contiguous.
+template <class T>
+int64_t weight_grad_elements(const ConvMap<T>& map) {
+  constexpr int L = kLanes<T>;
+  const int64_t taps = int64_t(map.k) * map.k;
+  int64_t count = 0;
+  if (weight_grad_by_channels(map)) {
+    count = round_up(map.out_group(), L) * map.in_group() * taps;
+  } else {
+    for (int64_t o = 0; o < map.out_group();) {
+      const int out = next_grad_out(map, map.out_group() - o);
+      count += map.in_group() * round_up(out * taps, L);
+      o += out;
+    }
+  }
+  return map.groups * count;
+}
+template <class T>
+void read_weight_grad(const ConvMap<T>& map, const T* sums, int64_t g, T* grads) {
+  constexpr int L = kLanes<T>;
+  const int64_t taps = int64_t(map.k) * map.k, in_group = map.in_group(), out_group = map.out_group();
+  const bool by_channels = weight_grad_by_channels(map);
+  sums += g * (weight_grad_elements(map) / map.groups);
+  for (int64_t o = 0; o < out_group;) {
+    const int64_t out = by_channels ? least<int64_t>(L, out_group - o) : next_grad_out(map, out_group - o);
+    for (int64_t i = 0; i < in_group; ++i) {
+      for (int64_t j = 0; j < out; ++j) {
+        T* to = grads + ((o + j) * in_group + i) * taps;
+        const T* from = sums + (by_channels ? j : j * taps);
+        for (int64_t t = 0; t < taps; ++t) to[t] = from[by_channels ? t * L : t];
+      }
+      sums += by_channels ? taps * L : round_up(out * taps, L);
+    }
+    o += out;
+  }
+}
+
+// Copies an unbordered map, channels map.out_channel apart, into the padded layout of the images plan. The
+// channels of `map` are those of either side: their size is the same.
 template <class T>
 void pad_images(const ConvMap<T>& map, int64_t channels, const T* from, T* to) {
   const int64_t row = map.width * kLanes<T>, pitch = map.pitch * kLanes<T>;
-  for (int64_t r = 0; r < channels * map.height; ++r) {
-    T* at = to + r * pitch;
-    for (int64_t i = 0; i < map.lead; i += kLanes<T>) store(at + i, Vec<T>{});
-    for (int64_t i = 0; i < row; i += kLanes<T>) store(at + map.lead + i, load(from + r * row + i));
-    for (int64_t i = map.lead + row; i < pitch; i += kLanes<T>) store(at + i, Vec<T>{});
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t h = 0; h < map.height; ++h) {
+      const T* at_from = from + c * map.out_channel + h * row;
+      T* at = to + c * map.channel + h * pitch;
+      for (int64_t i = 0; i < map.lead; i += kLanes<T>) store(at + i, Vec<T>{});
+      for (int64_t i = 0; i < row; i += kLanes<T>) store(at + map.lead + i, load(at_from + i));
+      for (int64_t i = map.lead + row; i < pitch; i += kLanes<T>) store(at + i, Vec<T>{});
+    }
   }
 }
 

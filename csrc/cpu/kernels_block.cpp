@@ -20,7 +20,7 @@ MFEF_INLINE auto with_types(Element element, const F& f) {
   }
 }
 
-int64_t packed_elements(const BlockArgs& a, bool) {
+int64_t packed_elements(const BlockArgs& a) {
   int64_t count = 0;
   for (int i = 0; i < a.branch_count; ++i) {
     const Branch& b = a.branches[i];
@@ -29,14 +29,47 @@ int64_t packed_elements(const BlockArgs& a, bool) {
   return count;
 }
 
-void prepare(const BlockArgs& a, bool backward) {
+int64_t packed_tiles(const BlockArgs& a, bool backward) {
+  return with_types(a.element, [&](auto, auto t) {
+    int64_t count = 0;
+    for (int i = 0; i < a.branch_count; ++i) {
+      const auto map = branch_map<decltype(t)>(a, a.branches[i], backward);
+      count += map.groups * tiles_per_group(map);
+    }
+    return count;
+  });
+}
+
+void prepare(const BlockArgs& a, bool backward, int64_t begin, int64_t end) {
   with_types(a.element, [&](auto, auto t) {
     using T = decltype(t);
-    for (int i = 0; i < a.branch_count; ++i) {
+    int64_t first = 0;
+    for (int i = 0; i < a.branch_count && first < end; ++i) {
       const Branch& b = a.branches[i];
-      T* to = static_cast<T*>(backward ? a.packed_backward : a.packed) + b.weight_first;
-      pack_weights<T>(branch_map<T>(a, b, backward), backward, static_cast<const T*>(a.weights) + b.weight_first, to);
+      const auto map = branch_map<T>(a, b, backward);
+      const int64_t tiles = map.groups * tiles_per_group(map);
+      if (first + tiles > begin) {
+        pack_weights<T>(map, backward, static_cast<const T*>(b.weights),
+                        static_cast<T*>(backward ? a.packed_backward : a.packed) + b.weight_first,
+                        most<int64_t>(0, begin - first), least(tiles, end - first));
+      }
+      first += tiles;
     }
+  });
+}
+
+int64_t branch_grad_elements(const BlockArgs& a, int branch) {
+  return with_types(a.element, [&](auto, auto t) {
+    return weight_grad_elements(branch_map<decltype(t)>(a, a.branches[branch], false));
+  });
+}
+
+void read_branch_grad(const BlockArgs& a, int branch, int64_t group, void* to) {
+  with_types(a.element, [&](auto, auto t) {
+    using T = decltype(t);
+    const Branch& b = a.branches[branch];
+    read_weight_grad(branch_map<T>(a, b, false), static_cast<const T*>(a.partials) + a.partial.conv + b.grad_first,
+                     group, static_cast<T*>(to));
   });
 }
 
@@ -113,8 +146,19 @@ int64_t fma_chain(int64_t iterations) {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    MFEF_STRING(MFEF_ISA), kVectorBytes,     packed_elements, prepare,  units,
-    forward_scratch,       backward_scratch, forward,         backward, fma_chain,
+    MFEF_STRING(MFEF_ISA),
+    kVectorBytes,
+    packed_elements,
+    packed_tiles,
+    prepare,
+    branch_grad_elements,
+    read_branch_grad,
+    units,
+    forward_scratch,
+    backward_scratch,
+    forward,
+    backward,
+    fma_chain,
 };
 
 }  // namespace mfef::cpu::MFEF_ISA

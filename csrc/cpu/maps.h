@@ -20,27 +20,53 @@ MFEF_INLINE bool is_dense(const Map& m, int64_t channels, int64_t height, int64_
 // Channels lie next to each other.
 MFEF_INLINE bool is_channels_last(const Map& m) { return m.stride[1] == 1; }
 
-// Packs channels [first, first + channels) of up to kLanes images: to[(c * H * W + p) * kLanes + lane].
+// Packs channels [first, first + channels) of up to kLanes images: to[c * step + p * kLanes + lane].
 // Lanes beyond `images` are zero.
 template <class E, class T>
 void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t channels, int64_t height,
-                 int64_t width, T* to) {
+                 int64_t width, int64_t step, T* to) {
   constexpr int L = kLanes<T>;
   const int64_t pixels = height * width;
   const E* base = element_at<E>(m, image, first, 0, 0);
   if (is_dense(m, channels, height, width)) {
     const int64_t count = channels * pixels;
-    int64_t i = 0;
-    for (; i + L <= count; i += L) {
-      Vec<T> rows[L];
-      for (int r = 0; r < L; ++r) {
-        rows[r] = r < images ? load_elements(base + r * m.stride[0] + i) : Vec<T>{};
+    int64_t p = 0;  // `to` is at channel c, p is the pixel in it
+    auto squares = [&](auto all_images) {
+      int64_t i = 0;
+      for (; i + L <= count; i += L) {
+        Vec<T> rows[L];
+        static_for<L>([&](auto r) {
+          constexpr int r_ = decltype(r)::value;
+          rows[r_] = all_images.value || r_ < images ? load_elements(base + r_ * m.stride[0] + i) : Vec<T>{};
+        });
+        transpose<T>(rows);
+        if (p + L <= pixels) {
+          static_for<L>([&](auto r) { store(to + (p + decltype(r)::value) * L, rows[decltype(r)::value]); });
+          p += L;
+        } else {  // on into the next channels
+          for (int r = 0; r < L; ++r, ++p) {
+            if (p == pixels) {
+              p = 0;
+              to += step;
+            }
+            store(to + p * L, rows[r]);
+          }
+        }
+        if (p == pixels) {
+          p = 0;
+          to += step;
+        }
       }
-      transpose<T>(rows);
-      for (int r = 0; r < L; ++r) store(to + (i + r) * L, rows[r]);
-    }
-    for (; i < count; ++i) {
-      for (int r = 0; r < L; ++r) to[i * L + r] = r < images ? T(to_compute(base[r * m.stride[0] + i])) : T(0);
+      return i;
+    };
+    int64_t i = images == L ? squares(Index<1>{}) : squares(Index<0>{});
+    for (; i < count; ++i, ++p) {
+      if (p == pixels) {
+        p = 0;
+        to += step;
+      }
+      T* at = to + p * L;
+      for (int r = 0; r < L; ++r) at[r] = r < images ? T(to_compute(base[r * m.stride[0] + i])) : T(0);
     }
     return;
   }
@@ -56,12 +82,12 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
             rows[r] = r < images ? load_elements(pixel + r * m.stride[0] + c) : Vec<T>{};
           }
           transpose<T>(rows);
-          for (int r = 0; r < L; ++r) store(at + (c + r) * pixels * L, rows[r]);
+          for (int r = 0; r < L; ++r) store(at + (c + r) * step, rows[r]);
         }
       }
       for (; c < channels; ++c) {
         for (int r = 0; r < L; ++r) {
-          at[c * pixels * L + r] = r < images ? T(to_compute(pixel[r * m.stride[0] + c * m.stride[1]])) : T(0);
+          at[c * step + r] = r < images ? T(to_compute(pixel[r * m.stride[0] + c * m.stride[1]])) : T(0);
         }
       }
     }
@@ -77,26 +103,43 @@ MFEF_INLINE void unpack_images(const Map& m, int64_t image, int images, int64_t 
   E* base = element_at<E>(m, image, first, 0, 0);
   if (is_dense(m, channels, height, width)) {
     const int64_t count = channels * pixels;
-    int64_t i = 0, c = 0, p = 0;
-    auto next = [&] {
-      Vec<T> v = value(c, p);
-      if (++p == pixels) {
+    int64_t c = 0, p = 0;
+    auto squares = [&](auto all_images) {
+      int64_t i = 0;
+      for (; i + L <= count; i += L) {
+        Vec<T> rows[L];
+        if (p + L <= pixels) {
+          static_for<L>([&](auto r) { rows[decltype(r)::value] = value(c, p + decltype(r)::value); });
+          p += L;
+        } else {  // on into the next channels
+          for (int r = 0; r < L; ++r, ++p) {
+            if (p == pixels) {
+              p = 0;
+              ++c;
+            }
+            rows[r] = value(c, p);
+          }
+        }
+        if (p == pixels) {
+          p = 0;
+          ++c;
+        }
+        transpose<T>(rows);
+        static_for<L>([&](auto r) {
+          constexpr int r_ = decltype(r)::value;
+          if (all_images.value || r_ < images) store_elements(base + r_ * m.stride[0] + i, rows[r_]);
+        });
+      }
+      return i;
+    };
+    int64_t i = images == L ? squares(Index<1>{}) : squares(Index<0>{});
+    for (; i < count; ++i, ++p) {
+      if (p == pixels) {
         p = 0;
         ++c;
       }
-      return v;
-    };
-    for (; i + L <= count; i += L) {
-      Vec<T> rows[L];
-      for (int r = 0; r < L; ++r) rows[r] = next();
-      transpose<T>(rows);
-      for (int r = 0; r < L; ++r) {
-        if (r < images) store_elements(base + r * m.stride[0] + i, rows[r]);
-      }
-    }
-    for (; i < count; ++i) {
       T lane[L];
-      store(lane, next());
+      store(lane, value(c, p));
       for (int r = 0; r < images; ++r) from_compute(lane[r], base + r * m.stride[0] + i);
     }
     return;

@@ -59,9 +59,10 @@ uint16_t narrow(float f) {
   return f != f ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// f(offset in t) for each element of t in row-major order, whatever its strides.
+// f(offset in t) for each element of t in row-major order, whatever its strides; `border` rows and
+// columns on each side of the last two dimensions are left out.
 template <class F>
-void for_each_element(const Tensor& t, const F& f) {
+void for_each_element(const Tensor& t, int64_t border, const F& f) {
   int64_t size[4] = {1, 1, 1, 1}, stride[4] = {0, 0, 0, 0};
   const int64_t lead = 4 - t.dim();
   for (int64_t d = 0; d < t.dim(); ++d) {
@@ -70,43 +71,41 @@ void for_each_element(const Tensor& t, const F& f) {
   }
   for (int64_t a = 0; a < size[0]; ++a)
     for (int64_t b = 0; b < size[1]; ++b)
-      for (int64_t c = 0; c < size[2]; ++c)
-        for (int64_t d = 0; d < size[3]; ++d) f(a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]);
+      for (int64_t c = border; c < size[2] - border; ++c)
+        for (int64_t d = border; d < size[3] - border; ++d)
+          f(a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]);
 }
 
-// Copies t to compute-type elements in row-major order.
-void widen_to(const Tensor& t, Element e, void* to) {
+// Copies t without its border to compute-type elements in row-major order.
+void widen_to(const Tensor& t, int64_t border, Element e, void* to) {
   check_memory(t);
   const void* from = t.data_ptr();
   if (e == Element::kDouble) {
     double* at = static_cast<double*>(to);
-    for_each_element(t, [&](int64_t i) { *at++ = static_cast<const double*>(from)[i]; });
+    for_each_element(t, border, [&](int64_t i) { *at++ = static_cast<const double*>(from)[i]; });
   } else if (e == Element::kFloat) {
     float* at = static_cast<float*>(to);
-    if (t.is_contiguous()) {
-      std::memcpy(at, from, size_t(t.numel()) * sizeof(float));
-      return;
-    }
-    for_each_element(t, [&](int64_t i) { *at++ = static_cast<const float*>(from)[i]; });
+    for_each_element(t, border, [&](int64_t i) { *at++ = static_cast<const float*>(from)[i]; });
   } else {
     float* at = static_cast<float*>(to);
-    for_each_element(t, [&](int64_t i) { *at++ = widen(static_cast<const uint16_t*>(from)[i]); });
+    for_each_element(t, border, [&](int64_t i) { *at++ = widen(static_cast<const uint16_t*>(from)[i]); });
   }
 }
 
-// Writes t, whose element i (row-major) is sums[at(i)].
+// Writes t within its border, whose element i (row-major) is sums[at(i)]; the border becomes zero.
 template <class T, class At>
-void write_elements(const T* sums, const Tensor& t, Element e, const At& at) {
+void write_elements(const T* sums, const Tensor& t, int64_t border, Element e, const At& at) {
   void* to = t.mutable_data_ptr();
-  int64_t i = 0;
-  for_each_element(t, [&](int64_t offset) {
-    const T sum = sums[at(i++)];
+  auto write = [&](int64_t offset, T value) {
     if (e == Element::kBFloat16) {
-      static_cast<uint16_t*>(to)[offset] = narrow(float(sum));
+      static_cast<uint16_t*>(to)[offset] = narrow(float(value));
     } else {
-      static_cast<T*>(to)[offset] = sum;
+      static_cast<T*>(to)[offset] = value;
     }
-  });
+  };
+  if (border > 0) for_each_element(t, 0, [&](int64_t offset) { write(offset, T(0)); });
+  int64_t i = 0;
+  for_each_element(t, border, [&](int64_t offset) { write(offset, sums[at(i++)]); });
 }
 
 // Adds the slots of partial sums into the first one, in order.
@@ -151,17 +150,13 @@ class Call {
     int64_t in = 0, out = 0, weight = 0;
     for (size_t i = 0; i < branches.size(); ++i) {
       const BranchSize& b = branches[i];
-      args.branches[i] = {split ? in : 0, b.in, out, b.out, b.groups, b.k, weight};
+      const int64_t k = live_taps(b.k, args.height, args.width);
+      const int64_t border = (b.k - k) / 2;
+      args.branches[i] = {
+          split ? in : 0, b.in, out, b.out, b.groups, k, border, weight, compute_elements(weights[i], border), 0};
       in += b.in;
       out += b.out;
-      weight += b.out * (b.in / b.groups) * b.k * b.k;
-    }
-    weight_count_ = weight;
-    args.weights = room(weight);
-    for (size_t i = 0; i < weights.size(); ++i) {
-      widen_to(weights[i], args.element,
-               static_cast<char*>(const_cast<void*>(args.weights)) +
-                   args.branches[i].weight_first * compute_size(args.element));
+      weight += b.out * (b.in / b.groups) * k * k;
     }
     if (bias) args.bias = parameter(*bias);
   }
@@ -179,10 +174,7 @@ class Call {
   void forward() {
     choose();
     const Kernels& k = kernels();
-    if (args.branch_count) {
-      args.packed = room(k.packed_elements(args, false));
-      k.prepare(args, false);
-    }
+    if (args.branch_count) pack(k, false);
     parallel(k.units(args), k.forward_scratch(args),
              [&](int64_t begin, int64_t end, void* memory) { k.forward(args, begin, end, memory); });
   }
@@ -191,10 +183,7 @@ class Call {
   void backward() {
     choose();
     const Kernels& k = kernels();
-    if (args.branch_count && args.grad_x.data) {
-      args.packed_backward = room(k.packed_elements(args, true));
-      k.prepare(args, true);
-    }
+    if (args.branch_count && args.grad_x.data) pack(k, true);
     PartialLayout& p = args.partial;
     int64_t next = 0;
     auto take = [&next](int64_t count) {
@@ -202,7 +191,11 @@ class Call {
       next += (count + 15) / 16 * 16;
       return at;
     };
-    p.conv = take(weight_count_);
+    p.conv = next;
+    for (int i = 0; i < args.branch_count; ++i) {
+      args.branches[i].grad_first = next - p.conv;
+      take(k.weight_grad_elements(args, i));
+    }
     p.bias = take(args.bias ? args.out : 0);
     p.fc1_weight = take(args.hidden * args.out);
     p.fc1_bias = take(args.hidden);
@@ -232,23 +225,38 @@ class Call {
 
   // Writes the gradient whose sums start at `first`.
   void write(const Tensor& grad, int64_t first) {
-    write(grad, [first](int64_t i) { return first + i; });
+    write(grad, 0, args.partials, [first](int64_t i) { return first + i; });
+  }
+  // Writes the gradient of a branch's weights.
+  void write_weights(const Tensor& grad, int branch) {
+    const Kernels& k = kernels();
+    const Branch& b = args.branches[branch];
+    const bool direct = args.element != Element::kBFloat16 && b.border == 0 && grad.is_contiguous();
+    const int64_t group = b.out / b.groups * (b.in / b.groups) * b.k * b.k;
+    void* ordered = direct ? grad.mutable_data_ptr() : room(b.groups * group);
+    constexpr int64_t kElements = 8192;  // fewer are not worth a thread
+    torch::stable::parallel_for(0, b.groups, kElements / (group + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) {
+        k.read_weight_grad(args, branch, g, static_cast<char*>(ordered) + g * group * compute_size(args.element));
+      }
+    });
+    if (!direct) write(grad, b.border, ordered, [](int64_t i) { return i; });
   }
   // fc2's sums are (hidden, C): the loop that makes them runs over channels.
   void write_fc2(const Tensor& grad) {
     const int64_t hidden = args.hidden, channels = args.out, first = args.partial.fc2_weight;
-    write(grad, [=](int64_t i) { return first + (i % hidden) * channels + i / hidden; });
+    write(grad, 0, args.partials, [=](int64_t i) { return first + (i % hidden) * channels + i / hidden; });
   }
 
   BlockArgs args{};
 
  private:
   template <class At>
-  void write(const Tensor& grad, const At& at) {
+  void write(const Tensor& grad, int64_t border, const void* sums, const At& at) {
     if (args.element == Element::kDouble) {
-      write_elements(static_cast<const double*>(args.partials), grad, args.element, at);
+      write_elements(static_cast<const double*>(sums), grad, border, args.element, at);
     } else {
-      write_elements(static_cast<const float*>(args.partials), grad, args.element, at);
+      write_elements(static_cast<const float*>(sums), grad, border, args.element, at);
     }
   }
 
@@ -261,14 +269,28 @@ class Call {
     return memory_.back().memory.get();
   }
 
-  const void* parameter(const Tensor& t) {
+  // The elements of t without its border in the compute type, contiguous: t's own where they are that.
+  const void* compute_elements(const Tensor& t, int64_t border) {
+    if (args.element != Element::kBFloat16 && border == 0 && t.is_contiguous()) {
+      check_memory(t);
+      return t.data_ptr();
+    }
     void* to = room(t.numel());
-    widen_to(t, args.element, to);
+    widen_to(t, border, args.element, to);
     return to;
+  }
+  const void* parameter(const Tensor& t) { return compute_elements(t, 0); }
+
+  // Weights in the order of the tiles.
+  void pack(const Kernels& k, bool backward) {
+    void* to = room(k.packed_elements(args));
+    (backward ? args.packed_backward : args.packed) = to;
+    constexpr int64_t kTiles = 4;  // fewer are not worth a thread
+    torch::stable::parallel_for(0, k.packed_tiles(args, backward), kTiles,
+                                [&](int64_t begin, int64_t end) { k.prepare(args, backward, begin, end); });
   }
 
   std::vector<Pool::Piece> memory_;
-  int64_t weight_count_ = 0;
 };
 
 Tensor nothing(const Tensor& like) { return empty_dense({0}, like.scalar_type(), like); }
@@ -347,7 +369,7 @@ std::vector<Tensor> weight_grads(const std::vector<Tensor>& weights, bool need) 
 
 void write_weight_grads(Call& call, const std::vector<Tensor>& grads) {
   for (size_t i = 0; i < grads.size(); ++i) {
-    call.write(grads[i], call.args.partial.conv + call.args.branches[i].weight_first);
+    call.write_weights(grads[i], int(i));
   }
 }
 

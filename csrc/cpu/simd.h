@@ -215,14 +215,21 @@ MFEF_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
 }
 
 // Element i of the result is the sum of the lanes of rows[i], added pairwise: a fixed order with
-// log2(kLanes) rounding steps.
-template <class T>
+// log2(kLanes) rounding steps. Half of a transposition's shuffles, since every step halves the rows.
+template <class T, int S = 1>
 MFEF_INLINE Vec<T> sums_of_lanes(Vec<T> (&rows)[kLanes<T>]) {
-  transpose<T>(rows);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) rows[i] += rows[i + width];
+  if constexpr (S < kLanes<T>) {
+    static_for<kLanes<T>>([&](auto i) {
+      constexpr int kRow = decltype(i)::value;
+      if constexpr (kRow % (2 * S) == 0) {
+        exchange_blocks<T, S>(rows[kRow], rows[kRow + S], typename MakeLanes<kLanes<T>>::type{});
+        rows[kRow] += rows[kRow + S];
+      }
+    });
+    return sums_of_lanes<T, S * 2>(rows);
+  } else {
+    return rows[0];
   }
-  return rows[0];
 }
 
 template <class T>
