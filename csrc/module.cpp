@@ -15,6 +15,7 @@ namespace py = pybind11;
 namespace {
 
 using mfef::cpu::BlockArgs;
+using mfef::cpu::Branch;
 using mfef::cpu::Element;
 using mfef::cpu::Kernels;
 using mfef::cpu::Plan;
@@ -46,8 +47,14 @@ py::dict cpu_plan(int64_t batch, int64_t channels, int64_t height, int64_t width
   if (int64_t(branches.size()) > mfef::cpu::kMaxBranches) throw std::invalid_argument("too many branches");
   int64_t in_first = 0, out_first = 0;
   for (const auto& [in, out, groups, k] : branches) {
-    a.branches[a.branch_count++] = {
-        split ? in_first : 0, in, out_first, out, groups, mfef::cpu::live_taps(k, height, width), 0, 0, nullptr, 0};
+    Branch& b = a.branches[a.branch_count++];
+    b = {};
+    b.in_first = split ? in_first : 0;
+    b.in = in;
+    b.out_first = out_first;
+    b.out = out;
+    b.groups = groups;
+    b.k = mfef::cpu::live_taps(k, height, width);
     in_first += in;
     out_first += out;
   }

@@ -271,25 +271,21 @@ struct AttentionImages {
   }
 
   void save(int64_t image, int images) {
-    constexpr int L = kLanes<T>;
-    using I = typename IntOf<T>::type;
-    scatter_rows<T, T, L>(mean, image, images, channels, static_cast<T*>(args.mean));
-    scatter_rows<T, T, L>(max, image, images, channels, static_cast<T*>(args.max));
-    scatter_rows<T, T, L>(gate, image, images, channels, static_cast<T*>(args.channel_gate));
-    scatter_rows<int32_t, I, L>(max_index, image, images, channels, args.max_index);
-    scatter_rows<T, T, L>(spatial_gate, image, images, pixels, static_cast<T*>(args.spatial_gate));
-    scatter_rows<int32_t, I, L>(channel_index, image, images, pixels, args.channel_index);
+    scatter_rows<T>(mean, image, images, channels, static_cast<T*>(args.mean));
+    scatter_rows<T>(max, image, images, channels, static_cast<T*>(args.max));
+    scatter_rows<T>(gate, image, images, channels, static_cast<T*>(args.channel_gate));
+    scatter_rows<T>(max_index, image, images, channels, args.max_index);
+    scatter_rows<T>(spatial_gate, image, images, pixels, static_cast<T*>(args.spatial_gate));
+    scatter_rows<T>(channel_index, image, images, pixels, args.channel_index);
   }
 
   void restore(int64_t image, int images) {
-    constexpr int L = kLanes<T>;
-    using I = typename IntOf<T>::type;
-    gather_rows<T, T, L>(static_cast<const T*>(args.mean), image, images, channels, mean);
-    gather_rows<T, T, L>(static_cast<const T*>(args.max), image, images, channels, max);
-    gather_rows<T, T, L>(static_cast<const T*>(args.channel_gate), image, images, channels, gate);
-    gather_rows<int32_t, I, L>(args.max_index, image, images, channels, max_index);
-    gather_rows<T, T, L>(static_cast<const T*>(args.spatial_gate), image, images, pixels, spatial_gate);
-    gather_rows<int32_t, I, L>(args.channel_index, image, images, pixels, channel_index);
+    gather_rows<T>(static_cast<const T*>(args.mean), image, images, channels, mean);
+    gather_rows<T>(static_cast<const T*>(args.max), image, images, channels, max);
+    gather_rows<T>(static_cast<const T*>(args.channel_gate), image, images, channels, gate);
+    gather_rows<T>(args.max_index, image, images, channels, max_index);
+    gather_rows<T>(static_cast<const T*>(args.spatial_gate), image, images, pixels, spatial_gate);
+    gather_rows<T>(args.channel_index, image, images, pixels, channel_index);
   }
 
   MFEF_INLINE IVec<T> index_at(const typename IntOf<T>::type* p) {
@@ -397,7 +393,7 @@ struct AttentionImages {
     dense_layer<T>(fc1, channels, args.hidden, 1, channels, grad_hidden_mean, nullptr, T(0), grad_mean);
     dense_layer<T>(fc1, channels, args.hidden, 1, channels, grad_hidden_max, nullptr, T(0), grad_max);
     if (args.need_parameters) {
-      scatter_rows<T, T, L>(grad_logit, 0, images, channels, rows);
+      scatter_rows<T>(grad_logit, 0, images, channels, rows);
       outer_products<T>(hidden_sum, args.hidden, rows, channels, images, partials + args.partial.fc2_weight);
       outer_products<T>(grad_hidden_mean, args.hidden, static_cast<const T*>(args.mean) + image * channels, channels,
                         images, partials + args.partial.fc1_weight);

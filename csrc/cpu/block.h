@@ -33,15 +33,20 @@ struct Branch {
   int64_t in_first, in;    // channel range of x
   int64_t out_first, out;  // channel range of y
   int64_t groups;
-  int64_t k;             // live taps per side
-  int64_t border;        // taps cut off on each side because they are not
-  int64_t weight_first;  // of its weights among all convolution weights
-  const void* weights;   // (out, in / groups, k, k) contiguous, in the compute type
-  int64_t grad_first;    // of its gradient's sums in PartialLayout's conv
+  int64_t full_k;        // taps per side in memory
+  int64_t k;             // live ones; those around them meet no pixel
+  int64_t weight_first;  // of its live weights among those of all convolutions
+  const void* weights;   // (out, in / groups, full_k, full_k) contiguous, in the compute type
+
+  // Backward, set by lay_out(). by_channels: the weight gradient is computed after all units, from what they
+  // leave in kept_x and kept_grad, into channel_sums; else unit by unit, into the slot's partial sums.
+  bool by_channels;
+  int64_t grad_first;  // of the sums: in channel_sums, or after PartialLayout's conv
+  int64_t kept_x_first, kept_grad_first;
 };
 
 // Offsets of the parameters' gradients in one slot of partial sums, in elements of the compute type. Those of
-// the convolutions have an order of their own (weight_grad_elements, read_weight_grad).
+// the convolutions have an order of their own (see conv_map.h).
 struct PartialLayout {
   int64_t conv, bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial, total;
 };
@@ -79,6 +84,9 @@ struct BlockArgs {
   int64_t slots;
   PartialLayout partial;
   void* partials;
+  // Of the branches whose weight gradient is computed after all units; sizes in elements.
+  int64_t kept_x_elements, kept_grad_elements, channel_sum_elements;
+  void *kept_x, *kept_grad, *channel_sums;
 };
 
 // The kernels of one instruction set.
@@ -90,9 +98,14 @@ struct Kernels {
   int64_t (*packed_elements)(const BlockArgs&);
   int64_t (*packed_tiles)(const BlockArgs&, bool backward);
   void (*prepare)(const BlockArgs&, bool backward, int64_t tile_begin, int64_t tile_end);
-  // Elements of a branch's weight gradient in a slot of partial sums, and the gradient of one of its groups out
-  // of the first slot: (out, in, k, k) of the group, contiguous.
-  int64_t (*weight_grad_elements)(const BlockArgs&, int branch);
+  // Sets what the branches say of the backward and the sizes of the buffers below; returns the elements that
+  // the convolutions need in a slot of partial sums.
+  int64_t (*lay_out)(BlockArgs&);
+  // The weight gradients that are computed after all units: how many tasks, and one of them.
+  int64_t (*channel_tasks)(const BlockArgs&);
+  void (*channel_task)(const BlockArgs&, int64_t task);
+  // The gradient of one group of a branch out of the sums: (out, in, full_k, full_k) of the group,
+  // contiguous, of which the inner k x k are written.
   void (*read_weight_grad)(const BlockArgs&, int branch, int64_t group, void* to);
   // Number of independent units of work: blocks of images, or images.
   int64_t (*units)(const BlockArgs&);

@@ -39,7 +39,6 @@ struct BlockImages {
   int64_t pixels;
   int64_t step;  // from channel to channel of a map, in elements
   T *x, *y, *grad, *padded, *padded_grad, *sums;
-  T* grad_rows;  // of the widest branch, channels in the lanes; for maps of a few pixels
   Carver carver;
   AttentionImages<T> attention;
 
@@ -49,7 +48,6 @@ struct BlockImages {
         step(channel_vectors(pixels) * kLanes<T>),
         carver{static_cast<char*>(scratch)},
         attention(a, carver, backward) {
-    constexpr int L = kLanes<T>;
     int64_t channels, longest, outputs, sums_count;
     branch_extents<T>(a, &channels, &longest, &outputs, &sums_count);
     // Forward with all channels in every branch needs x whole; else one branch's channels at a time.
@@ -60,8 +58,6 @@ struct BlockImages {
     grad = carver.take<T>(a.out * step);
     padded_grad = carver.take<T>(longest);
     sums = carver.take<T>(sums_count);
-    const bool few_pixels = pixels * L <= kChain;
-    grad_rows = carver.take<T>(few_pixels ? L * pixels * channel_row<T>(channels) : 0);
   }
 
   template <class E>
@@ -136,18 +132,16 @@ struct BlockImages {
       const Branch& b = args.branches[i];
       const ConvMap<T> map = branch_map<T>(args, b, false);
       if (args.split) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
-      const T* input = x;
-      if (map.layout != kClip) {
-        pad_images(map, b.in, x, padded);
-        input = padded;
-      }
       const T* dy = grad + b.out_first * step;
-      T* grads = partials + args.partial.conv + b.grad_first;
-      if (weight_grad_by_channels(map)) {
-        channels_to_lanes<T>(dy, b.out, pixels, step, grad_rows);
-        weight_grad_channels<T>(map, input, grad_rows, channel_row<T>(b.out), images, grads);
+      if (b.by_channels) {
+        keep(b, map, dy, unit);
       } else {
-        weight_grad_map<T>(map, input, dy, step, grads, sums);
+        const T* input = x;
+        if (map.layout != kClip) {
+          pad_images(map, b.in, x, padded);
+          input = padded;
+        }
+        weight_grad_map<T>(map, input, dy, step, partials + args.partial.conv + b.grad_first, sums);
       }
       if (args.split && args.grad_x.data) data_gradient<E>(b, image, images, false);
     }
@@ -156,6 +150,20 @@ struct BlockImages {
       data_gradient<E>(args.branches[i], image, images, !args.split && i > 0);
     }
     if (!args.split) unpack_grad_x<E>(image, images, 0, args.in);
+  }
+
+  // Leaves x and dy of a branch for the weight gradient after all units.
+  void keep(const Branch& b, const ConvMap<T>& map, const T* dy, int64_t unit) {
+    constexpr int L = kLanes<T>;
+    T* to = static_cast<T*>(args.kept_x) + b.kept_x_first + unit * b.in * map.channel;
+    if (map.layout != kClip) {
+      pad_images(map, b.in, x, to);
+    } else {
+      for (int64_t i = 0; i < b.in * map.channel; i += L) store(to + i, load(x + i));
+    }
+    channels_to_lanes<T>(
+        dy, b.out, pixels, step,
+        static_cast<T*>(args.kept_grad) + b.kept_grad_first + unit * L * pixels * channel_row<T>(b.out));
   }
 
   template <class E>

@@ -102,20 +102,27 @@ MFEF_INLINE int64_t tiles_per_group(const ConvMap<T>& map) {
   return tiles;
 }
 
-// Packs tiles [begin, end). flipped: the weights of the data gradient, which maps `map.in` channels of dy
-// to `map.out` of dx; the weights in memory are then (map.in, map.out / groups, k, k).
+// Packs tiles [begin, end). The weights in memory are (out, in / groups, full_k, full_k), of which the map
+// wants the inner k x k. flipped: the weights of the data gradient, which maps `map.in` channels of dy to
+// `map.out` of dx; the weights in memory are then (map.in, map.out / groups, full_k, full_k).
 template <class T>
-void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, T* packed, int64_t begin, int64_t end) {
+void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, int64_t full_k, T* packed, int64_t begin,
+                  int64_t end) {
   const int64_t in_group = map.in_group(), out_group = map.out_group(), taps = int64_t(map.k) * map.k;
+  const int64_t full = full_k * full_k, border = (full_k - map.k) / 2;
   const int64_t tiles = tiles_per_group(map);
   // Steps in memory from one channel of the tile, one input channel, one tap to the next.
-  const int64_t out_step = flipped ? taps : in_group * taps, in_step = flipped ? out_group * taps : taps;
+  const int64_t out_step = flipped ? full : in_group * full, in_step = flipped ? out_group * full : full;
+  const int64_t tap_step = flipped ? -1 : 1;
+  weights += border * (full_k + 1) + (flipped ? (map.k - 1) * (full_k + 1) : 0);
   auto pack = [&](const T* from, T* to, auto count) {
     constexpr int kOut = decltype(count)::value;
     for (int64_t i = 0; i < in_group; ++i, from += in_step) {
-      for (int64_t tap = 0; tap < taps; ++tap, to += kOut) {
-        const T* at = from + (flipped ? taps - 1 - tap : tap);
-        static_for<kOut>([&](auto j) { to[decltype(j)::value] = at[decltype(j)::value * out_step]; });
+      for (int ky = 0; ky < map.k; ++ky) {
+        const T* at = from + ky * full_k * tap_step;
+        for (int kx = 0; kx < map.k; ++kx, at += tap_step, to += kOut) {
+          static_for<kOut>([&](auto j) { to[decltype(j)::value] = at[decltype(j)::value * out_step]; });
+        }
       }
     }
   };
@@ -124,7 +131,7 @@ void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, T* pack
     for (int64_t o = 0; o < out_group; ++tile) {
       const int out = next_out(out_group - o, map.main_pix);
       if (tile >= begin && tile < end) {
-        const T* from = weights + g * in_group * out_group * taps + o * out_step;
+        const T* from = weights + g * in_group * out_group * full + o * out_step;
         T* to = packed + (g * out_group + o) * in_group * taps;
         static_for<kOutCount>([&](auto i) {
           constexpr int kOut = kOutCounts[decltype(i)::value];
@@ -137,7 +144,7 @@ void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, T* pack
 }
 template <class T>
 void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, T* packed) {
-  pack_weights(map, flipped, weights, packed, 0, map.groups * tiles_per_group(map));
+  pack_weights(map, flipped, weights, map.k, packed, 0, map.groups * tiles_per_group(map));
 }
 
 // y = conv(x): x padded as the map says, y [out][out_channel] without borders.
@@ -165,43 +172,35 @@ void conv_map(const ConvMap<T>& map, const T* x, const T* packed, const T* bias,
   const int64_t chains = (in_group + longest - 1) / longest;
   const int64_t chain = (in_group + chains - 1) / chains;
 
-  auto run_row = [&](int64_t g, int64_t h, int64_t o, int out, const T* weights) {
-    const T* group = x + g * in_group * map.channel;
-    if (!pixels) {
-      tile.ky_begin = int(most<int64_t>(0, radius - h));
-      tile.ky_end = int(least<int64_t>(map.k, map.height + radius - h));
-      group += (h - radius) * tile.x_row;  // rows outside the map are never read
-    }
-    T* row = y + (g * out_group + o) * map.out_channel + (pixels ? 0 : h * map.width * L);
-    for (int64_t w = 0; w < width;) {
-      const int pix = map.layout == kClip ? int(width) : next_pix(width - w, map.main_pix);
-      tile.y = row + w * L;
-      for (int64_t i = 0; i < in_group; i += chain) {
-        tile.x = group + i * map.channel + w * L;
-        tile.channels = least(chain, in_group - i);
-        tile.weights = weights + i * taps * out;
-        const bool last = i + chain >= in_group;
-        tile.bias = bias && last ? bias + g * out_group + o : nullptr;
-        tile.accumulate = accumulate || i > 0;
-        table.conv[map.layout][ki][out_index(out)][pix_index(pix)](tile);
-      }
-      w += pix;
-    }
-  };
-  // Rows outside, tiles inside, while the group's weights stay in the L1 cache: the rows of x that the
-  // taps meet are then reused by every tile from L2. Else tiles outside: their weights are reused.
-  const bool rows_outside = out_group * tile_weights * int64_t(sizeof(T)) <= 24 * 1024;
+  // Output tiles innermost: the patch of x that a tile reads, k rows of a chain's channels, is then in the L1
+  // cache for all of them, and the chain's weights with it.
   for (int64_t g = 0; g < map.groups; ++g) {
     const T* weights = packed + g * out_group * tile_weights;
-    for (int64_t outer = 0; outer < (rows_outside ? rows : 1); ++outer) {
-      for (int64_t o = 0; o < out_group;) {
-        const int out = next_out(out_group - o, map.main_pix);
-        if (rows_outside) {
-          run_row(g, outer, o, out, weights + o * tile_weights);
-        } else {
-          for (int64_t h = 0; h < rows; ++h) run_row(g, h, o, out, weights + o * tile_weights);
+    for (int64_t i = 0; i < in_group; i += chain) {
+      tile.channels = least(chain, in_group - i);
+      tile.accumulate = accumulate || i > 0;
+      const bool last = i + chain >= in_group;
+      for (int64_t h = 0; h < rows; ++h) {
+        const T* row = x + (g * in_group + i) * map.channel;
+        if (!pixels) {
+          tile.ky_begin = int(most<int64_t>(0, radius - h));
+          tile.ky_end = int(least<int64_t>(map.k, map.height + radius - h));
+          row += (h - radius) * tile.x_row;  // rows outside the map are never read
         }
-        o += out;
+        for (int64_t w = 0; w < width;) {
+          const int pix = map.layout == kClip ? int(width) : next_pix(width - w, map.main_pix);
+          tile.x = row + w * L;
+          T* to = y + g * out_group * map.out_channel + (h * width + w) * L;
+          for (int64_t o = 0; o < out_group;) {
+            const int out = next_out(out_group - o, map.main_pix);
+            tile.y = to + o * map.out_channel;
+            tile.weights = weights + o * tile_weights + i * taps * out;
+            tile.bias = bias && last ? bias + g * out_group + o : nullptr;
+            table.conv[map.layout][ki][out_index(out)][pix_index(pix)](tile);
+            o += out;
+          }
+          w += pix;
+        }
       }
     }
   }
@@ -212,6 +211,9 @@ template <class T>
 MFEF_INLINE int64_t weight_grad_scratch(int k) {
   return (int64_t(8) * k * k + kLanes<T>)*kLanes<T>;
 }
+
+// Bytes of dy, of all output channels of a tile, that stay in the L1 cache beside x and the sums.
+constexpr int64_t kBandBytes = 32 * 1024;
 
 // Output channels of the weight gradient's next tile.
 template <class T>
@@ -256,34 +258,41 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
       const int out = next_grad_out(map, out_group - o);
       const auto run_tile = table.weight_grad[map.layout][ki][out_index(out)][pi];
       const T* dy_tile = dy + (g * out_group + o) * dy_channel;
+      // Rows (images) or vectors (pixels) of dy at a time: no more than a chain, and what the L1 cache keeps for
+      // all ky.
+      const int64_t vectors = most<int64_t>(1, least<int64_t>(kChain, kBandBytes / (out * L * int64_t(sizeof(T)))));
+      const int64_t band = pixels ? vectors : most<int64_t>(1, vectors / map.width);
       for (int64_t i = 0; i < in_group; ++i) {
         const T* channel = x + (g * in_group + i) * map.channel;
-        for (int ky = ky_begin; ky < ky_end; ++ky) {
+        // A band of rows of dy, for all ky; the first to reach a ky starts its sums.
+        auto run = [&](int ky, const T* x_at, const T* dy_at, int64_t rows, int64_t width, bool first) {
           tile.sums = scratch + int64_t(ky) * map.k * L;
-          tile.accumulate = false;
-          auto run = [&](const T* x_at, const T* dy_at, int64_t rows, int64_t width) {
-            tile.x = x_at;
-            tile.dy = dy_at;
-            tile.rows = rows;
-            tile.width = width;
-            run_tile(tile);
-            tile.accumulate = true;
-          };
-          if (pixels) {
-            for (int64_t p = 0; p < map.vectors; p += kChain) {
-              run(channel + ky * map.pitch + p * L, dy_tile + p * L, 1, least(kChain, map.vectors - p));
+          tile.x = x_at;
+          tile.dy = dy_at;
+          tile.rows = rows;
+          tile.width = width;
+          tile.accumulate = !first;
+          run_tile(tile);
+        };
+        if (pixels) {
+          for (int64_t p = 0; p < map.vectors; p += band) {
+            for (int ky = 0; ky < map.k; ++ky) {
+              run(ky, channel + ky * map.pitch + p * L, dy_tile + p * L, 1, least(band, map.vectors - p), p == 0);
             }
-          } else {
-            const int64_t first = most<int64_t>(0, radius - ky);
-            const int64_t last = least<int64_t>(map.height, map.height + radius - ky);
-            const int64_t band = most<int64_t>(1, kChain / map.width);
-            for (int64_t h = first; h < last; h += band) {
-              const T* x_row = channel + (h + ky - radius) * tile.x_row;
-              const T* dy_row = dy_tile + h * tile.dy_row;
-              // A row longer than a chain has the padded layout, where any part of a row is one of its own.
-              const int64_t part = map.layout == kClip ? map.width : kChain;
+          }
+        } else {
+          // A row longer than a chain has the padded layout, where any part of a row is one of its own.
+          const int64_t part = map.layout == kClip ? map.width : kChain;
+          for (int64_t top = 0; top < map.height; top += band) {
+            for (int ky = ky_begin; ky < ky_end; ++ky) {
+              const int64_t first = most<int64_t>(0, radius - ky);
+              const int64_t begin = most(top, first);
+              const int64_t end = least(least(top + band, map.height), map.height + radius - ky);
+              if (begin >= end) continue;
+              const T* x_row = channel + (begin + ky - radius) * tile.x_row;
               for (int64_t w = 0; w < map.width; w += part) {
-                run(x_row + w * L, dy_row + w * L, least(band, last - h), least(part, map.width - w));
+                run(ky, x_row + w * L, dy_tile + begin * tile.dy_row + w * L, end - begin, least(part, map.width - w),
+                    begin == first && w == 0);
               }
             }
           }
@@ -304,7 +313,8 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
 //
 // On a map of a few pixels the sums over lanes cost more than the products before them. There the weight
 // gradient is a matrix product for each tap, sum over (image, pixel) of dy (out) x x (in), with output
-// channels in the lanes and nothing to add up afterwards.
+// channels in the lanes and nothing to add up afterwards. It runs when all units are done: tasks share the
+// weights between them, not the images, so that every sum has one place.
 
 // Whether it is used: one chain of additions must hold all pixels of a block of images, and one or two
 // input channels leave too few independent sums.
@@ -332,25 +342,43 @@ void channels_to_lanes(const T* dy, int64_t channels, int64_t pixels, int64_t dy
   }
 }
 
-// As weight_grad_map, but sums are [group][kLanes output channels][in][ky][kx][lane]; dy comes from
-// channels_to_lanes, of `images` images.
+// A task: one group, up to kTaskVectors vectors of output channels, up to kTaskIn input channels.
+constexpr int kTaskVectors = kRegisters == 32 ? 2 : 1;
+constexpr int64_t kTaskIn = 32;
 template <class T>
-void weight_grad_channels(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_row, int images, T* sums) {
+MFEF_INLINE int64_t channel_blocks_out(const ConvMap<T>& map) {
+  return (map.out_group() + kTaskVectors * kLanes<T> - 1) / (kTaskVectors * kLanes<T>);
+}
+template <class T>
+MFEF_INLINE int64_t channel_blocks_in(const ConvMap<T>& map) {
+  return (map.in_group() + kTaskIn - 1) / kTaskIn;
+}
+
+// sums, [group][kLanes output channels][in][ky][kx][lane]: the part of one task. x: [unit][channel], padded as
+// the map says; dy from channels_to_lanes.
+template <class T>
+void weight_grad_channels(const ConvMap<T>& map, int64_t task, int64_t images, const T* x, const T* dy, T* sums) {
   constexpr int L = kLanes<T>;
   const int radius = map.k / 2;
   const int64_t taps = int64_t(map.k) * map.k, pixels = map.height * map.width;
-  const int64_t in_group = map.in_group(), out_group = map.out_group();
+  const int64_t in_group = map.in_group(), out_group = map.out_group(), dy_row = channel_row<T>(map.out);
+  const int64_t blocks_in = channel_blocks_in(map), blocks_out = channel_blocks_out(map);
+  const int64_t g = task / (blocks_out * blocks_in);
+  const int64_t o = task / blocks_in % blocks_out * kTaskVectors * L;
+  const int64_t in_begin = task % blocks_in * kTaskIn, in_end = least(in_begin + kTaskIn, in_group);
+  sums += (g * round_up(out_group, L) + o) * in_group * taps;
 
-  // One tap, kVecs vectors of output channels, kCount input channels.
-  auto block = [&](const T* x_first, const T* dy_first, int ky, int kx, T* to, auto vecs, auto count) {
+  // One tap and kCount input channels, summed over one block of images.
+  auto block = [&](const T* x_first, const T* dy_first, int64_t count_images, int ky, int kx, T* to, bool first,
+                   auto vecs, auto count) {
     constexpr int kVecs = decltype(vecs)::value, kCount = decltype(count)::value;
     const int64_t dh = ky - radius, dw = kx - radius;
     Vec<T> acc[kVecs][kCount] = {};
-    for (int r = 0; r < images; ++r) {
-      for (int64_t h = most<int64_t>(0, -dh); h < least(map.height, map.height - dh); ++h) {
-        for (int64_t w = most<int64_t>(0, -dw); w < least(map.width, map.width - dw); ++w) {
-          const T* d = dy_first + (r * pixels + h * map.width + w) * dy_row;
-          const T* at = x_first + map.lead + ((h + dh) * map.pitch + w + dw) * L + r;
+    for (int64_t h = most<int64_t>(0, -dh); h < least(map.height, map.height - dh); ++h) {
+      for (int64_t w = most<int64_t>(0, -dw); w < least(map.width, map.width - dw); ++w) {
+        const T* d = dy_first + (h * map.width + w) * dy_row;
+        const T* at = x_first + map.lead + ((h + dh) * map.pitch + w + dw) * L;
+        for (int64_t r = 0; r < count_images; ++r, d += pixels * dy_row, ++at) {
           Vec<T> dy_vec[kVecs];
           static_for<kVecs>([&](auto v) { dy_vec[decltype(v)::value] = load(d + decltype(v)::value * L); });
           static_for<kCount>([&](auto i) {
@@ -365,54 +393,43 @@ void weight_grad_channels(const ConvMap<T>& map, const T* x, const T* dy, int64_
       static_for<kCount>([&](auto i) {
         constexpr int v_ = decltype(v)::value, i_ = decltype(i)::value;
         T* sum = to + (v_ * in_group + i_) * taps * L;
-        store(sum, load(sum) + acc[v_][i_]);
+        store(sum, first ? acc[v_][i_] : load(sum) + acc[v_][i_]);
       });
     });
   };
-  const int ky_begin = int(most<int64_t>(0, radius - (map.height - 1)));
-  const int ky_end = int(least<int64_t>(map.k, radius + map.height));
-  const int kx_begin = int(most<int64_t>(0, radius - (map.width - 1)));
-  const int kx_end = int(least<int64_t>(map.k, radius + map.width));
-  auto all_taps = [&](const T* x_first, const T* dy_first, T* to, auto vecs, auto count) {
-    for (int ky = ky_begin; ky < ky_end; ++ky) {
-      for (int kx = kx_begin; kx < kx_end; ++kx) {
-        block(x_first, dy_first, ky, kx, to + (int64_t(ky) * map.k + kx) * L, vecs, count);
+  auto run = [&](auto vecs) {
+    for (int64_t i = in_begin; i < in_end;) {
+      const int64_t left = in_end - i;
+      const int step = left >= 8 ? 8 : left >= 4 ? 4 : 1;
+      for (int64_t image = 0; image < images; image += L) {
+        const T* x_first = x + (image / L * map.in + g * in_group + i) * map.channel;
+        const T* dy_first = dy + image * pixels * dy_row + g * out_group + o;
+        const int64_t count = least<int64_t>(L, images - image);
+        for (int ky = 0; ky < map.k; ++ky) {
+          for (int kx = 0; kx < map.k; ++kx) {
+            T* to = sums + (i * taps + int64_t(ky) * map.k + kx) * L;
+            if (step == 8) {
+              block(x_first, dy_first, count, ky, kx, to, image == 0, vecs, Index<8>{});
+            } else if (step == 4) {
+              block(x_first, dy_first, count, ky, kx, to, image == 0, vecs, Index<4>{});
+            } else {
+              block(x_first, dy_first, count, ky, kx, to, image == 0, vecs, Index<1>{});
+            }
+          }
+        }
       }
+      i += step;
     }
   };
-  for (int64_t g = 0; g < map.groups; ++g) {
-    for (int64_t o = 0; o < out_group;) {
-      const bool two = kRegisters == 32 && out_group - o > L;
-      const T* dy_first = dy + g * out_group + o;
-      for (int64_t i = 0; i < in_group;) {
-        const int64_t left = in_group - i;
-        const T* x_first = x + (g * in_group + i) * map.channel;
-        T* to = sums + i * taps * L;
-        const int step = left >= 8 ? 8 : left >= 4 ? 4 : 1;
-        auto with_count = [&](auto vecs) {
-          if (step == 8) {
-            all_taps(x_first, dy_first, to, vecs, Index<8>{});
-          } else if (step == 4) {
-            all_taps(x_first, dy_first, to, vecs, Index<4>{});
-          } else {
-            all_taps(x_first, dy_first, to, vecs, Index<1>{});
-          }
-        };
-        if (two) {
-          with_count(Index<2>{});
-        } else {
-          with_count(Index<1>{});
-        }
-        i += step;
-      }
-      sums += (two ? 2 : 1) * in_group * taps * L;
-      o += (two ? 2 : 1) * L;
-    }
+  if (kTaskVectors > 1 && out_group - o > L) {
+    run(Index<kTaskVectors>{});
+  } else {
+    run(Index<1>{});
   }
 }
 
-// Elements of the sums of either form, and the gradient of group g out of them: (out, in, k, k) of the group,
-// contiguous.
+// Elements of the sums of either form, and the gradient of group g out of them: (out, in, full_k, full_k) of
+// the group, of which the inner k x k are written.
 template <class T>
 int64_t weight_grad_elements(const ConvMap<T>& map) {
   constexpr int L = kLanes<T>;
@@ -430,18 +447,21 @@ int64_t weight_grad_elements(const ConvMap<T>& map) {
   return map.groups * count;
 }
 template <class T>
-void read_weight_grad(const ConvMap<T>& map, const T* sums, int64_t g, T* grads) {
+void read_weight_grad(const ConvMap<T>& map, const T* sums, int64_t g, int64_t full_k, T* grads) {
   constexpr int L = kLanes<T>;
   const int64_t taps = int64_t(map.k) * map.k, in_group = map.in_group(), out_group = map.out_group();
   const bool by_channels = weight_grad_by_channels(map);
   sums += g * (weight_grad_elements(map) / map.groups);
+  grads += (full_k - map.k) / 2 * (full_k + 1);
   for (int64_t o = 0; o < out_group;) {
     const int64_t out = by_channels ? least<int64_t>(L, out_group - o) : next_grad_out(map, out_group - o);
     for (int64_t i = 0; i < in_group; ++i) {
       for (int64_t j = 0; j < out; ++j) {
-        T* to = grads + ((o + j) * in_group + i) * taps;
+        T* to = grads + ((o + j) * in_group + i) * full_k * full_k;
         const T* from = sums + (by_channels ? j : j * taps);
-        for (int64_t t = 0; t < taps; ++t) to[t] = from[by_channels ? t * L : t];
+        for (int ky = 0; ky < map.k; ++ky, to += full_k) {
+          for (int kx = 0; kx < map.k; ++kx) to[kx] = from[(ky * map.k + kx) * (by_channels ? L : 1)];
+        }
       }
       sums += by_channels ? taps * L : round_up(out * taps, L);
     }

@@ -49,7 +49,7 @@ void prepare(const BlockArgs& a, bool backward, int64_t begin, int64_t end) {
       const auto map = branch_map<T>(a, b, backward);
       const int64_t tiles = map.groups * tiles_per_group(map);
       if (first + tiles > begin) {
-        pack_weights<T>(map, backward, static_cast<const T*>(b.weights),
+        pack_weights<T>(map, backward, static_cast<const T*>(b.weights), b.full_k,
                         static_cast<T*>(backward ? a.packed_backward : a.packed) + b.weight_first,
                         most<int64_t>(0, begin - first), least(tiles, end - first));
       }
@@ -58,9 +58,62 @@ void prepare(const BlockArgs& a, bool backward, int64_t begin, int64_t end) {
   });
 }
 
-int64_t branch_grad_elements(const BlockArgs& a, int branch) {
+int64_t units(const BlockArgs& a) {
+  if (a.plan == Plan::kPixels) return a.batch;
+  const int lanes = a.element == Element::kDouble ? kLanes<double> : kLanes<float>;
+  return (a.batch + lanes - 1) / lanes;
+}
+
+int64_t lay_out(BlockArgs& a) {
   return with_types(a.element, [&](auto, auto t) {
-    return weight_grad_elements(branch_map<decltype(t)>(a, a.branches[branch], false));
+    using T = decltype(t);
+    const int64_t blocks = units(a);
+    int64_t conv = 0;
+    a.kept_x_elements = a.kept_grad_elements = a.channel_sum_elements = 0;
+    for (int i = 0; i < a.branch_count; ++i) {
+      Branch& b = a.branches[i];
+      const auto map = branch_map<T>(a, b, false);
+      b.by_channels = weight_grad_by_channels(map);
+      int64_t& sums = b.by_channels ? a.channel_sum_elements : conv;
+      b.grad_first = sums;
+      sums += round_up(weight_grad_elements(map), 16);
+      if (!b.by_channels) continue;
+      b.kept_x_first = a.kept_x_elements;
+      b.kept_grad_first = a.kept_grad_elements;
+      a.kept_x_elements += blocks * b.in * map.channel;
+      a.kept_grad_elements += blocks * kLanes<T> * a.height * a.width * channel_row<T>(b.out);
+    }
+    return conv;
+  });
+}
+
+// f(branch, task within the branch) for a task counted over all branches.
+template <class F>
+MFEF_INLINE int64_t for_channel_task(const BlockArgs& a, int64_t task, const F& f) {
+  return with_types(a.element, [&](auto, auto t) {
+    using T = decltype(t);
+    int64_t first = 0;
+    for (int i = 0; i < a.branch_count; ++i) {
+      if (!a.branches[i].by_channels) continue;
+      const auto map = branch_map<T>(a, a.branches[i], false);
+      const int64_t tasks = map.groups * channel_blocks_out(map) * channel_blocks_in(map);
+      if (task >= first && task < first + tasks) f(a.branches[i], map, task - first, t);
+      first += tasks;
+    }
+    return first;
+  });
+}
+
+int64_t channel_tasks(const BlockArgs& a) {
+  return for_channel_task(a, -1, [](auto&, auto&, int64_t, auto) {});
+}
+
+void channel_task(const BlockArgs& a, int64_t task) {
+  for_channel_task(a, task, [&](const Branch& b, const auto& map, int64_t at, auto t) {
+    using T = decltype(t);
+    weight_grad_channels<T>(map, at, a.batch, static_cast<const T*>(a.kept_x) + b.kept_x_first,
+                            static_cast<const T*>(a.kept_grad) + b.kept_grad_first,
+                            static_cast<T*>(a.channel_sums) + b.grad_first);
   });
 }
 
@@ -68,15 +121,10 @@ void read_branch_grad(const BlockArgs& a, int branch, int64_t group, void* to) {
   with_types(a.element, [&](auto, auto t) {
     using T = decltype(t);
     const Branch& b = a.branches[branch];
-    read_weight_grad(branch_map<T>(a, b, false), static_cast<const T*>(a.partials) + a.partial.conv + b.grad_first,
-                     group, static_cast<T*>(to));
+    const T* sums =
+        b.by_channels ? static_cast<const T*>(a.channel_sums) : static_cast<const T*>(a.partials) + a.partial.conv;
+    read_weight_grad(branch_map<T>(a, b, false), sums + b.grad_first, group, b.full_k, static_cast<T*>(to));
   });
-}
-
-int64_t units(const BlockArgs& a) {
-  if (a.plan == Plan::kPixels) return a.batch;
-  const int lanes = a.element == Element::kDouble ? kLanes<double> : kLanes<float>;
-  return (a.batch + lanes - 1) / lanes;
 }
 
 int64_t scratch_bytes(const BlockArgs& a, bool backward) {
@@ -151,7 +199,9 @@ const Kernels kKernels = {
     packed_elements,
     packed_tiles,
     prepare,
-    branch_grad_elements,
+    lay_out,
+    channel_tasks,
+    channel_task,
     read_branch_grad,
     units,
     forward_scratch,

@@ -258,20 +258,42 @@ void unpack_pixels(const Map& m, int64_t image, int64_t first, int64_t channels,
   }
 }
 
-// (N, count) in memory <-> [count][kLanes] of up to kLanes images; To/From are the compute type, or
-// int32 for indices, which travel through the integer of the lane's width.
-template <class Memory, class Lane, int L>
-MFEF_INLINE void gather_rows(const Memory* from, int64_t image, int images, int64_t count, Lane* to) {
-  for (int r = 0; r < L; ++r) {
-    const Memory* row = from + (image + r) * count;
-    for (int64_t i = 0; i < count; ++i) to[i * L + r] = r < images ? Lane(row[i]) : Lane(0);
+// (N, count) in memory <-> [count][kLanes] of up to kLanes images; Memory and Lane are the compute type, or
+// int32 for indices, which travel through the integer of the lane's width. Lanes beyond `images` are zero.
+template <class T, class Memory, class Lane>
+void gather_rows(const Memory* from, int64_t image, int images, int64_t count, Lane* to) {
+  constexpr int L = kLanes<T>;
+  from += image * count;
+  int64_t i = 0;
+  if constexpr (sizeof(Memory) == sizeof(T)) {
+    for (; i + L <= count; i += L) {
+      Vec<T> rows[L];
+      for (int r = 0; r < L; ++r) {
+        rows[r] = r < images ? load(reinterpret_cast<const T*>(from + r * count + i)) : Vec<T>{};
+      }
+      transpose<T>(rows);
+      for (int r = 0; r < L; ++r) store(reinterpret_cast<T*>(to + (i + r) * L), rows[r]);
+    }
+  }
+  for (; i < count; ++i) {
+    for (int r = 0; r < L; ++r) to[i * L + r] = r < images ? Lane(from[r * count + i]) : Lane(0);
   }
 }
-template <class Memory, class Lane, int L>
-MFEF_INLINE void scatter_rows(const Lane* from, int64_t image, int images, int64_t count, Memory* to) {
-  for (int r = 0; r < images; ++r) {
-    Memory* row = to + (image + r) * count;
-    for (int64_t i = 0; i < count; ++i) row[i] = Memory(from[i * L + r]);
+template <class T, class Memory, class Lane>
+void scatter_rows(const Lane* from, int64_t image, int images, int64_t count, Memory* to) {
+  constexpr int L = kLanes<T>;
+  to += image * count;
+  int64_t i = 0;
+  if constexpr (sizeof(Memory) == sizeof(T)) {
+    for (; i + L <= count; i += L) {
+      Vec<T> rows[L];
+      for (int r = 0; r < L; ++r) rows[r] = load(reinterpret_cast<const T*>(from + (i + r) * L));
+      transpose<T>(rows);
+      for (int r = 0; r < images; ++r) store(reinterpret_cast<T*>(to + r * count + i), rows[r]);
+    }
+  }
+  for (; i < count; ++i) {
+    for (int r = 0; r < images; ++r) to[r * count + i] = Memory(from[i * L + r]);
   }
 }
 

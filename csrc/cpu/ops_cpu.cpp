@@ -12,17 +12,19 @@ namespace {
 
 // --- work on threads -------------------------------------------------------------------------
 
-// f(begin, end, scratch) over [0, count) on torch's threads.
+// f(i, scratch) for every i in [0, count) on torch's threads, each taking the next i when it is free: units
+// may differ in work, and threads in speed. Which thread does which must not matter to f.
 template <class F>
 void parallel(int64_t count, int64_t scratch_bytes, const F& f) {
   std::atomic<bool> out_of_memory{false};
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
     Pool::Piece scratch = pool.take(scratch_bytes);
     if (!scratch.memory) {
       out_of_memory = true;  // an exception must not leave a worker thread
       return;
     }
-    f(begin, end, scratch.memory.get());
+    for (int64_t i = next++; i < count; i = next++) f(i, scratch.memory.get());
     pool.give(std::move(scratch));
   });
   STD_TORCH_CHECK(!out_of_memory, "mfef: not enough memory for ", scratch_bytes, " bytes of scratch per thread");
@@ -59,10 +61,9 @@ uint16_t narrow(float f) {
   return f != f ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// f(offset in t) for each element of t in row-major order, whatever its strides; `border` rows and
-// columns on each side of the last two dimensions are left out.
+// f(offset in t) for each element of t in row-major order, whatever its strides.
 template <class F>
-void for_each_element(const Tensor& t, int64_t border, const F& f) {
+void for_each_element(const Tensor& t, const F& f) {
   int64_t size[4] = {1, 1, 1, 1}, stride[4] = {0, 0, 0, 0};
   const int64_t lead = 4 - t.dim();
   for (int64_t d = 0; d < t.dim(); ++d) {
@@ -71,41 +72,39 @@ void for_each_element(const Tensor& t, int64_t border, const F& f) {
   }
   for (int64_t a = 0; a < size[0]; ++a)
     for (int64_t b = 0; b < size[1]; ++b)
-      for (int64_t c = border; c < size[2] - border; ++c)
-        for (int64_t d = border; d < size[3] - border; ++d)
-          f(a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]);
+      for (int64_t c = 0; c < size[2]; ++c)
+        for (int64_t d = 0; d < size[3]; ++d) f(a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]);
 }
 
-// Copies t without its border to compute-type elements in row-major order.
-void widen_to(const Tensor& t, int64_t border, Element e, void* to) {
+// Copies t to compute-type elements in row-major order.
+void widen_to(const Tensor& t, Element e, void* to) {
   check_memory(t);
   const void* from = t.data_ptr();
   if (e == Element::kDouble) {
     double* at = static_cast<double*>(to);
-    for_each_element(t, border, [&](int64_t i) { *at++ = static_cast<const double*>(from)[i]; });
+    for_each_element(t, [&](int64_t i) { *at++ = static_cast<const double*>(from)[i]; });
   } else if (e == Element::kFloat) {
     float* at = static_cast<float*>(to);
-    for_each_element(t, border, [&](int64_t i) { *at++ = static_cast<const float*>(from)[i]; });
+    for_each_element(t, [&](int64_t i) { *at++ = static_cast<const float*>(from)[i]; });
   } else {
     float* at = static_cast<float*>(to);
-    for_each_element(t, border, [&](int64_t i) { *at++ = widen(static_cast<const uint16_t*>(from)[i]); });
+    for_each_element(t, [&](int64_t i) { *at++ = widen(static_cast<const uint16_t*>(from)[i]); });
   }
 }
 
-// Writes t within its border, whose element i (row-major) is sums[at(i)]; the border becomes zero.
+// Writes t, whose element i (row-major) is sums[at(i)].
 template <class T, class At>
-void write_elements(const T* sums, const Tensor& t, int64_t border, Element e, const At& at) {
+void write_elements(const T* sums, const Tensor& t, Element e, const At& at) {
   void* to = t.mutable_data_ptr();
-  auto write = [&](int64_t offset, T value) {
-    if (e == Element::kBFloat16) {
-      static_cast<uint16_t*>(to)[offset] = narrow(float(value));
-    } else {
-      static_cast<T*>(to)[offset] = value;
-    }
-  };
-  if (border > 0) for_each_element(t, 0, [&](int64_t offset) { write(offset, T(0)); });
   int64_t i = 0;
-  for_each_element(t, border, [&](int64_t offset) { write(offset, sums[at(i++)]); });
+  for_each_element(t, [&](int64_t offset) {
+    const T sum = sums[at(i++)];
+    if (e == Element::kBFloat16) {
+      static_cast<uint16_t*>(to)[offset] = narrow(float(sum));
+    } else {
+      static_cast<T*>(to)[offset] = sum;
+    }
+  });
 }
 
 // Adds the slots of partial sums into the first one, in order.
@@ -151,24 +150,32 @@ class Call {
     for (size_t i = 0; i < branches.size(); ++i) {
       const BranchSize& b = branches[i];
       const int64_t k = live_taps(b.k, args.height, args.width);
-      const int64_t border = (b.k - k) / 2;
-      args.branches[i] = {
-          split ? in : 0, b.in, out, b.out, b.groups, k, border, weight, compute_elements(weights[i], border), 0};
+      Branch& branch = args.branches[i];
+      branch = {};
+      branch.in_first = split ? in : 0;
+      branch.in = b.in;
+      branch.out_first = out;
+      branch.out = b.out;
+      branch.groups = b.groups;
+      branch.full_k = b.k;
+      branch.k = k;
+      branch.weight_first = weight;
+      branch.weights = compute_elements(weights[i]);
       in += b.in;
       out += b.out;
       weight += b.out * (b.in / b.groups) * k * k;
     }
-    if (bias) args.bias = parameter(*bias);
+    if (bias) args.bias = compute_elements(*bias);
   }
 
   void attention(const AttentionParameters& p) {
     args.hidden = p.fc1_weight.size(0);
     args.spatial_k = p.spatial_weight.size(2);
-    args.fc1_weight = parameter(p.fc1_weight);
-    args.fc2_weight = parameter(p.fc2_weight);
-    args.fc1_bias = p.fc1_bias ? parameter(*p.fc1_bias) : nullptr;
-    args.fc2_bias = p.fc2_bias ? parameter(*p.fc2_bias) : nullptr;
-    args.spatial_weight = parameter(p.spatial_weight);
+    args.fc1_weight = compute_elements(p.fc1_weight);
+    args.fc2_weight = compute_elements(p.fc2_weight);
+    args.fc1_bias = p.fc1_bias ? compute_elements(*p.fc1_bias) : nullptr;
+    args.fc2_bias = p.fc2_bias ? compute_elements(*p.fc2_bias) : nullptr;
+    args.spatial_weight = compute_elements(p.spatial_weight);
   }
 
   void forward() {
@@ -176,7 +183,7 @@ class Call {
     const Kernels& k = kernels();
     if (args.branch_count) pack(k, false);
     parallel(k.units(args), k.forward_scratch(args),
-             [&](int64_t begin, int64_t end, void* memory) { k.forward(args, begin, end, memory); });
+             [&](int64_t unit, void* memory) { k.forward(args, unit, unit + 1, memory); });
   }
 
   // Runs the backward; the parameters' gradients are then read with write().
@@ -191,11 +198,7 @@ class Call {
       next += (count + 15) / 16 * 16;
       return at;
     };
-    p.conv = next;
-    for (int i = 0; i < args.branch_count; ++i) {
-      args.branches[i].grad_first = next - p.conv;
-      take(k.weight_grad_elements(args, i));
-    }
+    p.conv = take(k.lay_out(args));
     p.bias = take(args.bias ? args.out : 0);
     p.fc1_weight = take(args.hidden * args.out);
     p.fc1_bias = take(args.hidden);
@@ -211,11 +214,18 @@ class Call {
     if (args.need_parameters && slots > affordable) slots = affordable > 4 ? affordable : (units < 4 ? units : 4);
     args.slots = slots;
     if (args.need_parameters) args.partials = room((slots ? slots : 1) * p.total);
-    parallel(slots, k.backward_scratch(args), [&](int64_t begin, int64_t end, void* memory) {
-      for (int64_t slot = begin; slot < end; ++slot) k.backward(args, slot, memory);
-    });
+    if (args.need_parameters) {
+      args.kept_x = room(args.kept_x_elements);
+      args.kept_grad = room(args.kept_grad_elements);
+      args.channel_sums = room(args.channel_sum_elements);
+    }
+    parallel(slots, k.backward_scratch(args), [&](int64_t slot, void* memory) { k.backward(args, slot, memory); });
     if (!args.need_parameters) return;
-    if (slots == 0) std::memset(args.partials, 0, size_t(p.total * compute_size(args.element)));
+    parallel(k.channel_tasks(args), 0, [&](int64_t task, void*) { k.channel_task(args, task); });
+    if (slots == 0) {
+      std::memset(args.partials, 0, size_t(p.total * compute_size(args.element)));
+      std::memset(args.channel_sums, 0, size_t(args.channel_sum_elements * compute_size(args.element)));
+    }
     if (args.element == Element::kDouble) {
       add_slots(static_cast<double*>(args.partials), slots, p.total);
     } else {
@@ -225,38 +235,38 @@ class Call {
 
   // Writes the gradient whose sums start at `first`.
   void write(const Tensor& grad, int64_t first) {
-    write(grad, 0, args.partials, [first](int64_t i) { return first + i; });
+    write(grad, args.partials, [first](int64_t i) { return first + i; });
   }
   // Writes the gradient of a branch's weights.
   void write_weights(const Tensor& grad, int branch) {
     const Kernels& k = kernels();
     const Branch& b = args.branches[branch];
-    const bool direct = args.element != Element::kBFloat16 && b.border == 0 && grad.is_contiguous();
-    const int64_t group = b.out / b.groups * (b.in / b.groups) * b.k * b.k;
-    void* ordered = direct ? grad.mutable_data_ptr() : room(b.groups * group);
+    const bool direct = args.element != Element::kBFloat16 && grad.is_contiguous();
+    const int64_t group = b.out / b.groups * (b.in / b.groups) * b.full_k * b.full_k;
+    char* ordered = static_cast<char*>(direct ? grad.mutable_data_ptr() : room(b.groups * group));
+    const int64_t bytes = group * compute_size(args.element);
     constexpr int64_t kElements = 8192;  // fewer are not worth a thread
     torch::stable::parallel_for(0, b.groups, kElements / (group + 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) {
-        k.read_weight_grad(args, branch, g, static_cast<char*>(ordered) + g * group * compute_size(args.element));
-      }
+      if (b.k < b.full_k) std::memset(ordered + begin * bytes, 0, size_t((end - begin) * bytes));
+      for (int64_t g = begin; g < end; ++g) k.read_weight_grad(args, branch, g, ordered + g * bytes);
     });
-    if (!direct) write(grad, b.border, ordered, [](int64_t i) { return i; });
+    if (!direct) write(grad, ordered, [](int64_t i) { return i; });
   }
   // fc2's sums are (hidden, C): the loop that makes them runs over channels.
   void write_fc2(const Tensor& grad) {
     const int64_t hidden = args.hidden, channels = args.out, first = args.partial.fc2_weight;
-    write(grad, 0, args.partials, [=](int64_t i) { return first + (i % hidden) * channels + i / hidden; });
+    write(grad, args.partials, [=](int64_t i) { return first + (i % hidden) * channels + i / hidden; });
   }
 
   BlockArgs args{};
 
  private:
   template <class At>
-  void write(const Tensor& grad, int64_t border, const void* sums, const At& at) {
+  void write(const Tensor& grad, const void* sums, const At& at) {
     if (args.element == Element::kDouble) {
-      write_elements(static_cast<const double*>(sums), grad, border, args.element, at);
+      write_elements(static_cast<const double*>(sums), grad, args.element, at);
     } else {
-      write_elements(static_cast<const float*>(sums), grad, border, args.element, at);
+      write_elements(static_cast<const float*>(sums), grad, args.element, at);
     }
   }
 
@@ -269,17 +279,16 @@ class Call {
     return memory_.back().memory.get();
   }
 
-  // The elements of t without its border in the compute type, contiguous: t's own where they are that.
-  const void* compute_elements(const Tensor& t, int64_t border) {
-    if (args.element != Element::kBFloat16 && border == 0 && t.is_contiguous()) {
+  // The elements of t in the compute type, contiguous: t's own where they are that.
+  const void* compute_elements(const Tensor& t) {
+    if (args.element != Element::kBFloat16 && t.is_contiguous()) {
       check_memory(t);
       return t.data_ptr();
     }
     void* to = room(t.numel());
-    widen_to(t, border, args.element, to);
+    widen_to(t, args.element, to);
     return to;
   }
-  const void* parameter(const Tensor& t) { return compute_elements(t, 0); }
 
   // Weights in the order of the tiles.
   void pack(const Kernels& k, bool backward) {
