@@ -62,20 +62,42 @@ void dense_layer(const T* weights, int64_t rows, int64_t cols, int64_t row, int6
 template <class T>
 void outer_products(const T* a, int64_t rows, const T* b, int64_t cols, int images, T* grads) {
   constexpr int L = kLanes<T>;
-  for (int64_t j = 0; j < rows; ++j) {
-    T* grad = grads + j * cols;
+  auto block = [&](int64_t j, int64_t i, auto row_count, auto vec_count) {
+    constexpr int kRows = decltype(row_count)::value, kVecs = decltype(vec_count)::value;
+    Vec<T> acc[kRows][kVecs] = {};
+    for (int r = 0; r < images; ++r) {
+      static_for<kVecs>([&](auto v) {
+        constexpr int v_ = decltype(v)::value;
+        const Vec<T> right = load(b + r * cols + i + v_ * L);
+        static_for<kRows>([&](auto k) {
+          constexpr int k_ = decltype(k)::value;
+          acc[k_][v_] += splat(a[(j + k_) * L + r]) * right;
+        });
+      });
+    }
+    static_for<kRows>([&](auto k) {
+      static_for<kVecs>([&](auto v) {
+        constexpr int k_ = decltype(k)::value, v_ = decltype(v)::value;
+        T* grad = grads + (j + k_) * cols + i + v_ * L;
+        store(grad, load(grad) + acc[k_][v_]);
+      });
+    });
+  };
+  auto row_block = [&](int64_t j, auto row_count) {
     int64_t i = 0;
-    for (; i + L <= cols; i += L) {
-      Vec<T> acc = load(grad + i);
-      for (int r = 0; r < images; ++r) acc += splat(a[j * L + r]) * load(b + r * cols + i);
-      store(grad + i, acc);
-    }
+    for (; i + 2 * L <= cols; i += 2 * L) block(j, i, row_count, Index<2>{});
+    for (; i + L <= cols; i += L) block(j, i, row_count, Index<1>{});
     for (; i < cols; ++i) {
-      T acc = grad[i];
-      for (int r = 0; r < images; ++r) acc += a[j * L + r] * b[r * cols + i];
-      grad[i] = acc;
+      for (int64_t k = j; k < j + decltype(row_count)::value; ++k) {
+        T sum = T(0);
+        for (int r = 0; r < images; ++r) sum += a[k * L + r] * b[r * cols + i];
+        grads[k * cols + i] += sum;
+      }
     }
-  }
+  };
+  int64_t j = 0;
+  for (; j + 4 <= rows; j += 4) row_block(j, Index<4>{});
+  for (; j < rows; ++j) row_block(j, Index<1>{});
 }
 
 // grads += the gradient of the spatial convolution's weights, (2, k, k); `ordered` and `scratch` are room.

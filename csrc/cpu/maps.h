@@ -30,7 +30,9 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
   const E* base = element_at<E>(m, image, first, 0, 0);
   if (is_dense(m, channels, height, width)) {
     const int64_t count = channels * pixels;
-    int64_t p = 0;  // `to` is at channel c, p is the pixel in it
+    // `to` is at a channel, p is the pixel in it; where channels follow each other without a gap, all are one.
+    const int64_t run = step == pixels * L ? count : pixels;
+    int64_t p = 0;
     auto squares = [&](auto all_images) {
       int64_t i = 0;
       for (; i + L <= count; i += L) {
@@ -40,19 +42,19 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
           rows[r_] = all_images.value || r_ < images ? load_elements(base + r_ * m.stride[0] + i) : Vec<T>{};
         });
         transpose<T>(rows);
-        if (p + L <= pixels) {
+        if (p + L <= run) {
           static_for<L>([&](auto r) { store(to + (p + decltype(r)::value) * L, rows[decltype(r)::value]); });
           p += L;
         } else {  // on into the next channels
           for (int r = 0; r < L; ++r, ++p) {
-            if (p == pixels) {
+            if (p == run) {
               p = 0;
               to += step;
             }
             store(to + p * L, rows[r]);
           }
         }
-        if (p == pixels) {
+        if (p == run) {
           p = 0;
           to += step;
         }
@@ -61,7 +63,7 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
     };
     int64_t i = images == L ? squares(Index<1>{}) : squares(Index<0>{});
     for (; i < count; ++i, ++p) {
-      if (p == pixels) {
+      if (p == run) {
         p = 0;
         to += step;
       }
