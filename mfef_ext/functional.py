@@ -11,10 +11,10 @@ from . import backends, problem
 
 __all__ = ["dual_attention", "kd_loss", "mfef_block", "multi_scale_conv2d"]
 
-# What to call for arguments like some that have passed all checks: to describe them anew takes
-# longer than the forward of one small image.
+# The functions to call for arguments like those that have passed all checks before. To describe
+# arguments anew takes longer than the forward of one small image.
 _passed: dict[object, Callable] = {}
-MOST_PASSED = 4096
+MOST_PASSED = 1024
 
 
 def _operator(
@@ -28,8 +28,9 @@ def _operator(
 ) -> Callable:
     """The function that runs ``op``; raises if the arguments are wrong or nothing can run them."""
     key = None
-    # torch.compile traces this once, with symbols for sizes, and would guard on what it looks up.
-    if not torch.compiler.is_compiling():
+    # A tracer passes here once, with symbols or tensors for sizes; torch.compile would guard on
+    # whatever is looked up.
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         signature = problem.signature(tensors, weights, groups, split)
         if signature is not None:
             key = (op, backends.forced_name(backend), signature)
@@ -37,7 +38,7 @@ def _operator(
                 return _passed[key]
             except KeyError:
                 pass
-            except TypeError:  # no hash: a symbolic size, or an argument that is refused below
+            except TypeError:  # what has no hash is refused below
                 key = None
     run = backends.choose(describe(), backend).operators[op]
     if key is not None:

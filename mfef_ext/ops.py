@@ -130,22 +130,22 @@ def _(
 
 # --- autograd ---------------------------------------------------------------------------------
 #
-# The kernels on the Autograd key, as torch.library.register_autograd would make them, but with the
-# tensors of an operator in one row: register_autograd walks every argument and result as a tree
-# where one of them is a Tensor[], which takes longer than the forward of one small image.
+# Kernels for the Autograd key, as torch.library.register_autograd would make them, but with all
+# tensors of an operator in one row. Where an argument is a Tensor[], register_autograd walks every
+# argument and result as a tree, which takes longer than the forward of one small image.
 #
-# Only the first result has a gradient. The others leave a Function's forward in the list `saved`,
-# past autograd, which would otherwise wrap each of them to say that it has none.
+# Only the first result has a gradient. The others leave a Function's forward by way of the list
+# `saved`, so that autograd need not wrap each of them to say that it has none.
 
 
 def _below_autograd(overload, keyset, *args):
-    """Goes on with a call that arrived at the Autograd key."""
+    """Passes on a call that arrived at the Autograd key with ``keyset``."""
     with torch._C._AutoDispatchBelowAutograd():
         return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def _requires_grad(tensors) -> bool:
-    """Whether autograd must record a call with these tensors (or None for those not given)."""
+    """Whether autograd records a call with these tensors, None being one that is not given."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -153,11 +153,13 @@ def _requires_grad(tensors) -> bool:
     return False
 
 
-def _backward(overload, *args):
-    """Calls the operator of a backward."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+def _call(overload, records: bool, *args):
+    """Calls an operator; ``records`` says whether autograd records the call."""
+    # If it does not, the kernel on the Autograd key would only pass the call on, which takes a way
+    # from C++ to Python and back. But Dynamo cannot trace the guard, and under a transform of
+    # torch.func `records` is the answer of one level, with other levels around it.
+    if records or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return overload(*args)
-    # Nothing will differentiate this call, so the refusal on its Autograd key need not hear of it.
     with torch._C._AutoDispatchBelowAutograd():
         return overload(*args)
 
@@ -189,9 +191,10 @@ class _MultiScaleConv2d(torch.autograd.Function):
     def backward(ctx, grad):
         x, bias, *weights = ctx.saved_tensors
         need_x, need_parameters = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
-        grad_x, grad_weights, grad_bias = _backward(
-            _CONV_BACKWARD, grad, x, weights, *ctx.options, bias, need_x, need_parameters
-        )
+        grad_x, grad_weights, grad_bias = _call(
+            _CONV_BACKWARD, torch.is_grad_enabled(),
+            grad, x, weights, *ctx.options, bias, need_x, need_parameters,
+        )  # fmt: skip
         return (
             None,
             None,
@@ -217,7 +220,8 @@ def _parameter_grads(grads, parameters, need):
 class _DualAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keyset, save, saved, y, *parameters):
-        out, *saved[:] = _below_autograd(_ATTENTION, keyset, y, *parameters, save)
+        out, *others = _below_autograd(_ATTENTION, keyset, y, *parameters, save)
+        saved.extend(others)
         ctx.save_for_backward(y, *parameters, *saved)
         ctx.set_materialize_grads(False)
         return out
@@ -230,9 +234,10 @@ class _DualAttention(torch.autograd.Function):
         parameters, saved = rest[:5], rest[5:]
         _check_saved(saved[0], "dual_attention", y.shape[0])
         need_x, need_parameters = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
-        grad_y, *grads = _backward(
-            _ATTENTION_BACKWARD, grad, y, *parameters, *saved, need_x, need_parameters
-        )
+        grad_y, *grads = _call(
+            _ATTENTION_BACKWARD, torch.is_grad_enabled(),
+            grad, y, *parameters, *saved, need_x, need_parameters,
+        )  # fmt: skip
         return (
             None,
             None,
@@ -253,9 +258,10 @@ def _dual_attention(keyset, y, *rest):
 class _MfefBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keyset, groups, split, save, saved, x, w1, b1, w2, b2, ws, *weights):
-        out, *saved[:] = _below_autograd(
+        out, *others = _below_autograd(
             _BLOCK, keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save
         )
+        saved.extend(others)
         ctx.options = groups, split
         ctx.save_for_backward(x, w1, b1, w2, b2, ws, *saved, *weights)
         ctx.set_materialize_grads(False)
@@ -269,9 +275,9 @@ class _MfefBlock(torch.autograd.Function):
         parameters, saved, weights = rest[:5], rest[5:12], rest[12:]
         _check_saved(saved[1], "mfef_block", x.shape[0])
         need_x, need_parameters = ctx.needs_input_grad[5], any(ctx.needs_input_grad[6:])
-        grad_x, grad_weights, *grads = _backward(
-            _BLOCK_BACKWARD, grad, x, weights, *ctx.options, *parameters, *saved,
-            need_x, need_parameters,
+        grad_x, grad_weights, *grads = _call(
+            _BLOCK_BACKWARD, torch.is_grad_enabled(),
+            grad, x, weights, *ctx.options, *parameters, *saved, need_x, need_parameters,
         )  # fmt: skip
         return (
             None,
@@ -288,9 +294,7 @@ class _MfefBlock(torch.autograd.Function):
 def _mfef_block(keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save):
     if _requires_grad((x, w1, b1, w2, b2, ws, *weights)):
         saved: list[Tensor] = []
-        out = _MfefBlock.apply(
-            keyset, groups, split, save, saved, x, w1, b1, w2, b2, ws, *weights
-        )
+        out = _MfefBlock.apply(keyset, groups, split, save, saved, x, w1, b1, w2, b2, ws, *weights)
         return (out, *saved)
     return _below_autograd(_BLOCK, keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save)
 
@@ -346,20 +350,18 @@ for _op in ("multi_scale_conv2d", "dual_attention", "mfef_block"):
 # --- what the backends call -------------------------------------------------------------------
 
 
-def _save_needed(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def multi_scale_conv2d(x, weights, groups, split=True, bias=None) -> Tensor:
     """mfef_ext.functional.multi_scale_conv2d without checks."""
-    return torch.ops.mfef.multi_scale_conv2d(x, list(weights), list(groups), split, bias)
+    weights = list(weights)
+    records = _requires_grad((x, *weights, bias))
+    return _call(_CONV, records, x, weights, list(groups), split, bias)
 
 
 def dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight) -> Tensor:
     """mfef_ext.functional.dual_attention without checks."""
-    parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
-    save = _save_needed(y, *parameters)
-    return torch.ops.mfef.dual_attention(y, *parameters, save)[0]
+    tensors = (y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
+    save = _requires_grad(tensors)
+    return _call(_ATTENTION, save, *tensors, save)[0]
 
 
 def mfef_block(
@@ -368,5 +370,5 @@ def mfef_block(
     """mfef_ext.functional.mfef_block without checks."""
     weights = list(conv_weights)
     parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
-    save = _save_needed(x, *weights, *parameters)
-    return torch.ops.mfef.mfef_block(x, weights, list(groups), split, *parameters, save)[0]
+    save = _requires_grad((x, *parameters, *weights))
+    return _call(_BLOCK, save, x, weights, list(groups), split, *parameters, save)[0]

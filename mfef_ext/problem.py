@@ -106,6 +106,9 @@ def _check_input(name: str, x: object) -> Tensor:
     return x
 
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
 def signature(
     tensors: tuple[Tensor | None, ...],
     weights: Sequence[Tensor],
@@ -115,22 +118,21 @@ def signature(
     """All that ``describe_*`` reads of its arguments: equal signatures pose equal problems.
 
     ``tensors`` are the operator's input and then the others outside of ``weights``, None where one
-    is not given. Returns something without tensors in it, hashable unless a size is a symbol or an
-    argument is wrong; None for an argument whose type already is.
+    is not given. Returns something without tensors in it, hashable if the groups are; or None for
+    arguments of wrong types and for subclasses of tensors, which may have sizes of their own kind.
     """
-    x = tensors[0]
-    if x is None or not isinstance(weights, (list, tuple)) or not isinstance(groups, (list, tuple)):
+    if not isinstance(weights, (list, tuple)) or not isinstance(groups, (list, tuple)):
         return None
-    facts: list[object] = []
-    for t in (*tensors, *weights):
-        if isinstance(t, Tensor):
-            facts.append((t.shape, t.dtype, t.device))
-        elif t is None:
-            facts.append(None)
-        else:
-            return None
-    # With the types of the groups, because 1 == 1.0 == True and only the first is accepted.
-    return tuple(facts), tuple(groups), tuple(map(type, groups)), bool(split), _autocast_dtype(x)
+    x, everything = tensors[0], (*tensors, *weights)
+    if x is None or not _PLAIN.issuperset(map(type, everything)):
+        return None
+    return (
+        tuple([t if t is None else (t.shape, t.dtype, t.device) for t in everything]),
+        tuple(groups),
+        tuple(map(type, groups)),  # 1 == 1.0 == True, and only the first is accepted
+        bool(split),
+        _autocast_dtype(x),
+    )
 
 
 def _check_shape(name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:
