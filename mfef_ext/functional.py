@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from . import backends, problem
 
 __all__ = ["dual_attention", "kd_loss", "mfef_block", "multi_scale_conv2d"]
+
+# The functions to call for arguments like those that have passed all checks before. To describe
+# arguments anew takes longer than the forward of one small image.
+_passed: dict[object, Callable] = {}
+MOST_PASSED = 1024
+
+
+def _operator(
+    op: str,
+    backend: str | None,
+    describe: Callable[[], problem.Problem],
+    tensors: tuple[Tensor | None, ...],
+    weights: Sequence[Tensor] = (),
+    groups: Sequence[int] = (),
+    split: bool = True,
+) -> Callable:
+    """The function that runs ``op``; raises if the arguments are wrong or nothing can run them."""
+    key = None
+    # A tracer passes here once, with symbols or tensors for sizes; torch.compile would guard on
+    # whatever is looked up.
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        signature = problem.signature(tensors, weights, groups, split)
+        if signature is not None:
+            key = (op, backends.forced_name(backend), signature)
+            try:
+                return _passed[key]
+            except KeyError:
+                pass
+            except TypeError:  # what has no hash is refused below
+                key = None
+    run = backends.choose(describe(), backend).operators[op]
+    if key is not None:
+        if len(_passed) >= MOST_PASSED:
+            _passed.clear()
+        _passed[key] = run
+    return run
 
 
 def multi_scale_conv2d(
@@ -35,8 +72,15 @@ def multi_scale_conv2d(
     Raises TypeError (dtypes), ValueError (shapes, values), RuntimeError (a forced backend that
     cannot run). Source: :func:`mfef_ext.reference.multi_scale_conv2d` is the specification.
     """
-    described = problem.describe_multi_scale_conv2d(x, weights, groups, split, bias)
-    run = backends.choose(described, backend).operators["multi_scale_conv2d"]
+    run = _operator(
+        "multi_scale_conv2d",
+        backend,
+        lambda: problem.describe_multi_scale_conv2d(x, weights, groups, split, bias),
+        (x, bias),
+        weights,
+        groups,
+        split,
+    )
     return run(x, weights, groups, split, bias)
 
 
@@ -62,11 +106,14 @@ def dual_attention(
     Returns (N, C, H, W). Raises as :func:`multi_scale_conv2d` does.
     Source: :func:`mfef_ext.reference.dual_attention` is the specification.
     """
-    described = problem.describe_dual_attention(
-        y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight
+    arguments = (y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
+    run = _operator(
+        "dual_attention",
+        backend,
+        lambda: problem.describe_dual_attention(*arguments),
+        arguments,
     )
-    run = backends.choose(described, backend).operators["dual_attention"]
-    return run(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
+    return run(*arguments)
 
 
 def mfef_block(
@@ -88,8 +135,15 @@ def mfef_block(
     Returns (N, sum Cout_i, H, W).
     """
     attention = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
-    described = problem.describe_mfef_block(x, conv_weights, groups, *attention, split)
-    run = backends.choose(described, backend).operators["mfef_block"]
+    run = _operator(
+        "mfef_block",
+        backend,
+        lambda: problem.describe_mfef_block(x, conv_weights, groups, *attention, split),
+        (x, *attention),
+        conv_weights,
+        groups,
+        split,
+    )
     return run(x, conv_weights, groups, *attention, split=split)
 
 

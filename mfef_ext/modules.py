@@ -51,6 +51,15 @@ def _divide(channels: int, parts: int) -> list[int]:
     return [channels // parts + (i < channels % parts) for i in range(parts)]
 
 
+def _attributes(layer: nn.Module, own: dict, *names: str) -> list:
+    """Parameters or children of ``layer`` by name, ``own`` being its dictionary of them.
+
+    nn.Module takes ten times as long to look one up, and a block has twelve.
+    """
+    # What is computed, as under torch.nn.utils.parametrize, is in no dictionary.
+    return [own[name] if name in own else getattr(layer, name) for name in names]
+
+
 class MultiScaleConv2d(nn.Module):
     """Convolutions with several kernel sizes side by side, their results concatenated.
 
@@ -150,11 +159,17 @@ class MultiScaleConv2d(nn.Module):
             for part, bound in zip(parts, bounds, strict=True):
                 nn.init.uniform_(part, -bound, bound)
 
+    def _weights(self) -> list[Tensor]:
+        (weights,) = _attributes(self, self._modules, "weights")
+        if type(weights) is not nn.ParameterList:
+            return list(weights)
+        return _attributes(weights, weights._parameters, *map(str, range(len(weights))))
+
     def forward(self, x: Tensor) -> Tensor:
         if self.mode != "hierarchical":
             return F.multi_scale_conv2d(
                 x,
-                list(self.weights),
+                self._weights(),
                 self.groups,
                 split=self.mode == "split",
                 bias=self.bias,
@@ -240,27 +255,17 @@ class DualAttention(nn.Module):
                 bound = 1 / math.sqrt(weight[0].numel())
                 nn.init.uniform_(bias, -bound, bound)
 
+    def _arguments(self) -> list[Tensor]:
+        """The parameters in the order of :func:`mfef_ext.functional.dual_attention`."""
+        names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "spatial_weight")
+        return _attributes(self, self._parameters, *names)
+
     def forward(self, y: Tensor) -> Tensor:
-        return F.dual_attention(
-            y,
-            self.fc1_weight,
-            self.fc1_bias,
-            self.fc2_weight,
-            self.fc2_bias,
-            self.spatial_weight,
-            backend=self.backend,
-        )
+        return F.dual_attention(y, *self._arguments(), backend=self.backend)
 
     def gates(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The channel gate (N, C) and the spatial gate (N, H, W), for pictures and analysis."""
-        channel_gate, _, spatial_gate = reference.attention_gates(
-            y,
-            self.fc1_weight,
-            self.fc1_bias,
-            self.fc2_weight,
-            self.fc2_bias,
-            self.spatial_weight,
-        )
+        channel_gate, _, spatial_gate = reference.attention_gates(y, *self._arguments())
         return channel_gate, spatial_gate[:, 0]
 
     def extra_repr(self) -> str:
@@ -328,19 +333,17 @@ class MFEFBlock(nn.Module):
         self.attention.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.conv.mode == "hierarchical":
-            return self.attention(self.conv(x))
-        a = self.attention
+        conv: MultiScaleConv2d
+        attention: DualAttention
+        conv, attention = _attributes(self, self._modules, "conv", "attention")
+        if conv.mode == "hierarchical":
+            return attention(conv(x))
         return F.mfef_block(
             x,
-            list(self.conv.weights),
-            self.conv.groups,
-            a.fc1_weight,
-            a.fc1_bias,
-            a.fc2_weight,
-            a.fc2_bias,
-            a.spatial_weight,
-            split=self.conv.mode == "split",
+            conv._weights(),
+            conv.groups,
+            *attention._arguments(),
+            split=conv.mode == "split",
             backend=self.backend,
         )
 

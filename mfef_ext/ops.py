@@ -129,15 +129,39 @@ def _(
 
 
 # --- autograd ---------------------------------------------------------------------------------
+#
+# Kernels for the Autograd key, as torch.library.register_autograd would make them, but with all
+# tensors of an operator in one row. Where an argument is a Tensor[], register_autograd walks every
+# argument and result as a tree, which takes longer than the forward of one small image.
+#
+# Only the first result has a gradient. The others leave a Function's forward by way of the list
+# `saved`, so that autograd need not wrap each of them to say that it has none.
 
 
-def _any(needs) -> bool:
-    """Whether any input, also one inside a list, needs a gradient."""
-    return any(_any(n) if isinstance(n, (list, tuple)) else bool(n) for n in needs)
+def _below_autograd(overload, keyset, *args):
+    """Passes on a call that arrived at the Autograd key with ``keyset``."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
-def _or_none(grad: Tensor, parameter: Tensor | None, need: bool) -> Tensor | None:
-    return grad if need and parameter is not None else None
+def _requires_grad(tensors) -> bool:
+    """Whether autograd records a call with these tensors, None being one that is not given."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def _call(overload, records: bool, *args):
+    """Calls an operator; ``records`` says whether autograd records the call."""
+    # If it does not, the kernel on the Autograd key would only pass the call on, which takes a way
+    # from C++ to Python and back. But Dynamo cannot trace the guard, and under a transform of
+    # torch.func `records` is the answer of one level, with other levels around it.
+    if records or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return overload(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(*args)
 
 
 def _check_saved(saved: Tensor, op: str, n: int) -> None:
@@ -148,108 +172,136 @@ def _check_saved(saved: Tensor, op: str, n: int) -> None:
         )
 
 
-def _setup_conv(ctx, inputs, output):
-    x, weights, ctx.groups, ctx.split, bias = inputs
-    ctx.branches = len(weights)
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, *weights, *([bias] if bias is not None else []))
+_CONV = torch.ops.mfef.multi_scale_conv2d.default
+_CONV_BACKWARD = torch.ops.mfef.multi_scale_conv2d_backward.default
+_ATTENTION = torch.ops.mfef.dual_attention.default
+_ATTENTION_BACKWARD = torch.ops.mfef.dual_attention_backward.default
+_BLOCK = torch.ops.mfef.mfef_block.default
+_BLOCK_BACKWARD = torch.ops.mfef.mfef_block_backward.default
 
 
-def _backward_conv(ctx, grad):
-    x, *rest = ctx.saved_tensors
-    weights, bias = rest[: ctx.branches], rest[ctx.branches] if ctx.has_bias else None
-    need_x, need_parameters = ctx.needs_input_grad[0], _any(ctx.needs_input_grad[1:])
-    grad_x, grad_weights, grad_bias = torch.ops.mfef.multi_scale_conv2d_backward(
-        grad, x, weights, ctx.groups, ctx.split, bias, need_x, need_parameters
-    )
-    return (
-        grad_x if need_x else None,
-        grad_weights if need_parameters else [None] * ctx.branches,
-        None,
-        None,
-        _or_none(grad_bias, bias, need_parameters),
-    )
+class _MultiScaleConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keyset, groups, split, x, bias, *weights):
+        ctx.options = groups, split
+        ctx.save_for_backward(x, bias, *weights)
+        return _below_autograd(_CONV, keyset, x, weights, groups, split, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, bias, *weights = ctx.saved_tensors
+        need_x, need_parameters = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
+        grad_x, grad_weights, grad_bias = _call(
+            _CONV_BACKWARD, torch.is_grad_enabled(),
+            grad, x, weights, *ctx.options, bias, need_x, need_parameters,
+        )  # fmt: skip
+        return (
+            None,
+            None,
+            None,
+            grad_x if need_x else None,
+            grad_bias if need_parameters and bias is not None else None,
+            *(grad_weights if need_parameters else [None] * len(weights)),
+        )
 
 
-torch.library.register_autograd(
-    "mfef::multi_scale_conv2d", _backward_conv, setup_context=_setup_conv
-)
+def _multi_scale_conv2d(keyset, x, weights, groups, split, bias):
+    if _requires_grad((x, *weights, bias)):
+        return _MultiScaleConv2d.apply(keyset, groups, split, x, bias, *weights)
+    return _below_autograd(_CONV, keyset, x, weights, groups, split, bias)
 
 
-def _setup_attention(ctx, inputs, output):
-    *tensors, _ = inputs
-    out, *saved = output
-    ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)
-    ctx.batch = out.shape[0]
-    ctx.absent = [i for i, t in enumerate(tensors) if t is None]
-    ctx.save_for_backward(*(t for t in tensors if t is not None), *saved)
+def _parameter_grads(grads, parameters, need):
+    if not need:
+        return [None] * len(parameters)
+    return [g if p is not None else None for g, p in zip(grads, parameters, strict=True)]
 
 
-def _restore(tensors, absent: list[int]) -> list:
-    """Puts the parameters that were None back into their places."""
-    tensors = list(tensors)
-    for i in absent:
-        tensors.insert(i, None)
-    return tensors
+class _DualAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keyset, save, saved, y, *parameters):
+        out, *others = _below_autograd(_ATTENTION, keyset, y, *parameters, save)
+        saved.extend(others)
+        ctx.save_for_backward(y, *parameters, *saved)
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 9
+        y, *rest = ctx.saved_tensors
+        parameters, saved = rest[:5], rest[5:]
+        _check_saved(saved[0], "dual_attention", y.shape[0])
+        need_x, need_parameters = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
+        grad_y, *grads = _call(
+            _ATTENTION_BACKWARD, torch.is_grad_enabled(),
+            grad, y, *parameters, *saved, need_x, need_parameters,
+        )  # fmt: skip
+        return (
+            None,
+            None,
+            None,
+            grad_y if need_x else None,
+            *_parameter_grads(grads, parameters, need_parameters),
+        )
 
 
-def _backward_attention(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 7
-    y, *rest = _restore(ctx.saved_tensors, ctx.absent)
-    parameters, saved = rest[:5], rest[5:]
-    _check_saved(saved[0], "dual_attention", ctx.batch)
-    need_x, need_parameters = ctx.needs_input_grad[0], _any(ctx.needs_input_grad[1:])
-    grad_y, *grads = torch.ops.mfef.dual_attention_backward(
-        grad, y, *parameters, *saved, need_x, need_parameters
-    )
-    return (
-        grad_y if need_x else None,
-        *(_or_none(g, p, need_parameters) for g, p in zip(grads, parameters, strict=True)),
-        None,
-    )
+def _dual_attention(keyset, y, *rest):
+    *parameters, save = rest
+    if _requires_grad((y, *parameters)):
+        saved: list[Tensor] = []
+        return (_DualAttention.apply(keyset, save, saved, y, *parameters), *saved)
+    return _below_autograd(_ATTENTION, keyset, y, *rest)
 
 
-torch.library.register_autograd(
-    "mfef::dual_attention", _backward_attention, setup_context=_setup_attention
-)
+class _MfefBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keyset, groups, split, save, saved, x, w1, b1, w2, b2, ws, *weights):
+        out, *others = _below_autograd(
+            _BLOCK, keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save
+        )
+        saved.extend(others)
+        ctx.options = groups, split
+        ctx.save_for_backward(x, w1, b1, w2, b2, ws, *saved, *weights)
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, *rest = ctx.saved_tensors
+        parameters, saved, weights = rest[:5], rest[5:12], rest[12:]
+        _check_saved(saved[1], "mfef_block", x.shape[0])
+        need_x, need_parameters = ctx.needs_input_grad[5], any(ctx.needs_input_grad[6:])
+        grad_x, grad_weights, *grads = _call(
+            _BLOCK_BACKWARD, torch.is_grad_enabled(),
+            grad, x, weights, *ctx.options, *parameters, *saved, need_x, need_parameters,
+        )  # fmt: skip
+        return (
+            None,
+            None,
+            None,
+            None,
+            None,
+            grad_x if need_x else None,
+            *_parameter_grads(grads, parameters, need_parameters),
+            *(grad_weights if need_parameters else [None] * len(weights)),
+        )
 
 
-def _setup_block(ctx, inputs, output):
-    x, weights, ctx.groups, ctx.split, *parameters, _ = inputs
-    out, *saved = output
-    ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)
-    ctx.batch = out.shape[0]
-    ctx.branches = len(weights)
-    ctx.absent = [i for i, t in enumerate(parameters) if t is None]
-    present = (t for t in parameters if t is not None)
-    ctx.save_for_backward(x, *weights, *saved, *present)
+def _mfef_block(keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save):
+    if _requires_grad((x, w1, b1, w2, b2, ws, *weights)):
+        saved: list[Tensor] = []
+        out = _MfefBlock.apply(keyset, groups, split, save, saved, x, w1, b1, w2, b2, ws, *weights)
+        return (out, *saved)
+    return _below_autograd(_BLOCK, keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save)
 
 
-def _backward_block(ctx, grad, *_):
-    if grad is None:
-        return (None, [None] * ctx.branches, *(None,) * 8)
-    x, *rest = ctx.saved_tensors
-    weights, saved = rest[: ctx.branches], rest[ctx.branches : ctx.branches + 7]
-    parameters = _restore(rest[ctx.branches + 7 :], ctx.absent)
-    _check_saved(saved[1], "mfef_block", ctx.batch)
-    need_x, need_parameters = ctx.needs_input_grad[0], _any(ctx.needs_input_grad[1:])
-    grad_x, grad_weights, *grads = torch.ops.mfef.mfef_block_backward(
-        grad, x, weights, ctx.groups, ctx.split, *parameters, *saved, need_x, need_parameters
-    )
-    return (
-        grad_x if need_x else None,
-        grad_weights if need_parameters else [None] * ctx.branches,
-        None,
-        None,
-        *(_or_none(g, p, need_parameters) for g, p in zip(grads, parameters, strict=True)),
-        None,
-    )
-
-
-torch.library.register_autograd("mfef::mfef_block", _backward_block, setup_context=_setup_block)
+_lib.impl("multi_scale_conv2d", _multi_scale_conv2d, "Autograd", with_keyset=True)
+_lib.impl("dual_attention", _dual_attention, "Autograd", with_keyset=True)
+_lib.impl("mfef_block", _mfef_block, "Autograd", with_keyset=True)
 
 
 def _refuse_double_backward(op: str) -> None:
@@ -298,20 +350,18 @@ for _op in ("multi_scale_conv2d", "dual_attention", "mfef_block"):
 # --- what the backends call -------------------------------------------------------------------
 
 
-def _save_needed(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def multi_scale_conv2d(x, weights, groups, split=True, bias=None) -> Tensor:
     """mfef_ext.functional.multi_scale_conv2d without checks."""
-    return torch.ops.mfef.multi_scale_conv2d(x, list(weights), list(groups), split, bias)
+    weights = list(weights)
+    records = _requires_grad((x, *weights, bias))
+    return _call(_CONV, records, x, weights, list(groups), split, bias)
 
 
 def dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight) -> Tensor:
     """mfef_ext.functional.dual_attention without checks."""
-    parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
-    save = _save_needed(y, *parameters)
-    return torch.ops.mfef.dual_attention(y, *parameters, save)[0]
+    tensors = (y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
+    save = _requires_grad(tensors)
+    return _call(_ATTENTION, save, *tensors, save)[0]
 
 
 def mfef_block(
@@ -320,5 +370,5 @@ def mfef_block(
     """mfef_ext.functional.mfef_block without checks."""
     weights = list(conv_weights)
     parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
-    save = _save_needed(x, *weights, *parameters)
-    return torch.ops.mfef.mfef_block(x, weights, list(groups), split, *parameters, save)[0]
+    save = _requires_grad((x, *parameters, *weights))
+    return _call(_BLOCK, save, x, weights, list(groups), split, *parameters, save)[0]

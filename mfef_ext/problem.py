@@ -87,6 +87,11 @@ def _autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if _autocast_enabled(device_type) else None
+
+
 def _check_input(name: str, x: object) -> Tensor:
     x = _check_tensor(name, x)
     if x.dim() != 4:
@@ -99,6 +104,35 @@ def _check_input(name: str, x: object) -> Tensor:
             f"{name} has shape {tuple(x.shape)}: C, H and W must be at least 1 (only N may be 0)"
         )
     return x
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def signature(
+    tensors: tuple[Tensor | None, ...],
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    split: bool,
+) -> object:
+    """All that ``describe_*`` reads of its arguments: equal signatures pose equal problems.
+
+    ``tensors`` are the operator's input and then the others outside of ``weights``, None where one
+    is not given. Returns something without tensors in it, hashable if the groups are; or None for
+    arguments of wrong types and for subclasses of tensors, which may have sizes of their own kind.
+    """
+    if not isinstance(weights, (list, tuple)) or not isinstance(groups, (list, tuple)):
+        return None
+    x, everything = tensors[0], (*tensors, *weights)
+    if x is None or not _PLAIN.issuperset(map(type, everything)):
+        return None
+    return (
+        tuple([t if t is None else (t.shape, t.dtype, t.device) for t in everything]),
+        tuple(groups),
+        tuple(map(type, groups)),  # 1 == 1.0 == True, and only the first is accepted
+        bool(split),
+        _autocast_dtype(x),
+    )
 
 
 def _check_shape(name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:
@@ -224,9 +258,8 @@ def _describe_attention(
 
 def _effective_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the kernel will see: autocast converts everything but float64."""
-    if x.dtype != torch.float64 and _autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    autocast = _autocast_dtype(x)
+    return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
 
 
 def describe_multi_scale_conv2d(

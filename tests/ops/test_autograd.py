@@ -242,6 +242,70 @@ def test_inference_saves_nothing():
     assert all(t.numel() == 0 for t in outputs[1:])
 
 
+def test_only_the_first_result_has_a_gradient():
+    x, weights, groups, attention, _ = block_arguments(torch.float32)
+    for out, *others in (
+        OPS.mfef_block(x, weights, groups, True, *attention, True),
+        OPS.dual_attention(x, *attention, True),
+    ):
+        assert out.requires_grad
+        assert not any(t.requires_grad for t in others)
+
+
+def test_no_tree_is_walked(monkeypatch):
+    """As torch.library.register_autograd would, for longer than the kernels take."""
+    x, weights, groups, attention, _ = block_arguments(torch.float32)
+
+    def refuse(*args, **kw):
+        raise AssertionError("a tree of arguments is walked")
+
+    monkeypatch.setattr("torch.utils._pytree.tree_flatten", refuse)
+    monkeypatch.setattr("torch.utils._pytree.tree_unflatten", refuse)
+    functional.multi_scale_conv2d(x, weights, groups, backend="cpu").sum().backward()
+    functional.dual_attention(x, *attention, backend="cpu").sum().backward()
+    functional.mfef_block(x, weights, groups, *attention, backend="cpu").sum().backward()
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
+def test_gradients_of_the_raw_operators_for_one_input_only(wanted):
+    """What needs a gradient is found wherever it stands, also inside the list of weights."""
+    x, weights, groups, attention, _ = block_arguments(torch.float32, grad=False)
+    bias = torch.randn(8)
+    conv_leaf = {"x": x, "weight": weights[1], "bias": bias}[wanted]
+    block_leaf = {"x": x, "weight": weights[1], "bias": attention[1]}[wanted]
+    for leaf, call in (
+        (conv_leaf, lambda: OPS.multi_scale_conv2d(x, weights, groups, True, bias)),
+        (block_leaf, lambda: OPS.mfef_block(x, weights, groups, True, *attention, True)[0]),
+    ):
+        assert not call().requires_grad
+        leaf.requires_grad_()
+        (alone,) = torch.autograd.grad(call().square().sum(), leaf)
+        everything = [x, *weights, bias, *attention]
+        for t in everything:
+            t.requires_grad_()
+        (among_others,) = torch.autograd.grad(call().square().sum(), leaf)
+        assert torch.equal(alone, among_others)
+        for t in everything:
+            t.requires_grad_(False)
+
+
+def test_torch_func_gets_no_wrong_answer():
+    """README: not by the kernels. They must not say that there is no gradient."""
+    x, weights, groups, attention, _ = block_arguments(torch.float32, grad=False)
+
+    def f(x):
+        return functional.mfef_block(x, weights, groups, *attention, backend="cpu").sum()
+
+    for call in (
+        lambda: torch.func.grad(f)(x),
+        lambda: torch.no_grad()(torch.func.grad(f))(x),
+        lambda: torch.func.grad(lambda x: torch.func.grad(lambda y: f(x) * y)(x.sum()))(x),
+        lambda: torch.func.grad(lambda x: torch.vmap(f)(x.expand(2, *x.shape)).sum())(x),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
 def test_buffers_are_poisoned_in_these_tests():
     """The fixture works: without it the NaN checks of this suite would check nothing."""
     assert torch.empty(3).isnan().all()

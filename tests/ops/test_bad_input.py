@@ -1,6 +1,7 @@
 """Bad input gets a sentence that names the argument, the value and the remedy; never a crash."""
 
 import re
+import weakref
 
 import pytest
 import torch
@@ -158,6 +159,64 @@ def test_a_message_is_one_sentence_with_the_remedy():
     with pytest.raises(ValueError) as caught:
         conv(weights=[torch.randn(4, 4, 2, 2)])
     assert re.fullmatch(r"[^\n]+use 3", str(caught.value))
+
+
+# --- after calls that have passed all checks ---------------------------------------------------
+
+
+def test_what_passed_before_says_nothing_about_other_arguments():
+    """functional remembers what has passed; whatever differs in anything checked does not."""
+    for arguments, error, match in CONV:
+        conv()
+        conv(bias=torch.randn(4), backend="reference")
+        with pytest.raises(error, match=match):
+            conv(**arguments)
+    for groups in ((True,), (1.0,), [[1]], ("1",)):
+        with pytest.raises(ValueError, match=r"groups\[0\]="):
+            conv(groups=groups)
+    x, weights = torch.randn(2, 4, 5, 5), [torch.randn(4, 4, 3, 3)]
+    conv(x=x, weights=weights)
+    weights[0].data = weights[0].data.double()
+    with pytest.raises(TypeError, match=r"weights\[0\] has dtype torch\.float64"):
+        conv(x=x, weights=weights)
+    with pytest.raises(TypeError, match="weights must be a list or tuple"):
+        conv(x=x, weights=(w for w in weights))
+    with pytest.raises(TypeError, match=r"fc2_weight must be a torch\.Tensor"):
+        functional.dual_attention(x, torch.randn(2, 4), None, None, None, torch.randn(1, 2, 3, 3))
+
+
+def test_what_passed_under_autocast_does_not_pass_without():
+    x, weights = torch.randn(2, 4, 5, 5), [torch.randn(4, 4, 3, 3).bfloat16()]
+    with torch.autocast("cpu"):
+        assert conv(x=x, weights=weights).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"weights\[0\] has dtype"):
+        conv(x=x, weights=weights)
+
+
+def test_a_forced_backend_is_heeded_by_every_call():
+    half = {"x": torch.randn(2, 4, 5, 5).half(), "weights": [torch.randn(4, 4, 3, 3).half()]}
+    for _ in range(2):
+        conv(**half)  # runs on the reference backend
+        with mfef_ext.use_backend("cpu"), pytest.raises(RuntimeError, match="cannot run"):
+            conv(**half)
+        with pytest.raises(RuntimeError, match="backend='cpu' cannot run"):
+            conv(**half, backend="cpu")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace warns of every size that is checked
+def test_what_is_remembered_is_bounded_and_holds_no_tensor(monkeypatch):
+    monkeypatch.setattr(functional, "MOST_PASSED", 4)
+    functional._passed.clear()
+    for n in range(1, 12):
+        x = torch.randn(n, 4, 5, 5)
+        torch.jit.trace(lambda x: conv(x=x), x, check_trace=False)  # sizes are tensors in there
+        alive = weakref.ref(x)
+        conv(x=x)
+        del x
+        assert alive() is None
+        assert len(functional._passed) <= 4
+    sizes = [fact[0] for _, _, (facts, *_) in functional._passed for fact in facts if fact]
+    assert sizes and all(type(n) is int for size in sizes for n in size)
 
 
 # --- direct calls of the operators ------------------------------------------------------------

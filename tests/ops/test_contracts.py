@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
 
 from mfef_ext import _C, functional, reference
 from mfef_ext.modules import MFEFBlock
@@ -55,6 +56,34 @@ def test_empty_batch_of_the_halves(engine):
     out.sum().backward()
     assert torch.equal(weights[0].grad, torch.zeros_like(weights[0]))
     assert torch.equal(bias.grad, torch.zeros_like(bias))
+
+
+def test_parameters_are_those_that_the_layer_has_now():
+    """Computed by torch.nn.utils.parametrize, registered again, replaced, added."""
+    block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto", backend="cpu")
+    x = torch.randn(2, 8, 5, 4)
+    before = block(x)
+    places = ((block.attention, "fc2_bias"), (block.conv.weights, "0"))
+    for layer, name in places:
+        parametrize.register_parametrization(layer, name, Doubled())
+    doubled = block(x)
+    assert not torch.equal(doubled, before)
+    for layer, name in places:
+        parametrize.remove_parametrizations(layer, name)
+    assert torch.equal(block(x), doubled)  # the parameters stand in another order now
+    for p in (block.attention.fc2_bias, block.conv.weights[0]):
+        p.data /= 2
+    assert torch.equal(block(x), before)
+    block.conv.weights[0] = torch.zeros_like(block.conv.weights[0])
+    assert not torch.equal(block(x), before)
+    block.conv.weights.append(torch.zeros(4, 4, 3, 3))
+    with pytest.raises(ValueError, match="weights has 3 branches but groups has 2"):
+        block(x)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, t):
+        return 2 * t
 
 
 def tied_case(dtype):
