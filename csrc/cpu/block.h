@@ -36,7 +36,8 @@ struct Branch {
   int64_t full_k;        // taps per side in memory
   int64_t k;             // live ones; those around them meet no pixel
   int64_t weight_first;  // of its live weights among those of all convolutions
-  const void* weights;   // (out, in / groups, full_k, full_k) contiguous, in the compute type
+  const void* weights;   // (out, in / groups, full_k, full_k) in the compute type
+  int64_t weight_stride[4];
 
   // Backward, set by lay_out(). by_channels: the weight gradient is computed after all units, from what they
   // leave in kept_x and kept_grad, into channel_sums; else unit by unit, into the slot's partial sums.
@@ -104,9 +105,9 @@ struct Kernels {
   // The weight gradients that are computed after all units: how many tasks, and one of them.
   int64_t (*channel_tasks)(const BlockArgs&);
   void (*channel_task)(const BlockArgs&, int64_t task);
-  // The gradient of one group of a branch out of the sums: (out, in, full_k, full_k) of the group,
-  // contiguous, of which the inner k x k are written.
-  void (*read_weight_grad)(const BlockArgs&, int branch, int64_t group, void* to);
+  // The gradient of one group of a branch out of the sums, into a tensor of the shape of the branch's weights,
+  // of which the inner k x k are written.
+  void (*read_weight_grad)(const BlockArgs&, int branch, int64_t group, void* to, const int64_t stride[4]);
   // Number of independent units of work: blocks of images, or images.
   int64_t (*units)(const BlockArgs&);
   // Bytes of scratch that one thread needs.

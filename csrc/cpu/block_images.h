@@ -37,7 +37,8 @@ template <class T>
 struct BlockImages {
   const BlockArgs& args;
   int64_t pixels;
-  int64_t step;  // from channel to channel of a map, in elements
+  int64_t step;     // from channel to channel of a map, in elements
+  bool branchwise;  // x holds one branch's channels at a time
   T *x, *y, *grad, *padded, *padded_grad, *sums;
   Carver carver;
   AttentionImages<T> attention;
@@ -50,8 +51,11 @@ struct BlockImages {
         attention(a, carver, backward) {
     int64_t channels, longest, outputs, sums_count;
     branch_extents<T>(a, &channels, &longest, &outputs, &sums_count);
-    // Forward with all channels in every branch needs x whole; else one branch's channels at a time.
-    x = carver.take<T>((a.split ? channels : a.in) * step);
+    // All channels in every branch need x whole. So does channels_last where a branch is less than two cache lines
+    // of a pixel; else one branch's channels at a time stay nearer.
+    const int64_t piece = channels * (a.element == Element::kBFloat16 ? 2 : int64_t(sizeof(T)));
+    branchwise = a.split && !(is_channels_last(a.x) && piece < 128);
+    x = carver.take<T>((branchwise ? channels : a.in) * step);
     y = carver.take<T>(a.out * step);
     padded = carver.take<T>(longest);
     if (!backward) return;
@@ -67,16 +71,16 @@ struct BlockImages {
     const int images = int(least<int64_t>(L, args.batch - image));
     if (args.branch_count == 0) {
       pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, step, y);
-    } else if (!args.split) {
+    } else if (!branchwise) {
       pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, step, x);
     }
     for (int i = 0; i < args.branch_count; ++i) {
       const Branch& b = args.branches[i];
       const ConvMap<T> map = branch_map<T>(args, b, false);
-      if (args.split) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
-      const T* input = x;
+      if (branchwise) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
+      const T* input = branch_x(b);
       if (map.layout != kClip) {
-        pad_images(map, b.in, x, padded);
+        pad_images(map, b.in, input, padded);
         input = padded;
       }
       const T* bias = static_cast<const T*>(args.bias);
@@ -123,7 +127,7 @@ struct BlockImages {
         partials[args.partial.bias + c] += sum_of_lanes<T>(sum);
       }
     }
-    if (!args.split && args.need_parameters) {
+    if (!branchwise && args.need_parameters) {
       pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, step, x);
     }
     // With all channels in every branch, dx is a sum over branches: weight gradients first, then dx in
@@ -131,35 +135,38 @@ struct BlockImages {
     for (int i = 0; i < args.branch_count && args.need_parameters; ++i) {
       const Branch& b = args.branches[i];
       const ConvMap<T> map = branch_map<T>(args, b, false);
-      if (args.split) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
+      if (branchwise) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
       const T* dy = grad + b.out_first * step;
       if (b.by_channels) {
         keep(b, map, dy, unit);
       } else {
-        const T* input = x;
+        const T* input = branch_x(b);
         if (map.layout != kClip) {
-          pad_images(map, b.in, x, padded);
+          pad_images(map, b.in, input, padded);
           input = padded;
         }
         weight_grad_map<T>(map, input, dy, step, partials + args.partial.conv + b.grad_first, sums);
       }
       if (args.split && args.grad_x.data) data_gradient<E>(b, image, images, false);
     }
-    if (!args.grad_x.data || (args.split && args.need_parameters)) return;
-    for (int i = 0; i < args.branch_count; ++i) {
+    if (!args.grad_x.data) return;
+    for (int i = 0; i < args.branch_count && !(args.split && args.need_parameters); ++i) {
       data_gradient<E>(args.branches[i], image, images, !args.split && i > 0);
     }
-    if (!args.split) unpack_grad_x<E>(image, images, 0, args.in);
+    if (!branchwise) unpack_grad_x<E>(image, images, 0, args.in);
   }
+
+  T* branch_x(const Branch& b) { return branchwise ? x : x + b.in_first * step; }
 
   // Leaves x and dy of a branch for the weight gradient after all units.
   void keep(const Branch& b, const ConvMap<T>& map, const T* dy, int64_t unit) {
     constexpr int L = kLanes<T>;
     T* to = static_cast<T*>(args.kept_x) + b.kept_x_first + unit * b.in * map.channel;
     if (map.layout != kClip) {
-      pad_images(map, b.in, x, to);
+      pad_images(map, b.in, branch_x(b), to);
     } else {
-      for (int64_t i = 0; i < b.in * map.channel; i += L) store(to + i, load(x + i));
+      const T* from = branch_x(b);
+      for (int64_t i = 0; i < b.in * map.channel; i += L) store(to + i, load(from + i));
     }
     channels_to_lanes<T>(
         dy, b.out, pixels, step,
@@ -174,8 +181,9 @@ struct BlockImages {
       pad_images(map, b.out, input, padded_grad);
       input = padded_grad;
     }
-    conv_map<T>(map, input, static_cast<const T*>(args.packed_backward) + b.weight_first, nullptr, accumulate, x);
-    if (args.split) unpack_grad_x<E>(image, images, b.in_first, b.in);
+    conv_map<T>(map, input, static_cast<const T*>(args.packed_backward) + b.weight_first, nullptr, accumulate,
+                branch_x(b));
+    if (branchwise) unpack_grad_x<E>(image, images, b.in_first, b.in);
   }
 
   template <class E>

@@ -102,25 +102,25 @@ MFEF_INLINE int64_t tiles_per_group(const ConvMap<T>& map) {
   return tiles;
 }
 
-// Packs tiles [begin, end). The weights in memory are (out, in / groups, full_k, full_k), of which the map
-// wants the inner k x k. flipped: the weights of the data gradient, which maps `map.in` channels of dy to
-// `map.out` of dx; the weights in memory are then (map.in, map.out / groups, full_k, full_k).
+// Packs tiles [begin, end). The weights in memory are (out, in / groups, full_k, full_k) with these strides, of
+// which the map wants the inner k x k. flipped: the weights of the data gradient, which maps `map.in` channels
+// of dy to `map.out` of dx; the weights in memory are then (map.in, map.out / groups, full_k, full_k).
 template <class T>
-void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, int64_t full_k, T* packed, int64_t begin,
-                  int64_t end) {
+void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, int64_t full_k, const int64_t stride[4],
+                  T* packed, int64_t begin, int64_t end) {
   const int64_t in_group = map.in_group(), out_group = map.out_group(), taps = int64_t(map.k) * map.k;
-  const int64_t full = full_k * full_k, border = (full_k - map.k) / 2;
   const int64_t tiles = tiles_per_group(map);
   // Steps in memory from one channel of the tile, one input channel, one tap to the next.
-  const int64_t out_step = flipped ? full : in_group * full, in_step = flipped ? out_group * full : full;
-  const int64_t tap_step = flipped ? -1 : 1;
-  weights += border * (full_k + 1) + (flipped ? (map.k - 1) * (full_k + 1) : 0);
+  const int64_t out_step = stride[flipped ? 1 : 0], in_step = stride[flipped ? 0 : 1];
+  const int64_t ky_step = flipped ? -stride[2] : stride[2], kx_step = flipped ? -stride[3] : stride[3];
+  const int64_t first_tap = (full_k - map.k) / 2 + (flipped ? map.k - 1 : 0);
+  weights += first_tap * (stride[2] + stride[3]);
   auto pack = [&](const T* from, T* to, auto count) {
     constexpr int kOut = decltype(count)::value;
     for (int64_t i = 0; i < in_group; ++i, from += in_step) {
       for (int ky = 0; ky < map.k; ++ky) {
-        const T* at = from + ky * full_k * tap_step;
-        for (int kx = 0; kx < map.k; ++kx, at += tap_step, to += kOut) {
+        const T* at = from + ky * ky_step;
+        for (int kx = 0; kx < map.k; ++kx, at += kx_step, to += kOut) {
           static_for<kOut>([&](auto j) { to[decltype(j)::value] = at[decltype(j)::value * out_step]; });
         }
       }
@@ -131,7 +131,7 @@ void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, int64_t
     for (int64_t o = 0; o < out_group; ++tile) {
       const int out = next_out(out_group - o, map.main_pix);
       if (tile >= begin && tile < end) {
-        const T* from = weights + g * in_group * out_group * full + o * out_step;
+        const T* from = weights + g * stride[0] * (flipped ? in_group : out_group) + o * out_step;
         T* to = packed + (g * out_group + o) * in_group * taps;
         static_for<kOutCount>([&](auto i) {
           constexpr int kOut = kOutCounts[decltype(i)::value];
@@ -142,9 +142,12 @@ void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, int64_t
     }
   }
 }
+// All tiles, of contiguous weights.
 template <class T>
 void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, T* packed) {
-  pack_weights(map, flipped, weights, map.k, packed, 0, map.groups * tiles_per_group(map));
+  const int64_t taps = int64_t(map.k) * map.k;
+  const int64_t stride[4] = {(flipped ? map.out_group() : map.in_group()) * taps, taps, map.k, 1};
+  pack_weights(map, flipped, weights, map.k, stride, packed, 0, map.groups * tiles_per_group(map));
 }
 
 // y = conv(x): x padded as the map says, y [out][out_channel] without borders.
@@ -428,8 +431,8 @@ void weight_grad_channels(const ConvMap<T>& map, int64_t task, int64_t images, c
   }
 }
 
-// Elements of the sums of either form, and the gradient of group g out of them: (out, in, full_k, full_k) of
-// the group, of which the inner k x k are written.
+// Elements of the sums of either form, and the gradient of group g out of them, into a tensor (out, in / groups,
+// full_k, full_k) of which the inner k x k are written.
 template <class T>
 int64_t weight_grad_elements(const ConvMap<T>& map) {
   constexpr int L = kLanes<T>;
@@ -447,20 +450,21 @@ int64_t weight_grad_elements(const ConvMap<T>& map) {
   return map.groups * count;
 }
 template <class T>
-void read_weight_grad(const ConvMap<T>& map, const T* sums, int64_t g, int64_t full_k, T* grads) {
+void read_weight_grad(const ConvMap<T>& map, const T* sums, int64_t g, int64_t full_k, T* grads,
+                      const int64_t stride[4]) {
   constexpr int L = kLanes<T>;
   const int64_t taps = int64_t(map.k) * map.k, in_group = map.in_group(), out_group = map.out_group();
   const bool by_channels = weight_grad_by_channels(map);
   sums += g * (weight_grad_elements(map) / map.groups);
-  grads += (full_k - map.k) / 2 * (full_k + 1);
+  grads += g * out_group * stride[0] + (full_k - map.k) / 2 * (stride[2] + stride[3]);
   for (int64_t o = 0; o < out_group;) {
     const int64_t out = by_channels ? least<int64_t>(L, out_group - o) : next_grad_out(map, out_group - o);
     for (int64_t i = 0; i < in_group; ++i) {
       for (int64_t j = 0; j < out; ++j) {
-        T* to = grads + ((o + j) * in_group + i) * full_k * full_k;
+        T* to = grads + (o + j) * stride[0] + i * stride[1];
         const T* from = sums + (by_channels ? j : j * taps);
-        for (int ky = 0; ky < map.k; ++ky, to += full_k) {
-          for (int kx = 0; kx < map.k; ++kx) to[kx] = from[(ky * map.k + kx) * (by_channels ? L : 1)];
+        for (int ky = 0; ky < map.k; ++ky) {
+          for (int kx = 0; kx < map.k; ++kx, from += by_channels ? L : 1) to[ky * stride[2] + kx * stride[3]] = *from;
         }
       }
       sums += by_channels ? taps * L : round_up(out * taps, L);

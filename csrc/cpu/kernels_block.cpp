@@ -49,7 +49,7 @@ void prepare(const BlockArgs& a, bool backward, int64_t begin, int64_t end) {
       const auto map = branch_map<T>(a, b, backward);
       const int64_t tiles = map.groups * tiles_per_group(map);
       if (first + tiles > begin) {
-        pack_weights<T>(map, backward, static_cast<const T*>(b.weights), b.full_k,
+        pack_weights<T>(map, backward, static_cast<const T*>(b.weights), b.full_k, b.weight_stride,
                         static_cast<T*>(backward ? a.packed_backward : a.packed) + b.weight_first,
                         most<int64_t>(0, begin - first), least(tiles, end - first));
       }
@@ -117,13 +117,13 @@ void channel_task(const BlockArgs& a, int64_t task) {
   });
 }
 
-void read_branch_grad(const BlockArgs& a, int branch, int64_t group, void* to) {
+void read_branch_grad(const BlockArgs& a, int branch, int64_t group, void* to, const int64_t stride[4]) {
   with_types(a.element, [&](auto, auto t) {
     using T = decltype(t);
     const Branch& b = a.branches[branch];
     const T* sums =
         b.by_channels ? static_cast<const T*>(a.channel_sums) : static_cast<const T*>(a.partials) + a.partial.conv;
-    read_weight_grad(branch_map<T>(a, b, false), sums + b.grad_first, group, b.full_k, static_cast<T*>(to));
+    read_weight_grad(branch_map<T>(a, b, false), sums + b.grad_first, group, b.full_k, static_cast<T*>(to), stride);
   });
 }
 

@@ -61,6 +61,15 @@ uint16_t narrow(float f) {
   return f != f ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+// No gaps and no overlaps, whatever the order of dimensions: one run of memory.
+bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  if (t.dim() != 4) return false;
+  // channels_last, the only other order that weights have in practice.
+  return t.stride(1) == 1 && t.stride(3) == t.size(1) && t.stride(2) == t.size(1) * t.size(3) &&
+         t.stride(0) == t.size(1) * t.size(2) * t.size(3);
+}
+
 // f(offset in t) for each element of t in row-major order, whatever its strides.
 template <class F>
 void for_each_element(const Tensor& t, const F& f) {
@@ -76,9 +85,8 @@ void for_each_element(const Tensor& t, const F& f) {
         for (int64_t d = 0; d < size[3]; ++d) f(a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]);
 }
 
-// Copies t to compute-type elements in row-major order.
+// Copies t to compute-type elements: in its own order where it is dense, else in row-major order.
 void widen_to(const Tensor& t, Element e, void* to) {
-  check_memory(t);
   const void* from = t.data_ptr();
   if (e == Element::kDouble) {
     double* at = static_cast<double*>(to);
@@ -86,6 +94,10 @@ void widen_to(const Tensor& t, Element e, void* to) {
   } else if (e == Element::kFloat) {
     float* at = static_cast<float*>(to);
     for_each_element(t, [&](int64_t i) { *at++ = static_cast<const float*>(from)[i]; });
+  } else if (is_dense(t)) {
+    float* at = static_cast<float*>(to);
+    const int64_t count = t.numel();
+    for (int64_t i = 0; i < count; ++i) at[i] = widen(static_cast<const uint16_t*>(from)[i]);
   } else {
     float* at = static_cast<float*>(to);
     for_each_element(t, [&](int64_t i) { *at++ = widen(static_cast<const uint16_t*>(from)[i]); });
@@ -160,22 +172,22 @@ class Call {
       branch.full_k = b.k;
       branch.k = k;
       branch.weight_first = weight;
-      branch.weights = compute_elements(weights[i]);
+      branch.weights = compute_elements(weights[i], branch.weight_stride);
       in += b.in;
       out += b.out;
       weight += b.out * (b.in / b.groups) * k * k;
     }
-    if (bias) args.bias = compute_elements(*bias);
+    if (bias) args.bias = parameter(*bias);
   }
 
   void attention(const AttentionParameters& p) {
     args.hidden = p.fc1_weight.size(0);
     args.spatial_k = p.spatial_weight.size(2);
-    args.fc1_weight = compute_elements(p.fc1_weight);
-    args.fc2_weight = compute_elements(p.fc2_weight);
-    args.fc1_bias = p.fc1_bias ? compute_elements(*p.fc1_bias) : nullptr;
-    args.fc2_bias = p.fc2_bias ? compute_elements(*p.fc2_bias) : nullptr;
-    args.spatial_weight = compute_elements(p.spatial_weight);
+    args.fc1_weight = parameter(p.fc1_weight);
+    args.fc2_weight = parameter(p.fc2_weight);
+    args.fc1_bias = p.fc1_bias ? parameter(*p.fc1_bias) : nullptr;
+    args.fc2_bias = p.fc2_bias ? parameter(*p.fc2_bias) : nullptr;
+    args.spatial_weight = parameter(p.spatial_weight);
   }
 
   void forward() {
@@ -241,16 +253,19 @@ class Call {
   void write_weights(const Tensor& grad, int branch) {
     const Kernels& k = kernels();
     const Branch& b = args.branches[branch];
-    const bool direct = args.element != Element::kBFloat16 && grad.is_contiguous();
-    const int64_t group = b.out / b.groups * (b.in / b.groups) * b.full_k * b.full_k;
-    char* ordered = static_cast<char*>(direct ? grad.mutable_data_ptr() : room(b.groups * group));
-    const int64_t bytes = group * compute_size(args.element);
+    // empty_like() keeps the order of dense tensors and makes others contiguous.
+    const bool widened = args.element == Element::kBFloat16;
+    const int64_t count = grad.numel();
+    void* to = widened ? room(count) : grad.mutable_data_ptr();
+    const int64_t stride[4] = {grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3)};
+    if (b.k < b.full_k) std::memset(to, 0, size_t(count * compute_size(args.element)));
     constexpr int64_t kElements = 8192;  // fewer are not worth a thread
-    torch::stable::parallel_for(0, b.groups, kElements / (group + 1) + 1, [&](int64_t begin, int64_t end) {
-      if (b.k < b.full_k) std::memset(ordered + begin * bytes, 0, size_t((end - begin) * bytes));
-      for (int64_t g = begin; g < end; ++g) k.read_weight_grad(args, branch, g, ordered + g * bytes);
+    torch::stable::parallel_for(0, b.groups, kElements / (count / b.groups + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) k.read_weight_grad(args, branch, g, to, stride);
     });
-    if (!direct) write(grad, ordered, [](int64_t i) { return i; });
+    if (!widened) return;
+    uint16_t* narrowed = static_cast<uint16_t*>(grad.mutable_data_ptr());
+    for (int64_t i = 0; i < count; ++i) narrowed[i] = narrow(static_cast<const float*>(to)[i]);
   }
   // fc2's sums are (hidden, C): the loop that makes them runs over channels.
   void write_fc2(const Tensor& grad) {
@@ -279,12 +294,24 @@ class Call {
     return memory_.back().memory.get();
   }
 
-  // The elements of t in the compute type, contiguous: t's own where they are that.
-  const void* compute_elements(const Tensor& t) {
-    if (args.element != Element::kBFloat16 && t.is_contiguous()) {
-      check_memory(t);
-      return t.data_ptr();
+  // The elements of t in the compute type: t's own where they are that.
+  const void* compute_elements(const Tensor& t, int64_t stride[4]) {
+    check_memory(t);
+    const bool own = args.element != Element::kBFloat16;
+    const bool kept = own || is_dense(t);
+    for (int64_t d = 0; d < 4; ++d) stride[d] = t.stride(d);
+    if (!kept) {
+      for (int64_t d = 3, step = 1; d >= 0; step *= t.size(d--)) stride[d] = step;
     }
+    if (own) return t.data_ptr();
+    void* to = room(t.numel());
+    widen_to(t, args.element, to);
+    return to;
+  }
+  // The same, contiguous.
+  const void* parameter(const Tensor& t) {
+    check_memory(t);
+    if (args.element != Element::kBFloat16 && t.is_contiguous()) return t.data_ptr();
     void* to = room(t.numel());
     widen_to(t, args.element, to);
     return to;
