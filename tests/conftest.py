@@ -1,5 +1,6 @@
 """What every test runs under: NaN in memory that nobody wrote, and nothing forced afterwards."""
 
+import fcntl
 import os
 
 import pytest
@@ -63,3 +64,12 @@ def _nothing_forced():
     yield
     assert mfef_ext.backends.forced_name() == (os.environ.get("MFEF_BACKEND") or None)
     assert _C.forced_cpu_plan() == ""
+
+
+@pytest.fixture
+def much_memory(tmp_path_factory):
+    """For tests that take several GB: one at a time, whatever the number of test processes."""
+    # All processes of a run share the parent of their base folders.
+    with open(tmp_path_factory.getbasetemp().parent / "much_memory.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
