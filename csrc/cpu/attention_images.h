@@ -165,8 +165,8 @@ struct AttentionImages {
     spatial_sums = carver.take<T>(weight_grad_elements(spatial));
   }
 
-  // Sum, maximum and its first place over the pixels of each channel.
-  void pool_pixels(const T* y) {
+  // Sum, maximum and its first place over the pixels of channels [begin, end).
+  void pool_pixels(const T* y, int64_t begin, int64_t end) {
     constexpr int L = kLanes<T>;
     auto block = [&](int64_t c, auto count) {
       constexpr int kCount = decltype(count)::value;
@@ -182,8 +182,8 @@ struct AttentionImages {
       });
       for (int64_t p0 = 0; p0 < pixels; p0 += kRun) {
         Vec<T> part[kCount] = {};
-        const int64_t end = least(p0 + kRun, pixels);
-        for (int64_t p = p0; p < end; ++p) {
+        const int64_t run_end = least(p0 + kRun, pixels);
+        for (int64_t p = p0; p < run_end; ++p) {
           static_for<kCount>([&](auto j) {
             constexpr int j_ = decltype(j)::value;
             Vec<T> v = load(map[j_] + p * L);
@@ -202,9 +202,9 @@ struct AttentionImages {
         __builtin_memcpy(max_index + (c + j_) * L, &at[j_], sizeof(at[j_]));
       });
     };
-    int64_t c = 0;
-    for (; c + 4 <= channels; c += 4) block(c, Index<4>{});
-    for (; c < channels; ++c) block(c, Index<1>{});
+    int64_t c = begin;
+    for (; c + 4 <= end; c += 4) block(c, Index<4>{});
+    for (; c < end; ++c) block(c, Index<1>{});
   }
 
   // Hidden activations from mean and max.
@@ -285,8 +285,8 @@ struct AttentionImages {
     for (int64_t i = 0; i < pixels * L; i += L) store(spatial_gate + i, sigmoid<T>(load(spatial_gate + i)));
   }
 
+  // After pool_pixels() of all channels.
   void forward(const T* y) {
-    pool_pixels(y);
     channel_gate();
     pool_channels(y);
     spatial_gates();
@@ -316,8 +316,8 @@ struct AttentionImages {
     return v;
   }
 
-  // grad holds d loss / d result on entry and d loss / d y on return. Parameter gradients are added to
-  // `partials`.
+  // grad holds d loss / d result on entry; d loss / d y after finish_backward(), which is left to the caller, who
+  // may want some channels sooner. Parameter gradients are added to `partials`.
   void backward(const T* y, T* grad, int64_t image, int images, T* partials) {
     constexpr int L = kLanes<T>;
     // Spatial gate: its gradient, and the pooled maps again (what the forward did not save).
@@ -428,13 +428,16 @@ struct AttentionImages {
         }
       }
     }
+  }
 
-    // Through the pooling over pixels. Lanes beyond the last image are set to zero, whatever the
-    // parameters are: the weight gradient adds up all lanes.
+  // The last step of the backward, for channels [begin, end): through the pooling over pixels. Lanes beyond the
+  // last image are set to zero, whatever the parameters are: the weight gradient adds up all lanes.
+  void finish_backward(T* grad, int64_t begin, int64_t end, int images) {
+    constexpr int L = kLanes<T>;
     IVec<T> lane;
     for (int r = 0; r < L; ++r) lane[r] = r;
     const IVec<T> valid = lane < isplat<T>(images);
-    for (int64_t i = 0; i < channels; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       Vec<T> from_mean = load(grad_mean + i * L) / splat(T(pixels));
       Vec<T> from_max = load(grad_max + i * L);
       IVec<T> at = index_at(max_index + i * L);

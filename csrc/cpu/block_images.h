@@ -86,20 +86,28 @@ struct BlockImages {
       const T* bias = static_cast<const T*>(args.bias);
       conv_map<T>(map, input, static_cast<const T*>(args.packed) + b.weight_first, bias ? bias + b.out_first : nullptr,
                   false, y + b.out_first * step);
+      // While the branch's y is still near.
+      if (branchwise) unpack_y<E>(image, images, b.out_first, b.out);
+      if (args.hidden) attention.pool_pixels(y, b.out_first, b.out_first + b.out);
     }
-    auto value = [&](int64_t c, int64_t p) { return load(y + c * step + p * L); };
-    if (args.y.data) {
-      unpack_images<E, T>(args.y, image, images, 0, args.out, args.height, args.width, value);
-    }
-    if (!args.hidden) {
-      unpack_images<E, T>(args.result, image, images, 0, args.out, args.height, args.width, value);
-      return;
-    }
+    if (!branchwise) unpack_y<E>(image, images, 0, args.out);
+    if (!args.hidden) return;
+    if (args.branch_count == 0) attention.pool_pixels(y, 0, args.out);
     attention.forward(y);
     if (args.save) attention.save(image, images);
     unpack_images<E, T>(args.result, image, images, 0, args.out, args.height, args.width, [&](int64_t c, int64_t p) {
-      return value(c, p) * load(attention.gate + c * L) * load(attention.spatial_gate + p * L);
+      return load(y + c * step + p * L) * load(attention.gate + c * L) * load(attention.spatial_gate + p * L);
     });
+  }
+
+  // The convolution's output to where it is wanted: saved for the backward, or the result itself.
+  template <class E>
+  void unpack_y(int64_t image, int images, int64_t first, int64_t channels) {
+    auto value = [&](int64_t c, int64_t p) { return load(y + (first + c) * step + p * kLanes<T>); };
+    const Map* const maps[] = {&args.y, args.hidden ? nullptr : &args.result};
+    for (const Map* to : maps) {
+      if (to && to->data) unpack_images<E, T>(*to, image, images, first, channels, args.height, args.width, value);
+    }
   }
 
   template <class E>
@@ -114,6 +122,7 @@ struct BlockImages {
       attention.backward(y, grad, image, images, partials);
     }
     if (args.branch_count == 0) {
+      if (args.hidden) attention.finish_backward(grad, 0, args.out, images);
       if (args.grad_x.data) {
         unpack_images<E, T>(args.grad_x, image, images, 0, args.in, args.height, args.width,
                             [&](int64_t c, int64_t p) { return load(grad + c * step + p * L); });
@@ -136,6 +145,7 @@ struct BlockImages {
       const Branch& b = args.branches[i];
       const ConvMap<T> map = branch_map<T>(args, b, false);
       if (branchwise) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
+      if (args.hidden) attention.finish_backward(grad, b.out_first, b.out_first + b.out, images);
       const T* dy = grad + b.out_first * step;
       if (b.by_channels) {
         keep(b, map, dy, unit);
@@ -151,7 +161,11 @@ struct BlockImages {
     }
     if (!args.grad_x.data) return;
     for (int i = 0; i < args.branch_count && !(args.split && args.need_parameters); ++i) {
-      data_gradient<E>(args.branches[i], image, images, !args.split && i > 0);
+      const Branch& b = args.branches[i];
+      if (args.hidden && !args.need_parameters) {
+        attention.finish_backward(grad, b.out_first, b.out_first + b.out, images);
+      }
+      data_gradient<E>(b, image, images, !args.split && i > 0);
     }
     if (!branchwise) unpack_grad_x<E>(image, images, 0, args.in);
   }
