@@ -430,21 +430,26 @@ struct AttentionImages {
     }
   }
 
-  // The last step of the backward, for channels [begin, end): through the pooling over pixels. Lanes beyond the
-  // last image are set to zero, whatever the parameters are: the weight gradient adds up all lanes.
-  void finish_backward(T* grad, int64_t begin, int64_t end, int images) {
+  // The last step of the backward, for channels [begin, end): through the pooling over pixels, to `to`, channels
+  // `to_step` elements apart and `gap` vectors left out after every row (in place: grad + begin * step, step, 0).
+  // Lanes beyond the last image are set to zero, whatever the parameters are: the weight gradient adds up all
+  // lanes.
+  void finish_backward(const T* grad, int64_t begin, int64_t end, int images, T* to, int64_t to_step, int64_t gap) {
     constexpr int L = kLanes<T>;
     IVec<T> lane;
     for (int r = 0; r < L; ++r) lane[r] = r;
     const IVec<T> valid = lane < isplat<T>(images);
-    for (int64_t i = begin; i < end; ++i) {
+    const int64_t rows = gap == 0 ? 1 : args.height, width = pixels / rows;
+    for (int64_t i = begin; i < end; ++i, to += to_step) {
       Vec<T> from_mean = load(grad_mean + i * L) / splat(T(pixels));
       Vec<T> from_max = load(grad_max + i * L);
       IVec<T> at = index_at(max_index + i * L);
-      for (int64_t q = 0; q < pixels; ++q) {
-        T* e = grad + i * step + q * L;
-        Vec<T> d = load(e) + from_mean + (at == isplat<T>(q) ? from_max : Vec<T>{});
-        store(e, valid ? d : Vec<T>{});
+      for (int64_t h = 0; h < rows; ++h) {
+        T* row = to + h * (width + gap) * L;
+        for (int64_t q = h * width; q < (h + 1) * width; ++q, row += L) {
+          Vec<T> d = load(grad + i * step + q * L) + from_mean + (at == isplat<T>(q) ? from_max : Vec<T>{});
+          store(row, valid ? d : Vec<T>{});
+        }
       }
     }
   }

@@ -77,12 +77,7 @@ struct BlockImages {
     for (int i = 0; i < args.branch_count; ++i) {
       const Branch& b = args.branches[i];
       const ConvMap<T> map = branch_map<T>(args, b, false);
-      if (branchwise) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
-      const T* input = branch_x(b);
-      if (map.layout != kClip) {
-        pad_images(map, b.in, input, padded);
-        input = padded;
-      }
+      const T* input = conv_input<E>(b, map, image, images);
       const T* bias = static_cast<const T*>(args.bias);
       conv_map<T>(map, input, static_cast<const T*>(args.packed) + b.weight_first, bias ? bias + b.out_first : nullptr,
                   false, y + b.out_first * step);
@@ -122,7 +117,7 @@ struct BlockImages {
       attention.backward(y, grad, image, images, partials);
     }
     if (args.branch_count == 0) {
-      if (args.hidden) attention.finish_backward(grad, 0, args.out, images);
+      if (args.hidden) attention.finish_backward(grad, 0, args.out, images, grad, step, 0);
       if (args.grad_x.data) {
         unpack_images<E, T>(args.grad_x, image, images, 0, args.in, args.height, args.width,
                             [&](int64_t c, int64_t p) { return load(grad + c * step + p * L); });
@@ -144,27 +139,23 @@ struct BlockImages {
     for (int i = 0; i < args.branch_count && args.need_parameters; ++i) {
       const Branch& b = args.branches[i];
       const ConvMap<T> map = branch_map<T>(args, b, false);
-      if (branchwise) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
-      if (args.hidden) attention.finish_backward(grad, b.out_first, b.out_first + b.out, images);
-      const T* dy = grad + b.out_first * step;
+      finish(b, images, true);
       if (b.by_channels) {
-        keep(b, map, dy, unit);
+        if (branchwise) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
+        keep(b, map, unit);
       } else {
-        const T* input = branch_x(b);
-        if (map.layout != kClip) {
-          pad_images(map, b.in, input, padded);
-          input = padded;
-        }
-        weight_grad_map<T>(map, input, dy, step, partials + args.partial.conv + b.grad_first, sums);
+        const T* input = conv_input<E>(b, map, image, images);
+        const bool clip = map.layout == kClip;
+        weight_grad_map<T>(map, input, clip ? grad + b.out_first * step : padded_grad + map.lead,
+                           clip ? step : map.channel, partials + args.partial.conv + b.grad_first, sums,
+                           clip ? 0 : map.pitch - map.width);
       }
       if (args.split && args.grad_x.data) data_gradient<E>(b, image, images, false);
     }
     if (!args.grad_x.data) return;
     for (int i = 0; i < args.branch_count && !(args.split && args.need_parameters); ++i) {
       const Branch& b = args.branches[i];
-      if (args.hidden && !args.need_parameters) {
-        attention.finish_backward(grad, b.out_first, b.out_first + b.out, images);
-      }
+      finish(b, images, !args.need_parameters);
       data_gradient<E>(b, image, images, !args.split && i > 0);
     }
     if (!branchwise) unpack_grad_x<E>(image, images, 0, args.in);
@@ -172,29 +163,62 @@ struct BlockImages {
 
   T* branch_x(const Branch& b) { return branchwise ? x : x + b.in_first * step; }
 
+  // x of a branch as its convolution reads it.
+  template <class E>
+  const T* conv_input(const Branch& b, const ConvMap<T>& map, int64_t image, int images) {
+    if (map.layout == kClip) {
+      if (branchwise) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
+      return branch_x(b);
+    }
+    if (branchwise) {
+      zero_borders(map, b.in, padded);
+      pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, map.channel,
+                        padded + map.lead, map.pitch - map.width);
+    } else {
+      pad_images(map, b.in, branch_x(b), padded);
+    }
+    return padded;
+  }
+
+  // dy of a branch as the gradients of its convolution read it: in `grad`, or with borders in `padded_grad`, which
+  // holds one branch at a time. first: the first time for this branch.
+  void finish(const Branch& b, int images, bool first) {
+    const ConvMap<T> map = branch_map<T>(args, b, true);
+    T* dy = grad + b.out_first * step;
+    if (map.layout == kClip || b.by_channels) {
+      if (args.hidden && first) {
+        attention.finish_backward(grad, b.out_first, b.out_first + b.out, images, dy, step, 0);
+      }
+      if (map.layout != kClip) pad_images(map, b.out, dy, padded_grad);
+    } else if (args.hidden) {
+      zero_borders(map, b.out, padded_grad);
+      attention.finish_backward(grad, b.out_first, b.out_first + b.out, images, padded_grad + map.lead, map.channel,
+                                map.pitch - map.width);
+    } else {
+      pad_images(map, b.out, dy, padded_grad);
+    }
+  }
+
   // Leaves x and dy of a branch for the weight gradient after all units.
-  void keep(const Branch& b, const ConvMap<T>& map, const T* dy, int64_t unit) {
+  void keep(const Branch& b, const ConvMap<T>& map, int64_t unit) {
     constexpr int L = kLanes<T>;
+    const T* from = branch_x(b);
     T* to = static_cast<T*>(args.kept_x) + b.kept_x_first + unit * b.in * map.channel;
     if (map.layout != kClip) {
-      pad_images(map, b.in, branch_x(b), to);
+      pad_images(map, b.in, from, to);
     } else {
-      const T* from = branch_x(b);
       for (int64_t i = 0; i < b.in * map.channel; i += L) store(to + i, load(from + i));
     }
     channels_to_lanes<T>(
-        dy, b.out, pixels, step,
+        grad + b.out_first * step, b.out, pixels, step,
         static_cast<T*>(args.kept_grad) + b.kept_grad_first + unit * L * pixels * channel_row<T>(b.out));
   }
 
+  // After finish().
   template <class E>
   void data_gradient(const Branch& b, int64_t image, int images, bool accumulate) {
     const ConvMap<T> map = branch_map<T>(args, b, true);
-    const T* input = grad + b.out_first * step;
-    if (map.layout != kClip) {
-      pad_images(map, b.out, input, padded_grad);
-      input = padded_grad;
-    }
+    const T* input = map.layout == kClip ? grad + b.out_first * step : padded_grad;
     conv_map<T>(map, input, static_cast<const T*>(args.packed_backward) + b.weight_first, nullptr, accumulate,
                 branch_x(b));
     if (branchwise) unpack_grad_x<E>(image, images, b.in_first, b.in);

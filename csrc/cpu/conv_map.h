@@ -231,10 +231,11 @@ MFEF_INLINE int next_grad_out(const ConvMap<T>& map, int64_t remaining) {
 
 // sums += the weights' gradient of this map, in the order in which it is computed, [group][tile][in][out of
 // the tile][ky][kx], every (tile, in) rounded up to whole vectors: so that sums over lanes are added where
-// they arise, a vector at a time. read_weight_grad() puts them in order. dy has rows of `width` vectors
-// (images) or the padded layout of the map, borders zero (pixels).
+// they arise, a vector at a time. read_weight_grad() puts them in order. dy has rows of `width` vectors, `dy_gap`
+// vectors apart (images), or the padded layout of the map, borders zero (pixels).
 template <class T>
-void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_channel, T* sums, T* scratch) {
+void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_channel, T* sums, T* scratch,
+                     int64_t dy_gap = 0) {
   constexpr int L = kLanes<T>;
   const ConvTable<T>& table = conv_table<T>();
   const int ki = kernel_size_index<T>(map.k);
@@ -254,7 +255,7 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
   WeightGradTile<T> tile;
   tile.k = map.k;
   tile.x_row = pixels ? map.pitch : map.pitch * L;
-  tile.dy_row = map.width * L;
+  tile.dy_row = (map.width + dy_gap) * L;
   tile.dy_channel = dy_channel;
   for (int64_t g = 0; g < map.groups; ++g) {
     for (int64_t o = 0; o < out_group;) {
@@ -470,6 +471,19 @@ void read_weight_grad(const ConvMap<T>& map, const T* sums, int64_t g, int64_t f
       sums += by_channels ? taps * L : round_up(out * taps, L);
     }
     o += out;
+  }
+}
+
+// Zeroes the borders of the padded layout of the images plan.
+template <class T>
+void zero_borders(const ConvMap<T>& map, int64_t channels, T* to) {
+  const int64_t row = map.width * kLanes<T>, pitch = map.pitch * kLanes<T>;
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t h = 0; h < map.height; ++h) {
+      T* at = to + c * map.channel + h * pitch;
+      for (int64_t i = 0; i < map.lead; i += kLanes<T>) store(at + i, Vec<T>{});
+      for (int64_t i = map.lead + row; i < pitch; i += kLanes<T>) store(at + i, Vec<T>{});
+    }
   }
 }
 

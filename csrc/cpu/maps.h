@@ -21,18 +21,32 @@ MFEF_INLINE bool is_dense(const Map& m, int64_t channels, int64_t height, int64_
 MFEF_INLINE bool is_channels_last(const Map& m) { return m.stride[1] == 1; }
 
 // Packs channels [first, first + channels) of up to kLanes images: to[c * step + p * kLanes + lane].
-// Lanes beyond `images` are zero.
+// Lanes beyond `images` are zero. `gap` vectors are left out after every row of pixels.
 template <class E, class T>
 void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t channels, int64_t height,
-                 int64_t width, int64_t step, T* to) {
+                 int64_t width, int64_t step, T* to, int64_t gap = 0) {
   constexpr int L = kLanes<T>;
   const int64_t pixels = height * width;
   const E* base = element_at<E>(m, image, first, 0, 0);
   if (is_dense(m, channels, height, width)) {
     const int64_t count = channels * pixels;
-    // `to` is at a channel, p is the pixel in it; where channels follow each other without a gap, all are one.
-    const int64_t run = step == pixels * L ? count : pixels;
-    int64_t p = 0;
+    // `to` is at a channel, p is the pixel in it, w the column, skipped the vectors left out above; where channels
+    // follow each other without a gap, all are one.
+    const int64_t run = gap == 0 && step == pixels * L ? count : pixels;
+    int64_t p = 0, w = 0, skipped = 0;
+    auto next = [&] {
+      if (p == run) {
+        p = w = skipped = 0;
+        to += step;
+      } else if (gap > 0 && w == width) {
+        w = 0;
+        skipped += gap;
+      }
+      T* at = to + (p + skipped) * L;
+      ++p;
+      ++w;
+      return at;
+    };
     auto squares = [&](auto all_images) {
       int64_t i = 0;
       for (; i + L <= count; i += L) {
@@ -42,32 +56,18 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
           rows[r_] = all_images.value || r_ < images ? load_elements(base + r_ * m.stride[0] + i) : Vec<T>{};
         });
         transpose<T>(rows);
-        if (p + L <= run) {
+        if (gap == 0 && p < run && p + L <= run) {
           static_for<L>([&](auto r) { store(to + (p + decltype(r)::value) * L, rows[decltype(r)::value]); });
           p += L;
-        } else {  // on into the next channels
-          for (int r = 0; r < L; ++r, ++p) {
-            if (p == run) {
-              p = 0;
-              to += step;
-            }
-            store(to + p * L, rows[r]);
-          }
-        }
-        if (p == run) {
-          p = 0;
-          to += step;
+        } else {
+          for (int r = 0; r < L; ++r) store(next(), rows[r]);
         }
       }
       return i;
     };
     int64_t i = images == L ? squares(Index<1>{}) : squares(Index<0>{});
-    for (; i < count; ++i, ++p) {
-      if (p == run) {
-        p = 0;
-        to += step;
-      }
-      T* at = to + p * L;
+    for (; i < count; ++i) {
+      T* at = next();
       for (int r = 0; r < L; ++r) at[r] = r < images ? T(to_compute(base[r * m.stride[0] + i])) : T(0);
     }
     return;
@@ -75,7 +75,7 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
   for (int64_t h = 0; h < height; ++h) {
     for (int64_t w = 0; w < width; ++w) {
       const E* pixel = base + h * m.stride[2] + w * m.stride[3];
-      T* at = to + (h * width + w) * L;
+      T* at = to + (h * (width + gap) + w) * L;
       int64_t c = 0;
       if (is_channels_last(m)) {
         for (; c + L <= channels; c += L) {
