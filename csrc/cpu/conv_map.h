@@ -175,35 +175,43 @@ void conv_map(const ConvMap<T>& map, const T* x, const T* packed, const T* bias,
   const int64_t chains = (in_group + longest - 1) / longest;
   const int64_t chain = (in_group + chains - 1) / chains;
 
-  // Output tiles innermost: the patch of x that a tile reads, k rows of a chain's channels, is then in the L1
-  // cache for all of them, and the chain's weights with it.
+  auto run_row = [&](int64_t g, int64_t h, int64_t o, int out, const T* weights) {
+    const T* group = x + g * in_group * map.channel;
+    if (!pixels) {
+      tile.ky_begin = int(most<int64_t>(0, radius - h));
+      tile.ky_end = int(least<int64_t>(map.k, map.height + radius - h));
+      group += (h - radius) * tile.x_row;  // rows outside the map are never read
+    }
+    T* row = y + (g * out_group + o) * map.out_channel + (pixels ? 0 : h * map.width * L);
+    for (int64_t w = 0; w < width;) {
+      const int pix = map.layout == kClip ? int(width) : next_pix(width - w, map.main_pix);
+      tile.y = row + w * L;
+      for (int64_t i = 0; i < in_group; i += chain) {
+        tile.x = group + i * map.channel + w * L;
+        tile.channels = least(chain, in_group - i);
+        tile.weights = weights + i * taps * out;
+        const bool last = i + chain >= in_group;
+        tile.bias = bias && last ? bias + g * out_group + o : nullptr;
+        tile.accumulate = accumulate || i > 0;
+        table.conv[map.layout][ki][out_index(out)][pix_index(pix)](tile);
+      }
+      w += pix;
+    }
+  };
+  // Rows outside, tiles inside, while the group's weights stay in the L1 cache: the rows of x that the
+  // taps meet are then reused by every tile from L2. Else tiles outside: their weights are reused.
+  const bool rows_outside = out_group * tile_weights * int64_t(sizeof(T)) <= 24 * 1024;
   for (int64_t g = 0; g < map.groups; ++g) {
     const T* weights = packed + g * out_group * tile_weights;
-    for (int64_t i = 0; i < in_group; i += chain) {
-      tile.channels = least(chain, in_group - i);
-      tile.accumulate = accumulate || i > 0;
-      const bool last = i + chain >= in_group;
-      for (int64_t h = 0; h < rows; ++h) {
-        const T* row = x + (g * in_group + i) * map.channel;
-        if (!pixels) {
-          tile.ky_begin = int(most<int64_t>(0, radius - h));
-          tile.ky_end = int(least<int64_t>(map.k, map.height + radius - h));
-          row += (h - radius) * tile.x_row;  // rows outside the map are never read
+    for (int64_t outer = 0; outer < (rows_outside ? rows : 1); ++outer) {
+      for (int64_t o = 0; o < out_group;) {
+        const int out = next_out(out_group - o, map.main_pix);
+        if (rows_outside) {
+          run_row(g, outer, o, out, weights + o * tile_weights);
+        } else {
+          for (int64_t h = 0; h < rows; ++h) run_row(g, h, o, out, weights + o * tile_weights);
         }
-        for (int64_t w = 0; w < width;) {
-          const int pix = map.layout == kClip ? int(width) : next_pix(width - w, map.main_pix);
-          tile.x = row + w * L;
-          T* to = y + g * out_group * map.out_channel + (h * width + w) * L;
-          for (int64_t o = 0; o < out_group;) {
-            const int out = next_out(out_group - o, map.main_pix);
-            tile.y = to + o * map.out_channel;
-            tile.weights = weights + o * tile_weights + i * taps * out;
-            tile.bias = bias && last ? bias + g * out_group + o : nullptr;
-            table.conv[map.layout][ki][out_index(out)][pix_index(pix)](tile);
-            o += out;
-          }
-          w += pix;
-        }
+        o += out;
       }
     }
   }
