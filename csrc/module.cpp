@@ -67,8 +67,8 @@ py::dict cpu_plan(int64_t batch, int64_t channels, int64_t height, int64_t width
   plan["lanes"] = lanes;
   plan["plan"] = a.plan == Plan::kImages ? "images" : "pixels";
   plan["units"] = kernels.units(a);
-  plan["forward_scratch_bytes"] = kernels.forward_scratch(a);
-  plan["backward_scratch_bytes"] = kernels.backward_scratch(a);
+  plan["forward_scratch_bytes"] = kernels.unit_scratch(a, false) + kernels.branch_scratch(a, false);
+  plan["backward_scratch_bytes"] = kernels.unit_scratch(a, true) + kernels.branch_scratch(a, true);
   return plan;
 }
 

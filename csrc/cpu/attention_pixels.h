@@ -74,19 +74,19 @@ struct AttentionPixels {
     spatial_sums = carver.take<T>(weight_grad_elements(spatial));
   }
 
-  void pool_pixels(const T* y) {
+  void pool_pixels(const T* y, int64_t begin, int64_t end) {
     constexpr int L = kLanes<T>;
     using I = typename IntOf<T>::type;
     IVec<T> lane;
     for (int r = 0; r < L; ++r) lane[r] = I(r);
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = begin; c < end; ++c) {
       const T* map = y + c * row;
       Vec<T> sum{}, top = load(map);
       IVec<T> at = lane;
       for (int64_t p0 = 0; p0 < row; p0 += kRun * L) {
         Vec<T> part{};
-        const int64_t end = least(p0 + kRun * L, row);
-        for (int64_t p = p0; p < end; p += L) {
+        const int64_t run_end = least(p0 + kRun * L, row);
+        for (int64_t p = p0; p < run_end; p += L) {
           Vec<T> v = load(map + p);
           IVec<T> place = lane + isplat<T>(p);
           part += v;
@@ -194,8 +194,8 @@ struct AttentionPixels {
     for (int64_t p = 0; p < row; p += L) store(spatial_gate + p, sigmoid<T>(load(spatial_gate + p)));
   }
 
+  // After pool_pixels() of all channels.
   void forward(const T* y) {
-    pool_pixels(y);
     channel_gate();
     pool_channels(y);
     spatial_gates();

@@ -52,9 +52,20 @@ struct PartialLayout {
   int64_t conv, bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial, total;
 };
 
+// Where one unit of work stays from the first step to the last, and what a thread needs for a branch of it.
+struct Scratch {
+  void *unit, *branch;
+};
+
+// The steps of a unit: all of them one after another; or, where threads outnumber the units, its branches (by
+// their number) apart from each other, the forward's before and the backward's after kAttention.
+constexpr int kWhole = -1;
+constexpr int kAttention = kMaxBranches;
+
 struct BlockArgs {
   Element element;
   Plan plan;
+  bool staged;  // the steps of a unit run one by one
   int64_t batch, in, out, height, width;
 
   // Convolution: absent when branch_count is 0 (then in == out). The compute type is float, or double
@@ -110,11 +121,11 @@ struct Kernels {
   void (*read_weight_grad)(const BlockArgs&, int branch, int64_t group, void* to, const int64_t stride[4]);
   // Number of independent units of work: blocks of images, or images.
   int64_t (*units)(const BlockArgs&);
-  // Bytes of scratch that one thread needs.
-  int64_t (*forward_scratch)(const BlockArgs&);
-  int64_t (*backward_scratch)(const BlockArgs&);
-  void (*forward)(const BlockArgs&, int64_t unit_begin, int64_t unit_end, void* scratch);
-  void (*backward)(const BlockArgs&, int64_t slot, void* scratch);
+  // Bytes of scratch.
+  int64_t (*unit_scratch)(const BlockArgs&, bool backward);
+  int64_t (*branch_scratch)(const BlockArgs&, bool backward);
+  void (*forward)(const BlockArgs&, int64_t unit, int step, Scratch);
+  void (*backward)(const BlockArgs&, int64_t slot, int step, Scratch);
   // Runs `iterations` rounds of independent multiply-adds in registers; returns the operations done.
   int64_t (*fma_chain)(int64_t iterations);
 };

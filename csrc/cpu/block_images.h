@@ -40,51 +40,45 @@ struct BlockImages {
   int64_t step;     // from channel to channel of a map, in elements
   bool branchwise;  // x holds one branch's channels at a time
   T *x, *y, *grad, *padded, *padded_grad, *sums;
-  Carver carver;
+  Carver carver, branch_carver;
   AttentionImages<T> attention;
 
-  BlockImages(const BlockArgs& a, void* scratch, bool backward)
+  BlockImages(const BlockArgs& a, Scratch scratch, bool backward)
       : args(a),
         pixels(a.height * a.width),
         step(channel_vectors(pixels) * kLanes<T>),
-        carver{static_cast<char*>(scratch)},
+        carver{static_cast<char*>(scratch.unit)},
+        branch_carver{static_cast<char*>(scratch.branch)},
         attention(a, carver, backward) {
     int64_t channels, longest, outputs, sums_count;
     branch_extents<T>(a, &channels, &longest, &outputs, &sums_count);
     // All channels in every branch need x whole. So does channels_last where a branch is less than two cache lines
     // of a pixel; else one branch's channels at a time stay nearer.
     const int64_t piece = channels * (a.element == Element::kBFloat16 ? 2 : int64_t(sizeof(T)));
-    branchwise = a.split && !(is_channels_last(a.x) && piece < 128);
-    x = carver.take<T>((branchwise ? channels : a.in) * step);
+    branchwise = a.split && (a.staged || !(is_channels_last(a.x) && piece < 128));
     y = carver.take<T>(a.out * step);
-    padded = carver.take<T>(longest);
+    x = branch_carver.take<T>((branchwise ? channels : a.in) * step);
+    padded = branch_carver.take<T>(longest);
     if (!backward) return;
     grad = carver.take<T>(a.out * step);
-    padded_grad = carver.take<T>(longest);
-    sums = carver.take<T>(sums_count);
+    padded_grad = branch_carver.take<T>(longest);
+    sums = branch_carver.take<T>(sums_count);
   }
 
   template <class E>
-  void forward(int64_t unit) {
+  void forward(int64_t unit, int at_step) {
     constexpr int L = kLanes<T>;
     const int64_t image = unit * L;
     const int images = int(least<int64_t>(L, args.batch - image));
-    if (args.branch_count == 0) {
+    if (at_step == kWhole && args.branch_count == 0) {
       pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, step, y);
-    } else if (!branchwise) {
+    } else if (at_step == kWhole && !branchwise) {
       pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, step, x);
     }
     for (int i = 0; i < args.branch_count; ++i) {
-      const Branch& b = args.branches[i];
-      const ConvMap<T> map = branch_map<T>(args, b, false);
-      const T* input = conv_input<E>(b, map, image, images);
-      const T* bias = static_cast<const T*>(args.bias);
-      conv_map<T>(map, input, static_cast<const T*>(args.packed) + b.weight_first, bias ? bias + b.out_first : nullptr,
-                  false, y + b.out_first * step);
-      // While the branch's y is still near.
-      if (branchwise) unpack_y<E>(image, images, b.out_first, b.out);
-      if (args.hidden) attention.pool_pixels(y, b.out_first, b.out_first + b.out);
+      if (at_step == kWhole || at_step == i) forward_branch<E>(args.branches[i], image, images);
     }
+    if (at_step != kWhole && at_step != kAttention) return;
     if (!branchwise) unpack_y<E>(image, images, 0, args.out);
     if (!args.hidden) return;
     if (args.branch_count == 0) attention.pool_pixels(y, 0, args.out);
@@ -93,6 +87,18 @@ struct BlockImages {
     unpack_images<E, T>(args.result, image, images, 0, args.out, args.height, args.width, [&](int64_t c, int64_t p) {
       return load(y + c * step + p * L) * load(attention.gate + c * L) * load(attention.spatial_gate + p * L);
     });
+  }
+
+  template <class E>
+  void forward_branch(const Branch& b, int64_t image, int images) {
+    const ConvMap<T> map = branch_map<T>(args, b, false);
+    const T* input = conv_input<E>(b, map, image, images);
+    const T* bias = static_cast<const T*>(args.bias);
+    conv_map<T>(map, input, static_cast<const T*>(args.packed) + b.weight_first, bias ? bias + b.out_first : nullptr,
+                false, y + b.out_first * step);
+    // While the branch's y is still near.
+    if (branchwise) unpack_y<E>(image, images, b.out_first, b.out);
+    if (args.hidden) attention.pool_pixels(y, b.out_first, b.out_first + b.out);
   }
 
   // The convolution's output to where it is wanted: saved for the backward, or the result itself.
@@ -106,10 +112,36 @@ struct BlockImages {
   }
 
   template <class E>
-  void backward(int64_t unit, T* partials) {
+  void backward(int64_t unit, int at_step, T* partials) {
+    const int64_t image = unit * kLanes<T>;
+    const int images = int(least<int64_t>(kLanes<T>, args.batch - image));
+    if (at_step == kWhole || at_step == kAttention) backward_attention<E>(image, images, partials);
+    if (at_step == kAttention || args.branch_count == 0) return;
+    if (!branchwise && args.need_parameters) {
+      pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, step, x);
+    }
+    // With all channels in every branch, dx is a sum over branches: weight gradients first, then dx in
+    // the place of x.
+    for (int i = 0; i < args.branch_count; ++i) {
+      if (at_step != kWhole && at_step != i) continue;
+      const Branch& b = args.branches[i];
+      if (args.need_parameters) weight_gradient<E>(b, unit, image, images, partials);
+      if (!args.split || !args.grad_x.data) continue;
+      if (!args.need_parameters) finish(b, images, true);
+      data_gradient<E>(b, image, images, false);
+    }
+    if (!args.grad_x.data) return;
+    for (int i = 0; i < args.branch_count && !args.split; ++i) {
+      finish(args.branches[i], images, !args.need_parameters);
+      data_gradient<E>(args.branches[i], image, images, i > 0);
+    }
+    if (!branchwise) unpack_grad_x<E>(image, images, 0, args.in);
+  }
+
+  // From the result's gradient to dy, except for finish().
+  template <class E>
+  void backward_attention(int64_t image, int images, T* partials) {
     constexpr int L = kLanes<T>;
-    const int64_t image = unit * L;
-    const int images = int(least<int64_t>(L, args.batch - image));
     pack_images<E, T>(args.grad_result, image, images, 0, args.out, args.height, args.width, step, grad);
     if (args.hidden) {
       pack_images<E, T>(args.y, image, images, 0, args.out, args.height, args.width, step, y);
@@ -122,7 +154,6 @@ struct BlockImages {
         unpack_images<E, T>(args.grad_x, image, images, 0, args.in, args.height, args.width,
                             [&](int64_t c, int64_t p) { return load(grad + c * step + p * L); });
       }
-      return;
     }
     if (args.bias && args.need_parameters) {
       for (int64_t c = 0; c < args.out; ++c) {
@@ -131,34 +162,24 @@ struct BlockImages {
         partials[args.partial.bias + c] += sum_of_lanes<T>(sum);
       }
     }
-    if (!branchwise && args.need_parameters) {
-      pack_images<E, T>(args.x, image, images, 0, args.in, args.height, args.width, step, x);
+  }
+
+  template <class E>
+  void weight_gradient(const Branch& b, int64_t unit, int64_t image, int images, T* partials) {
+    const ConvMap<T> map = branch_map<T>(args, b, false);
+    finish(b, images, true);
+    if (b.by_channels) {
+      if (branchwise) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
+      keep(b, map, unit);
+      return;
     }
-    // With all channels in every branch, dx is a sum over branches: weight gradients first, then dx in
-    // the place of x.
-    for (int i = 0; i < args.branch_count && args.need_parameters; ++i) {
-      const Branch& b = args.branches[i];
-      const ConvMap<T> map = branch_map<T>(args, b, false);
-      finish(b, images, true);
-      if (b.by_channels) {
-        if (branchwise) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
-        keep(b, map, unit);
-      } else {
-        const T* input = conv_input<E>(b, map, image, images);
-        const bool clip = map.layout == kClip;
-        weight_grad_map<T>(map, input, clip ? grad + b.out_first * step : padded_grad + map.lead,
-                           clip ? step : map.channel, partials + args.partial.conv + b.grad_first, sums,
-                           clip ? 0 : map.pitch - map.width);
-      }
-      if (args.split && args.grad_x.data) data_gradient<E>(b, image, images, false);
+    const T* input = conv_input<E>(b, map, image, images);
+    T* to = partials + args.partial.conv + b.grad_first;
+    if (map.layout == kClip) {
+      weight_grad_map<T>(map, input, grad + b.out_first * step, step, to, sums);
+    } else {
+      weight_grad_map<T>(map, input, padded_grad + map.lead, map.channel, to, sums, map.pitch - map.width);
     }
-    if (!args.grad_x.data) return;
-    for (int i = 0; i < args.branch_count && !(args.split && args.need_parameters); ++i) {
-      const Branch& b = args.branches[i];
-      finish(b, images, !args.need_parameters);
-      data_gradient<E>(b, image, images, !args.split && i > 0);
-    }
-    if (!branchwise) unpack_grad_x<E>(image, images, 0, args.in);
   }
 
   T* branch_x(const Branch& b) { return branchwise ? x : x + b.in_first * step; }

@@ -13,26 +13,27 @@ struct BlockPixels {
   int64_t pixels, row;
   T *x, *y, *grad, *padded, *padded_grad, *raw, *sums;
   T* total;  // dx summed over branches that share their input
-  Carver carver;
+  Carver carver, branch_carver;
   AttentionPixels<T> attention;
 
-  BlockPixels(const BlockArgs& a, void* scratch, bool backward)
+  BlockPixels(const BlockArgs& a, Scratch scratch, bool backward)
       : args(a),
         pixels(a.height * a.width),
         row(round_up(pixels, kLanes<T>)),
-        carver{static_cast<char*>(scratch)},
+        carver{static_cast<char*>(scratch.unit)},
+        branch_carver{static_cast<char*>(scratch.branch)},
         attention(a, carver, backward) {
     int64_t channels, longest, outputs, sums_count;
     branch_extents<T>(a, &channels, &longest, &outputs, &sums_count);
-    x = carver.take<T>((a.split ? channels : a.in) * row);
     y = carver.take<T>(a.out * row);
-    padded = carver.take<T>(longest);
-    raw = carver.take<T>(outputs);
+    x = branch_carver.take<T>((a.split ? channels : a.in) * row);
+    padded = branch_carver.take<T>(longest);
+    raw = branch_carver.take<T>(outputs);
     if (!backward) return;
     grad = carver.take<T>(a.out * row);
-    padded_grad = carver.take<T>(longest);
-    sums = carver.take<T>(sums_count);
-    total = carver.take<T>(a.split ? 0 : a.in * row);
+    padded_grad = branch_carver.take<T>(longest);
+    sums = branch_carver.take<T>(sums_count);
+    total = branch_carver.take<T>(a.split ? 0 : a.in * row);
   }
 
   template <class E>
@@ -49,25 +50,20 @@ struct BlockPixels {
   }
 
   template <class E>
-  void forward(int64_t image) {
+  void forward(int64_t image, int step) {
     constexpr int L = kLanes<T>;
-    if (args.branch_count == 0) {
+    if (step == kWhole && args.branch_count == 0) {
       pack<E>(args.x, image, 0, args.in, y);
-    } else if (!args.split) {
+    } else if (step == kWhole && !args.split) {
       pack<E>(args.x, image, 0, args.in, x);
     }
     for (int i = 0; i < args.branch_count; ++i) {
-      const Branch& b = args.branches[i];
-      const ConvMap<T> map = branch_map<T>(args, b, false);
-      if (args.split) pack<E>(args.x, image, b.in_first, b.in, x);
-      pad_pixels(map, b.in, x, row, padded);
-      const T* bias = static_cast<const T*>(args.bias);
-      conv_map<T>(map, padded, static_cast<const T*>(args.packed) + b.weight_first, bias ? bias + b.out_first : nullptr,
-                  false, raw);
-      unpad_pixels(map, b.out, raw, y + b.out_first * row, row);
+      if (step == kWhole || step == i) forward_branch<E>(args.branches[i], image);
     }
+    if (step != kWhole && step != kAttention) return;
     if (args.y.data) unpack<E>(args.y, image, 0, args.out, y);
     if (args.hidden) {
+      if (args.branch_count == 0) attention.pool_pixels(y, 0, args.out);
       attention.forward(y);
       if (args.save) attention.save(image);
       for (int64_t c = 0; c < args.out; ++c) {
@@ -82,7 +78,31 @@ struct BlockPixels {
   }
 
   template <class E>
-  void backward(int64_t image, T* partials) {
+  void forward_branch(const Branch& b, int64_t image) {
+    const ConvMap<T> map = branch_map<T>(args, b, false);
+    if (args.split) pack<E>(args.x, image, b.in_first, b.in, x);
+    pad_pixels(map, b.in, x, row, padded);
+    const T* bias = static_cast<const T*>(args.bias);
+    conv_map<T>(map, padded, static_cast<const T*>(args.packed) + b.weight_first, bias ? bias + b.out_first : nullptr,
+                false, raw);
+    unpad_pixels(map, b.out, raw, y + b.out_first * row, row);
+    if (args.hidden) attention.pool_pixels(y, b.out_first, b.out_first + b.out);
+  }
+
+  template <class E>
+  void backward(int64_t image, int step, T* partials) {
+    if (step == kWhole || step == kAttention) backward_attention<E>(image, partials);
+    if (step == kAttention || args.branch_count == 0) return;
+    if (!args.split && args.need_parameters) pack<E>(args.x, image, 0, args.in, x);
+    for (int i = 0; i < args.branch_count; ++i) {
+      if (step == kWhole || step == i) backward_branch<E>(args.branches[i], image, i == 0, partials);
+    }
+    if (!args.split && args.grad_x.data) unpack<E>(args.grad_x, image, 0, args.in, total);
+  }
+
+  // From the result's gradient to dy.
+  template <class E>
+  void backward_attention(int64_t image, T* partials) {
     pack<E>(args.grad_result, image, 0, args.out, grad);
     if (args.hidden) {
       pack<E>(args.y, image, 0, args.out, y);
@@ -100,31 +120,30 @@ struct BlockPixels {
         partials[args.partial.bias + c] += sum_of_lanes<T>(sum);
       }
     }
-    if (!args.split && args.need_parameters) pack<E>(args.x, image, 0, args.in, x);
-    for (int i = 0; i < args.branch_count; ++i) {
-      const Branch& b = args.branches[i];
-      const ConvMap<T> map = branch_map<T>(args, b, true);
-      pad_pixels(map, b.out, grad + b.out_first * row, row, padded_grad);
-      if (args.need_parameters) {
-        const ConvMap<T> forward_map = branch_map<T>(args, b, false);
-        if (args.split) pack<E>(args.x, image, b.in_first, b.in, x);
-        pad_pixels(forward_map, b.in, x, row, padded);
-        weight_grad_map<T>(forward_map, padded, padded_grad + map.lead, map.channel,
-                           partials + args.partial.conv + b.grad_first, sums);
-      }
-      if (!args.grad_x.data) continue;
-      conv_map<T>(map, padded_grad, static_cast<const T*>(args.packed_backward) + b.weight_first, nullptr, false, raw);
-      if (args.split) {
-        unpad_pixels(map, b.in, raw, x, row);
-        unpack<E>(args.grad_x, image, b.in_first, b.in, x);
-      } else if (i == 0) {
-        unpad_pixels(map, b.in, raw, total, row);
-      } else {
-        unpad_pixels(map, b.in, raw, padded, row);
-        add_scaled(total, padded, T(1), b.in * row);
-      }
+  }
+
+  template <class E>
+  void backward_branch(const Branch& b, int64_t image, bool first, T* partials) {
+    const ConvMap<T> map = branch_map<T>(args, b, true);
+    pad_pixels(map, b.out, grad + b.out_first * row, row, padded_grad);
+    if (args.need_parameters) {
+      const ConvMap<T> forward_map = branch_map<T>(args, b, false);
+      if (args.split) pack<E>(args.x, image, b.in_first, b.in, x);
+      pad_pixels(forward_map, b.in, x, row, padded);
+      weight_grad_map<T>(forward_map, padded, padded_grad + map.lead, map.channel,
+                         partials + args.partial.conv + b.grad_first, sums);
     }
-    if (!args.split && args.grad_x.data) unpack<E>(args.grad_x, image, 0, args.in, total);
+    if (!args.grad_x.data) return;
+    conv_map<T>(map, padded_grad, static_cast<const T*>(args.packed_backward) + b.weight_first, nullptr, false, raw);
+    if (args.split) {
+      unpad_pixels(map, b.in, raw, x, row);
+      unpack<E>(args.grad_x, image, b.in_first, b.in, x);
+    } else if (first) {
+      unpad_pixels(map, b.in, raw, total, row);
+    } else {
+      unpad_pixels(map, b.in, raw, padded, row);
+      add_scaled(total, padded, T(1), b.in * row);
+    }
   }
 };
 

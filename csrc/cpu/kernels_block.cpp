@@ -127,45 +127,41 @@ void read_branch_grad(const BlockArgs& a, int branch, int64_t group, void* to, c
   });
 }
 
-int64_t scratch_bytes(const BlockArgs& a, bool backward) {
-  return with_types(a.element, [&](auto, auto t) {
-    using T = decltype(t);
-    return a.plan == Plan::kImages ? BlockImages<T>(a, nullptr, backward).carver.used
-                                   : BlockPixels<T>(a, nullptr, backward).carver.used;
-  });
-}
-int64_t forward_scratch(const BlockArgs& a) { return scratch_bytes(a, false); }
-int64_t backward_scratch(const BlockArgs& a) { return scratch_bytes(a, true); }
-
 // The block of the plan, with its element and compute types.
 template <class F>
-MFEF_INLINE void with_block(const BlockArgs& a, void* scratch, bool backward, const F& f) {
-  with_types(a.element, [&](auto e, auto t) {
+MFEF_INLINE auto with_block(const BlockArgs& a, Scratch scratch, bool backward, const F& f) {
+  return with_types(a.element, [&](auto e, auto t) {
     using T = decltype(t);
     if (a.plan == Plan::kImages) {
       BlockImages<T> block(a, scratch, backward);
-      f(block, e, t);
-    } else {
-      BlockPixels<T> block(a, scratch, backward);
-      f(block, e, t);
+      return f(block, e, t);
     }
+    BlockPixels<T> block(a, scratch, backward);
+    return f(block, e, t);
   });
 }
 
-void forward(const BlockArgs& a, int64_t begin, int64_t end, void* scratch) {
-  with_block(a, scratch, false, [&](auto& block, auto e, auto) {
-    for (int64_t unit = begin; unit < end; ++unit) block.template forward<decltype(e)>(unit);
-  });
+int64_t unit_scratch(const BlockArgs& a, bool backward) {
+  return with_block(a, {}, backward, [](auto& block, auto, auto) { return block.carver.used; });
+}
+int64_t branch_scratch(const BlockArgs& a, bool backward) {
+  return with_block(a, {}, backward, [](auto& block, auto, auto) { return block.branch_carver.used; });
 }
 
-void backward(const BlockArgs& a, int64_t slot, void* scratch) {
+void forward(const BlockArgs& a, int64_t unit, int step, Scratch scratch) {
+  with_block(a, scratch, false, [&](auto& block, auto e, auto) { block.template forward<decltype(e)>(unit, step); });
+}
+
+void backward(const BlockArgs& a, int64_t slot, int step, Scratch scratch) {
   with_block(a, scratch, true, [&](auto& block, auto e, auto t) {
     using T = decltype(t);
     T* partials = static_cast<T*>(a.partials) + slot * a.partial.total;
-    for (int64_t i = 0; i < a.partial.total && a.need_parameters; ++i) partials[i] = T(0);
+    if (step == kWhole || step == kAttention) {
+      for (int64_t i = 0; i < a.partial.total && a.need_parameters; ++i) partials[i] = T(0);
+    }
     const int64_t count = units(a);
     for (int64_t unit = slot * count / a.slots; unit < (slot + 1) * count / a.slots; ++unit) {
-      block.template backward<decltype(e)>(unit, partials);
+      block.template backward<decltype(e)>(unit, step, partials);
     }
   });
 }
@@ -204,8 +200,8 @@ const Kernels kKernels = {
     channel_task,
     read_branch_grad,
     units,
-    forward_scratch,
-    backward_scratch,
+    unit_scratch,
+    branch_scratch,
     forward,
     backward,
     fma_chain,

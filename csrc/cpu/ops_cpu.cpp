@@ -194,8 +194,7 @@ class Call {
     choose();
     const Kernels& k = kernels();
     if (args.branch_count) pack(k, false);
-    parallel(k.units(args), k.forward_scratch(args),
-             [&](int64_t unit, void* memory) { k.forward(args, unit, unit + 1, memory); });
+    run(k.units(args), false, [&](int64_t unit, int step, Scratch scratch) { k.forward(args, unit, step, scratch); });
   }
 
   // Runs the backward; the parameters' gradients are then read with write().
@@ -231,7 +230,7 @@ class Call {
       args.kept_grad = room(args.kept_grad_elements);
       args.channel_sums = room(args.channel_sum_elements);
     }
-    parallel(slots, k.backward_scratch(args), [&](int64_t slot, void* memory) { k.backward(args, slot, memory); });
+    run(slots, true, [&](int64_t slot, int step, Scratch scratch) { k.backward(args, slot, step, scratch); });
     if (!args.need_parameters) return;
     parallel(k.channel_tasks(args), 0, [&](int64_t task, void*) { k.channel_task(args, task); });
     if (slots == 0) {
@@ -287,8 +286,42 @@ class Call {
 
   void choose() { args.plan = choose_plan(args, kernels().vector_bytes / int(compute_size(args.element))); }
 
-  void* room(int64_t elements) {
-    const int64_t bytes = elements * compute_size(args.element);
+  // f(i, step, scratch) for every i in [0, count): whole, or step by step where threads outnumber them. The results
+  // are the same to the bit, since every step does the same in both.
+  template <class F>
+  void run(int64_t count, bool backward, const F& f) {
+    const Kernels& k = kernels();
+    const int64_t threads = torch::stable::get_num_threads();
+    constexpr int64_t kMost = int64_t(256) << 20;
+    // Waking threads twice costs about as much as a million multiply-adds.
+    constexpr double kWorthwhile = 2e6;
+    double products = 0;
+    for (int i = 0; i < args.branch_count; ++i) {
+      const Branch& b = args.branches[i];
+      products += double(b.out) * double(b.in / b.groups) * double(b.k * b.k);
+    }
+    products *= double(args.batch) * double(args.height) * double(args.width);
+    args.staged = products >= kWorthwhile && args.split && args.branch_count > 1 && count == k.units(args) &&
+                  count % threads != 0 && count < 2 * threads && count * k.unit_scratch(args, backward) <= kMost;
+    const int64_t unit = (k.unit_scratch(args, backward) + 63) / 64 * 64, branch = k.branch_scratch(args, backward);
+    if (!args.staged) {
+      parallel(count, unit + branch,
+               [&](int64_t i, void* memory) { f(i, kWhole, {memory, static_cast<char*>(memory) + unit}); });
+      return;
+    }
+    char* units = static_cast<char*>(room_bytes(count * unit));
+    auto attention = [&] {
+      parallel(count, 0, [&](int64_t i, void*) { f(i, kAttention, {units + i * unit, nullptr}); });
+    };
+    if (backward) attention();
+    parallel(count * args.branch_count, branch, [&](int64_t i, void* memory) {
+      f(i / args.branch_count, int(i % args.branch_count), {units + i / args.branch_count * unit, memory});
+    });
+    if (!backward) attention();
+  }
+
+  void* room(int64_t elements) { return room_bytes(elements * compute_size(args.element)); }
+  void* room_bytes(int64_t bytes) {
     memory_.push_back(pool.take(bytes));
     STD_TORCH_CHECK(memory_.back().memory, "mfef: not enough memory for ", bytes, " bytes");
     return memory_.back().memory.get();
