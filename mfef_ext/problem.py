@@ -123,6 +123,8 @@ def signature(
     """
     if not isinstance(weights, (list, tuple)) or not isinstance(groups, (list, tuple)):
         return None
+    if not isinstance(split, bool):
+        return None
     x, everything = tensors[0], (*tensors, *weights)
     if x is None or not _PLAIN.issuperset(map(type, everything)):
         return None
@@ -130,7 +132,7 @@ def signature(
         tuple([t if t is None else (t.shape, t.dtype, t.device) for t in everything]),
         tuple(groups),
         tuple(map(type, groups)),  # 1 == 1.0 == True, and only the first is accepted
-        bool(split),
+        split,
         _autocast_dtype(x),
     )
 
@@ -175,6 +177,10 @@ def _describe_branches(
         raise TypeError(f"weights must be a list or tuple of tensors, got {_kind(weights)}")
     if not isinstance(groups, (list, tuple)):
         raise TypeError(f"groups must be a list or tuple of ints, got {_kind(groups)}")
+    if not isinstance(split, bool):
+        raise TypeError(
+            f"split must be True or False, got {_kind(split)}; a bias is given by name, bias=..."
+        )
     if len(weights) == 0:
         raise ValueError("weights is empty: at least one branch is needed")
     if len(weights) != len(groups):

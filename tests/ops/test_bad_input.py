@@ -43,6 +43,8 @@ CONV = [
         r'groups\[0\]=3 must divide Cin=12 and Cout=4; use groups="auto" or one of 1, 2, 4',
     ),
     ({"split": False, "weights": [torch.randn(4, 2, 3, 3)]}, ValueError, "split=False shows all"),
+    ({"split": torch.zeros(4)}, TypeError, "split must be True or False.*bias=..."),
+    ({"split": 1}, TypeError, "split must be True or False"),
     ({"bias": torch.randn(3)}, ValueError, r"bias has shape \(3,\), expected \(4,\)"),
     ({"backend": "gpu"}, ValueError, "backend='gpu' is unknown; use one of 'reference'"),
     ({"backend": "cuda"}, RuntimeError, "backend='cuda' cannot run.*must be on a CUDA device"),

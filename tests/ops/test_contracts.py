@@ -1,5 +1,7 @@
 """Determinism, empty batches, tiny and huge maps, ties, NaN and infinity."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,58 @@ def test_bit_identical_over_repeats_and_threads(engine, threads, dtype, shape):
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 32, 23, 20), (5, 32, 20, 23), (40, 64, 8, 8), (1, 64, 17, 2)]
+)
+def test_fewer_units_than_threads(engine, threads, shape, layout):
+    """Branches of a unit run apart from each other there, with the same result to the bit."""
+    case = make_case(shape, kernel_sizes=(3, 5, 7, 9), dtype=torch.float32).cast(torch.float32)
+    bias = torch.randn(shape[1])
+    grad = torch.randn(shape).contiguous(memory_format=layout)
+    x = case.x.detach().contiguous(memory_format=layout)
+    weights = [w.detach() for w in case.weights]
+    runs = []
+    for count in (1, 2, 3, 4, 16):
+        threads(count)
+        out = run_block(case, functional.mfef_block, layout, backend="cpu")
+        out.append(functional.multi_scale_conv2d(x, weights, case.groups, bias=bias, backend="cpu"))
+        for need_x, need_parameters in ((True, True), (True, False), (False, True)):
+            grad_x, grads, grad_bias = torch.ops.mfef.multi_scale_conv2d_backward(
+                grad, x, weights, case.groups, True, bias, need_x, need_parameters
+            )
+            out += [grad_x, *grads, grad_bias]
+        runs.append(out)
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(18, 16, 8, 8), (18, 16, 2, 2), (3, 16, 3, 5)])
+def test_weights_of_any_strides(engine, dtype, shape):
+    """Read and their gradients written where they are, whatever the order of their dimensions."""
+    case = make_case(shape, kernel_sizes=(3, 9), groups=(1, 2), dtype=dtype).cast(dtype)
+    wanted = run_block(case, functional.mfef_block, backend="cpu")
+
+    def gaps(w):
+        return torch.stack([w, w + 1], dim=-1)[..., 0]
+
+    orders = {
+        "channels_last": lambda w: w.contiguous(memory_format=torch.channels_last),
+        "in before out": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+        "gaps": gaps,
+    }
+    for name, order in orders.items():
+        weights = [order(w.detach()).requires_grad_() for w in case.weights]
+        assert not weights[0].is_contiguous(), name
+        other = dataclasses.replace(case, weights=weights)
+        for a, b in zip(
+            wanted, run_block(other, functional.mfef_block, backend="cpu"), strict=True
+        ):
+            assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
