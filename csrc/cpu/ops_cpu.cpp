@@ -85,8 +85,8 @@ void for_each_element(const Tensor& t, const F& f) {
         for (int64_t d = 0; d < size[3]; ++d) f(a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]);
 }
 
-// Copies t to compute-type elements: in its own order where it is dense, else in row-major order.
-void widen_to(const Tensor& t, Element e, void* to) {
+// Copies t to compute-type elements: in the order of memory, for dense tensors only, or in row-major order.
+void widen_to(const Tensor& t, bool as_it_lies, Element e, void* to) {
   const void* from = t.data_ptr();
   if (e == Element::kDouble) {
     double* at = static_cast<double*>(to);
@@ -94,7 +94,7 @@ void widen_to(const Tensor& t, Element e, void* to) {
   } else if (e == Element::kFloat) {
     float* at = static_cast<float*>(to);
     for_each_element(t, [&](int64_t i) { *at++ = static_cast<const float*>(from)[i]; });
-  } else if (is_dense(t)) {
+  } else if (as_it_lies) {
     float* at = static_cast<float*>(to);
     const int64_t count = t.numel();
     for (int64_t i = 0; i < count; ++i) at[i] = widen(static_cast<const uint16_t*>(from)[i]);
@@ -338,7 +338,7 @@ class Call {
     }
     if (own) return t.data_ptr();
     void* to = room(t.numel());
-    widen_to(t, args.element, to);
+    widen_to(t, kept, args.element, to);
     return to;
   }
   // The same, contiguous.
@@ -346,7 +346,7 @@ class Call {
     check_memory(t);
     if (args.element != Element::kBFloat16 && t.is_contiguous()) return t.data_ptr();
     void* to = room(t.numel());
-    widen_to(t, args.element, to);
+    widen_to(t, t.is_contiguous(), args.element, to);
     return to;
   }
 

@@ -71,8 +71,12 @@ def test_weights_of_any_strides(engine, dtype, shape):
     }
     for name, order in orders.items():
         weights = [order(w.detach()).requires_grad_() for w in case.weights]
+        attention = [
+            p if p is None or p.dim() != 4 else order(p.detach()).requires_grad_()
+            for p in case.attention
+        ]
         assert not weights[0].is_contiguous(), name
-        other = dataclasses.replace(case, weights=weights)
+        other = dataclasses.replace(case, weights=weights, attention=attention)
         for a, b in zip(
             wanted, run_block(other, functional.mfef_block, backend="cpu"), strict=True
         ):
