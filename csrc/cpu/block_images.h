@@ -1,9 +1,10 @@
 // The images plan: kLanes images at a time through the whole operator, everything between load and
 // store in a thread's scratch.
 //
-// Forward, per block of images: pack x (transposition into lanes) -> convolve branch by branch ->
-// pool, MLP, gates -> unpack. Reads x once, writes the result once, and y once if it is saved.
-// Backward: attention on (y, grad) -> per branch: pack x, weight gradient, data gradient, unpack.
+// Forward, per block of images: branch by branch pack x (transposition into lanes), convolve, save y, pool over
+// pixels; then MLP and gates, and unpack. Reads x once, writes the result once, and y once if it is saved.
+// Backward: attention on (y, grad); then branch by branch the rest of dy, pack x, weight gradient, data gradient,
+// unpack.
 #pragma once
 
 #include "attention_images.h"

@@ -1,5 +1,5 @@
 // The pixels plan: one image at a time through the whole operator, lanes over neighbouring pixels.
-// For single images, small batches, and maps so large that a block of images leaves the L2 cache.
+// For single images, small batches, and maps so large that a block of images leaves the caches.
 #pragma once
 
 #include "attention_pixels.h"

@@ -45,6 +45,8 @@ Element element_of(const Tensor& x) {
   }
 }
 
+constexpr int64_t kElements = 8192;  // fewer are not worth a thread
+
 ScalarType compute_type(Element e) { return e == Element::kDouble ? ScalarType::Double : ScalarType::Float; }
 int64_t compute_size(Element e) { return e == Element::kDouble ? 8 : 4; }
 
@@ -96,8 +98,9 @@ void widen_to(const Tensor& t, bool as_it_lies, Element e, void* to) {
     for_each_element(t, [&](int64_t i) { *at++ = static_cast<const float*>(from)[i]; });
   } else if (as_it_lies) {
     float* at = static_cast<float*>(to);
-    const int64_t count = t.numel();
-    for (int64_t i = 0; i < count; ++i) at[i] = widen(static_cast<const uint16_t*>(from)[i]);
+    torch::stable::parallel_for(0, t.numel(), kElements, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) at[i] = widen(static_cast<const uint16_t*>(from)[i]);
+    });
   } else {
     float* at = static_cast<float*>(to);
     for_each_element(t, [&](int64_t i) { *at++ = widen(static_cast<const uint16_t*>(from)[i]); });
@@ -122,7 +125,7 @@ void write_elements(const T* sums, const Tensor& t, Element e, const At& at) {
 // Adds the slots of partial sums into the first one, in order.
 template <class T>
 void add_slots(T* partials, int64_t slots, int64_t total) {
-  torch::stable::parallel_for(0, total, 16384, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, total, kElements, [&](int64_t begin, int64_t end) {
     for (int64_t s = 1; s < slots; ++s) {
       const T* from = partials + s * total;
       for (int64_t i = begin; i < end; ++i) partials[i] += from[i];
@@ -258,13 +261,14 @@ class Call {
     void* to = widened ? room(count) : grad.mutable_data_ptr();
     const int64_t stride[4] = {grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3)};
     if (b.k < b.full_k) std::memset(to, 0, size_t(count * compute_size(args.element)));
-    constexpr int64_t kElements = 8192;  // fewer are not worth a thread
     torch::stable::parallel_for(0, b.groups, kElements / (count / b.groups + 1) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) k.read_weight_grad(args, branch, g, to, stride);
     });
     if (!widened) return;
     uint16_t* narrowed = static_cast<uint16_t*>(grad.mutable_data_ptr());
-    for (int64_t i = 0; i < count; ++i) narrowed[i] = narrow(static_cast<const float*>(to)[i]);
+    torch::stable::parallel_for(0, count, kElements, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) narrowed[i] = narrow(static_cast<const float*>(to)[i]);
+    });
   }
   // fc2's sums are (hidden, C): the loop that makes them runs over channels.
   void write_fc2(const Tensor& grad) {
@@ -286,8 +290,8 @@ class Call {
 
   void choose() { args.plan = choose_plan(args, kernels().vector_bytes / int(compute_size(args.element))); }
 
-  // f(i, step, scratch) for every i in [0, count): whole, or step by step where threads outnumber them. The results
-  // are the same to the bit, since every step does the same in both.
+  // f(i, step, scratch) for every i in [0, count): whole, or step by step where they do not go evenly into the
+  // threads. The results are the same to the bit, since every step does the same in both.
   template <class F>
   void run(int64_t count, bool backward, const F& f) {
     const Kernels& k = kernels();

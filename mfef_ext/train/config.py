@@ -31,7 +31,8 @@ class TrainConfig:
     method: str = "mfef"
     """How the students learn: mfef, or ce for the same students without distillation."""
     dataset: str = "digits"
-    """What they learn: digits (scikit-learn's, 8x8, bundled) or fake (drawn, for trials)."""
+    """What they learn: digits (scikit-learn's, 8x8, bundled), or fake and fake32 (drawn, 16x16 and
+    32x32, for trials and timings)."""
     students: tuple[str, ...] = ("resnet8", "resnet8")
     """One network per student: resnet8, resnet14, resnet20, resnet32, resnet56."""
     epochs: int = 15

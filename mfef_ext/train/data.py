@@ -83,14 +83,14 @@ def _digits() -> Dataset:
     return _normalised("digits", classes, x[train], y[train], x[test], y[test], shift=1)
 
 
-def _fake() -> Dataset:
-    """256 + 128 drawn colour images, 16x16: one fixed pattern per class under noise."""
+def _drawn(name: str, side: int, train: int) -> Dataset:
+    """``train`` + 128 drawn colour images: one fixed pattern per class under noise."""
     rng = np.random.default_rng(_SPLIT_SEED)
-    y = np.arange(384, dtype=np.int64) % 10
-    patterns = rng.standard_normal((10, 3, 16, 16))
-    x = (patterns[y] + rng.standard_normal((len(y), 3, 16, 16))).astype(np.float32)
+    y = np.arange(train + 128, dtype=np.int64) % 10
+    patterns = rng.standard_normal((10, 3, side, side))
+    x = (patterns[y] + rng.standard_normal((len(y), 3, side, side))).astype(np.float32)
     classes = tuple(f"class {c}" for c in range(10))
-    return _normalised("fake", classes, x[:256], y[:256], x[256:], y[256:], shift=1)
+    return _normalised(name, classes, x[:train], y[:train], x[train:], y[train:], shift=1)
 
 
 def _normalised(
@@ -109,7 +109,12 @@ def _normalised(
     return Dataset(name, classes, train, nothing, test, mean, std, shift)
 
 
-DATASETS: dict[str, Callable[[], Dataset]] = {"digits": _digits, "fake": _fake}
+DATASETS: dict[str, Callable[[], Dataset]] = {
+    "digits": _digits,
+    "fake": lambda: _drawn("fake", 16, 256),
+    # The size of CIFAR's images, to time a step.
+    "fake32": lambda: _drawn("fake32", 32, 640),
+}
 
 
 def load(name: str, validation: float) -> Dataset:
