@@ -13,21 +13,21 @@ STABLE_TORCH_LIBRARY(mfef, m) {
   m.def(
       "dual_attention(Tensor y, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
       "Tensor spatial_weight, bool save) -> (Tensor out, Tensor mean, Tensor max, Tensor max_index, "
-      "Tensor channel_gate, Tensor spatial_gate, Tensor channel_index)");
+      "Tensor spatial_gate, Tensor channel_index)");
   m.def(
       "dual_attention_backward(Tensor grad, Tensor y, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
-      "Tensor? fc2_bias, Tensor spatial_weight, Tensor mean, Tensor max, Tensor max_index, Tensor channel_gate, "
+      "Tensor? fc2_bias, Tensor spatial_weight, Tensor mean, Tensor max, Tensor max_index, "
       "Tensor spatial_gate, Tensor channel_index, bool need_x, bool need_parameters) -> (Tensor grad_y, "
       "Tensor grad_fc1_weight, Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias, "
       "Tensor grad_spatial_weight)");
   m.def(
       "mfef_block(Tensor x, Tensor[] conv_weights, int[] groups, bool split, Tensor fc1_weight, Tensor? fc1_bias, "
       "Tensor fc2_weight, Tensor? fc2_bias, Tensor spatial_weight, bool save) -> (Tensor out, Tensor y, Tensor mean, "
-      "Tensor max, Tensor max_index, Tensor channel_gate, Tensor spatial_gate, Tensor channel_index)");
+      "Tensor max, Tensor max_index, Tensor spatial_gate, Tensor channel_index)");
   m.def(
       "mfef_block_backward(Tensor grad, Tensor x, Tensor[] conv_weights, int[] groups, bool split, "
       "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor spatial_weight, Tensor y, "
-      "Tensor mean, Tensor max, Tensor max_index, Tensor channel_gate, Tensor spatial_gate, Tensor channel_index, "
+      "Tensor mean, Tensor max, Tensor max_index, Tensor spatial_gate, Tensor channel_index, "
       "bool need_x, bool need_parameters) -> (Tensor grad_x, Tensor[] grad_conv_weights, Tensor grad_fc1_weight, "
       "Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias, Tensor grad_spatial_weight)");
   m.def("cuda_build_info() -> str");

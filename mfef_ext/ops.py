@@ -47,7 +47,6 @@ def _saved(x: Tensor, channels: int, save: bool) -> tuple[Tensor, ...]:
         x.new_empty((n, channels), dtype=real),
         x.new_empty((n, channels), dtype=real),
         x.new_empty((n, channels), dtype=torch.int32),
-        x.new_empty((n, channels), dtype=real),
         x.new_empty((n, h, w), dtype=real),
         x.new_empty((n, h, w), dtype=torch.int32),
     )
@@ -99,9 +98,9 @@ def _attention_grads(x, parameters, need):
 
 
 @torch.library.register_fake("mfef::dual_attention_backward")
-def _(grad, y, w1, b1, w2, b2, ws, mean, max, max_index, c, s, c_index, need_x, need_parameters):
+def _(grad, y, w1, b1, w2, b2, ws, mean, max, max_index, s, c_index, need_x, need_parameters):
     problem.describe_dual_attention(y, w1, b1, w2, b2, ws)
-    _same_device(y, grad, mean, max, max_index, c, s, c_index)
+    _same_device(y, grad, mean, max, max_index, s, c_index)
     grad_y = _map_like(y, y.shape[1]) if need_x else _nothing(y)
     return (grad_y, *_attention_grads(y, (w1, b1, w2, b2, ws), need_parameters))
 
@@ -117,10 +116,10 @@ def _(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save):
 @torch.library.register_fake("mfef::mfef_block_backward")
 def _(
     grad, x, conv_weights, groups, split, w1, b1, w2, b2, ws,
-    y, mean, max, max_index, c, s, c_index, need_x, need_parameters,
+    y, mean, max, max_index, s, c_index, need_x, need_parameters,
 ):  # fmt: skip
     problem.describe_mfef_block(x, conv_weights, groups, w1, b1, w2, b2, ws, split)
-    _same_device(x, grad, y, mean, max, max_index, c, s, c_index)
+    _same_device(x, grad, y, mean, max, max_index, s, c_index)
     return (
         _map_like(x, x.shape[1]) if need_x else _nothing(x),
         [torch.empty_like(w) for w in conv_weights] if need_parameters else [],
@@ -272,7 +271,7 @@ class _MfefBlock(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         x, *rest = ctx.saved_tensors
-        parameters, saved, weights = rest[:5], rest[5:12], rest[12:]
+        parameters, saved, weights = rest[:5], rest[5:11], rest[11:]
         _check_saved(saved[1], "mfef_block", x.shape[0])
         need_x, need_parameters = ctx.needs_input_grad[5], any(ctx.needs_input_grad[6:])
         grad_x, grad_weights, *grads = _call(

@@ -295,7 +295,6 @@ struct AttentionImages {
   void save(int64_t image, int images) {
     scatter_rows<T>(mean, image, images, channels, static_cast<T*>(args.mean));
     scatter_rows<T>(max, image, images, channels, static_cast<T*>(args.max));
-    scatter_rows<T>(gate, image, images, channels, static_cast<T*>(args.channel_gate));
     scatter_rows<T>(max_index, image, images, channels, args.max_index);
     scatter_rows<T>(spatial_gate, image, images, pixels, static_cast<T*>(args.spatial_gate));
     scatter_rows<T>(channel_index, image, images, pixels, args.channel_index);
@@ -304,7 +303,6 @@ struct AttentionImages {
   void restore(int64_t image, int images) {
     gather_rows<T>(static_cast<const T*>(args.mean), image, images, channels, mean);
     gather_rows<T>(static_cast<const T*>(args.max), image, images, channels, max);
-    gather_rows<T>(static_cast<const T*>(args.channel_gate), image, images, channels, gate);
     gather_rows<T>(args.max_index, image, images, channels, max_index);
     gather_rows<T>(static_cast<const T*>(args.spatial_gate), image, images, pixels, spatial_gate);
     gather_rows<T>(args.channel_index, image, images, pixels, channel_index);
@@ -316,10 +314,21 @@ struct AttentionImages {
     return v;
   }
 
+  static IVec<T> valid_lanes(int images) {
+    IVec<T> lane;
+    for (int r = 0; r < kLanes<T>; ++r) lane[r] = r;
+    return lane < isplat<T>(images);
+  }
+
   // grad holds d loss / d result on entry; d loss / d y after finish_backward(), which is left to the caller, who
   // may want some channels sooner. Parameter gradients are added to `partials`.
   void backward(const T* y, T* grad, int64_t image, int images, T* partials) {
     constexpr int L = kLanes<T>;
+    // The channel gate again; zero in lanes beyond the last image, as everything there is, whatever the parameters.
+    channel_gate();
+    const IVec<T> valid = valid_lanes(images);
+    for (int64_t i = 0; i < channels * L; i += L) store(gate + i, valid ? load(gate + i) : Vec<T>{});
+
     // Spatial gate: its gradient, and the pooled maps again (what the forward did not save).
     auto gate_block = [&](int64_t p, auto count) {
       constexpr int kCount = decltype(count)::value;
@@ -402,8 +411,7 @@ struct AttentionImages {
     for (; c + 4 <= channels; c += 4) z_block(c, Index<4>{});
     for (; c < channels; ++c) z_block(c, Index<1>{});
 
-    // The MLP.
-    hidden_layer();
+    // The MLP, whose hidden layer channel_gate() has left.
     dense_layer<T>(static_cast<const T*>(args.fc2_weight), args.hidden, channels, 1, args.hidden, grad_logit, nullptr,
                    T(0), grad_hidden_mean);
     for (int64_t h = 0; h < args.hidden * L; h += L) {
@@ -436,9 +444,7 @@ struct AttentionImages {
   // lanes.
   void finish_backward(const T* grad, int64_t begin, int64_t end, int images, T* to, int64_t to_step, int64_t gap) {
     constexpr int L = kLanes<T>;
-    IVec<T> lane;
-    for (int r = 0; r < L; ++r) lane[r] = r;
-    const IVec<T> valid = lane < isplat<T>(images);
+    const IVec<T> valid = valid_lanes(images);
     const int64_t rows = gap == 0 ? 1 : args.height, width = pixels / rows;
     for (int64_t i = begin; i < end; ++i, to += to_step) {
       Vec<T> from_mean = load(grad_mean + i * L) / splat(T(pixels));

@@ -209,7 +209,6 @@ struct AttentionPixels {
     };
     copy(mean, channels, static_cast<T*>(args.mean));
     copy(max, channels, static_cast<T*>(args.max));
-    copy(gate, channels, static_cast<T*>(args.channel_gate));
     copy(max_index, channels, args.max_index);
     copy(spatial_gate, pixels, static_cast<T*>(args.spatial_gate));
     copy(channel_index, pixels, args.channel_index);
@@ -222,7 +221,6 @@ struct AttentionPixels {
     };
     copy(static_cast<const T*>(args.mean), channels, channels, mean);
     copy(static_cast<const T*>(args.max), channels, channels, max);
-    copy(static_cast<const T*>(args.channel_gate), channels, channels, gate);
     copy(args.max_index, channels, channels, max_index);
     copy(static_cast<const T*>(args.spatial_gate), pixels, row, spatial_gate);
     copy(args.channel_index, pixels, row, channel_index);
@@ -237,6 +235,7 @@ struct AttentionPixels {
   // As AttentionImages::backward.
   void backward(const T* y, T* grad, T* partials) {
     constexpr int L = kLanes<T>;
+    channel_gate();  // again; it leaves the hidden layer too
     auto gate_block = [&](int64_t p, auto count) {
       constexpr int kCount = decltype(count)::value;
       Vec<T> product[kCount], sum[kCount], top[kCount];
@@ -303,7 +302,6 @@ struct AttentionPixels {
       grad_logit[c] = sum_of_lanes<T>(sum) * (gate[c] * (T(1) - gate[c]));
     }
 
-    hidden_layer();
     const T* fc1 = static_cast<const T*>(args.fc1_weight);
     const T* fc2 = static_cast<const T*>(args.fc2_weight);
     for (int64_t h = 0; h < args.hidden; ++h) grad_hidden_mean[h] = T(0);

@@ -86,7 +86,7 @@ struct BlockArgs {
   Map x, y, result;         // y: the convolution's output; data null where nobody wants it
   Map grad_result, grad_x;  // backward; grad_x.data null where nobody wants it
   // What the attention saves, in the compute type: (N, C) and (N, H, W), contiguous.
-  void *mean, *max, *channel_gate, *spatial_gate;
+  void *mean, *max, *spatial_gate;
   int32_t* max_index;      // (N, C): first h * W + w of the maximum
   int32_t* channel_index;  // (N, H, W): lowest channel of the maximum
   bool save;

@@ -373,17 +373,13 @@ Tensor like_or_nothing(const std::optional<Tensor>& t, const Tensor& like) {
 
 // What the attention saves for its backward, allocated and entered into the call.
 struct Saved {
-  Tensor mean, max, max_index, channel_gate, spatial_gate, channel_index;
+  Tensor mean, max, max_index, spatial_gate, channel_index;
 
   static Saved empty(const Tensor& x, const BlockArgs& a, bool save) {
     const int64_t n = save ? a.batch : 0;
     const ScalarType real = compute_type(a.element), index = ScalarType::Int;
-    return {empty_dense({n, a.out}, real, x),
-            empty_dense({n, a.out}, real, x),
-            empty_dense({n, a.out}, index, x),
-            empty_dense({n, a.out}, real, x),
-            empty_dense({n, a.height, a.width}, real, x),
-            empty_dense({n, a.height, a.width}, index, x)};
+    return {empty_dense({n, a.out}, real, x), empty_dense({n, a.out}, real, x), empty_dense({n, a.out}, index, x),
+            empty_dense({n, a.height, a.width}, real, x), empty_dense({n, a.height, a.width}, index, x)};
   }
 
   void check(const Tensor& x, const BlockArgs& a) const {
@@ -399,7 +395,6 @@ struct Saved {
     one("mean", mean, real, true);
     one("max", max, real, true);
     one("max_index", max_index, index, true);
-    one("channel_gate", channel_gate, real, true);
     one("spatial_gate", spatial_gate, real, false);
     one("channel_index", channel_index, index, false);
   }
@@ -408,7 +403,6 @@ struct Saved {
     a.mean = mean.data_ptr();
     a.max = max.data_ptr();
     a.max_index = static_cast<int32_t*>(max_index.data_ptr());
-    a.channel_gate = channel_gate.data_ptr();
     a.spatial_gate = spatial_gate.data_ptr();
     a.channel_index = static_cast<int32_t*>(channel_index.data_ptr());
   }
@@ -497,9 +491,11 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> multi_scale_conv2d_backward(
   return {grad_x, grads, grad_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention(
-    const Tensor& y, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
-    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention(const Tensor& y, const Tensor& fc1_weight,
+                                                                          const std::optional<Tensor>& fc1_bias,
+                                                                          const Tensor& fc2_weight,
+                                                                          const std::optional<Tensor>& fc2_bias,
+                                                                          const Tensor& spatial_weight, bool save) {
   const MapSize size = check_map("y", y);
   const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
   p.check(y, size.c);
@@ -512,21 +508,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attentio
   call.args.x = map_of(y);
   call.args.result = map_of(result);
   call.forward();
-  return {result, s.mean, s.max, s.max_index, s.channel_gate, s.spatial_gate, s.channel_index};
+  return {result, s.mean, s.max, s.max_index, s.spatial_gate, s.channel_index};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention_backward(
     const Tensor& grad, const Tensor& y, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias,
     const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, const Tensor& mean,
-    const Tensor& max, const Tensor& max_index, const Tensor& channel_gate, const Tensor& spatial_gate,
-    const Tensor& channel_index, bool need_x, bool need_parameters) {
+    const Tensor& max, const Tensor& max_index, const Tensor& spatial_gate, const Tensor& channel_index, bool need_x,
+    bool need_parameters) {
   const MapSize size = check_map("y", y);
   const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
   p.check(y, size.c);
   Call call(y, size);
   call.attention(p);
   check_grad(grad, y, call.args);
-  const Saved s{mean, max, max_index, channel_gate, spatial_gate, channel_index};
+  const Saved s{mean, max, max_index, spatial_gate, channel_index};
   s.check(y, call.args);
   s.enter(call.args);
   Tensor grad_y = need_x ? empty_map_like(y, size.c) : nothing(y);
@@ -540,7 +536,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention_backwa
   return {grad_y, grads.fc1_weight, grads.fc1_bias, grads.fc2_weight, grads.fc2_bias, grads.spatial_weight};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block(
     const Tensor& x, const std::vector<Tensor>& conv_weights, const std::vector<int64_t>& groups, bool split,
     const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
     const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, bool save) {
@@ -561,15 +557,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_
   if (save) call.args.y = map_of(y);
   call.args.result = map_of(result);
   call.forward();
-  return {result, y, s.mean, s.max, s.max_index, s.channel_gate, s.spatial_gate, s.channel_index};
+  return {result, y, s.mean, s.max, s.max_index, s.spatial_gate, s.channel_index};
 }
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block_backward(
     const Tensor& grad, const Tensor& x, const std::vector<Tensor>& conv_weights, const std::vector<int64_t>& groups,
     bool split, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
     const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, const Tensor& y, const Tensor& mean,
-    const Tensor& max, const Tensor& max_index, const Tensor& channel_gate, const Tensor& spatial_gate,
-    const Tensor& channel_index, bool need_x, bool need_parameters) {
+    const Tensor& max, const Tensor& max_index, const Tensor& spatial_gate, const Tensor& channel_index, bool need_x,
+    bool need_parameters) {
   int64_t out;
   const MapSize size = check_map("x", x);
   const auto branches = check_branches(x, conv_weights, groups, split, kMaxBranches, &out);
@@ -581,7 +577,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> 
   check_grad(grad, x, call.args);
   check_like("y", y, x);
   check_shape("y", y, {size.n, out, size.h, size.w});
-  const Saved s{mean, max, max_index, channel_gate, spatial_gate, channel_index};
+  const Saved s{mean, max, max_index, spatial_gate, channel_index};
   s.check(x, call.args);
   s.enter(call.args);
   Tensor grad_x = need_x ? empty_map_like(x, size.c) : nothing(x);

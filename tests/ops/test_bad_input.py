@@ -363,10 +363,10 @@ def test_autocast_does_not_mix_float64():
 def test_foreign_indices_stay_inside(engine):
     """Saved indices of another call, or of nobody: a wrong gradient, no wrong write."""
     x, _, attention = raw_block()
-    _, mean, top, index, c, s, c_index = OPS.dual_attention(x, *attention, True)
+    _, mean, top, index, s, c_index = OPS.dual_attention(x, *attention, True)
     for value in (-1, 9, 2**31 - 1, -(2**31)):
         bad = torch.full_like(index, value)
         bad_channels = torch.full_like(c_index, value)
         OPS.dual_attention_backward(
-            torch.randn_like(x), x, *attention, mean, top, bad, c, s, bad_channels, True, True
+            torch.randn_like(x), x, *attention, mean, top, bad, s, bad_channels, True, True
         )

@@ -182,7 +182,7 @@ def test_ties_go_to_the_first_element(engine, dtype):
 
 def test_saved_indices_are_the_first_of_their_ties(engine):
     y, parameters = tied_case(torch.float32)
-    _, _, _, max_index, _, _, channel_index = torch.ops.mfef.dual_attention(y, *parameters, True)
+    _, _, _, max_index, _, channel_index = torch.ops.mfef.dual_attention(y, *parameters, True)
     flat = y.detach().flatten(2)
     first_pixel = (flat == flat.amax(2, keepdim=True)).int().argmax(2)
     first_channel = (y == y.amax(1, keepdim=True)).int().argmax(1)
