@@ -18,6 +18,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from timing import seconds_per_call
 
 from mfef_ext import _C, MFEFBlock
 
@@ -25,13 +26,6 @@ SHAPES = ((128, 64, 8), (128, 128, 8), (128, 256, 8), (32, 128, 28), (32, 256, 1
 ROUNDS = 25
 CHAIN = 1_000_000  # iterations: some milliseconds, beside which the start of a thread is short
 REST = 5e-3  # seconds until torch's threads no longer wait for work in a loop
-
-
-def seconds(step: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-    return (time.perf_counter() - start) / calls
 
 
 def peak(threads: int) -> float:
@@ -63,14 +57,14 @@ def measure(n: int, channels: int, side: int, threads: int) -> tuple[list[float]
         lambda: backward(grad, x, weights, groups, True, None, False, True),
     ]
     naive = 2.0 * n * side * side * sum(w.numel() for w in weights)
-    calls = [max(1, round(1e-2 / seconds(step, 2))) for step in steps]
+    calls = [max(1, round(1e-2 / seconds_per_call(step, 2, "cpu"))) for step in steps]
     times: list[list[float]] = [[] for _ in steps]
     fractions: list[list[float]] = [[] for _ in steps]
     for _ in range(ROUNDS):
         rate = peak(threads)
         for i, step in enumerate(steps):
             step()  # wakes the threads, fills the caches
-            once = seconds(step, calls[i])
+            once = seconds_per_call(step, calls[i], "cpu")
             times[i].append(once)
             fractions[i].append(naive / once / rate)
     return [median(t) for t in times], [median(f) for f in fractions]
