@@ -62,13 +62,20 @@ py::dict cpu_plan(int64_t batch, int64_t channels, int64_t height, int64_t width
   const Kernels& kernels = mfef::cpu::kernels();
   const int lanes = kernels.vector_bytes / (a.element == Element::kDouble ? 8 : 4);
   a.plan = mfef::cpu::choose_plan(a, lanes);
+  a.convolution = mfef::cpu::forced_convolution();
   py::dict plan;
   plan["isa"] = kernels.name;
   plan["lanes"] = lanes;
   plan["plan"] = a.plan == Plan::kImages ? "images" : "pixels";
   plan["units"] = kernels.units(a);
-  plan["forward_scratch_bytes"] = kernels.unit_scratch(a, false) + kernels.branch_scratch(a, false);
-  plan["backward_scratch_bytes"] = kernels.unit_scratch(a, true) + kernels.branch_scratch(a, true);
+  for (const bool backward : {false, true}) {
+    const std::string direction = backward ? "backward" : "forward";
+    kernels.choose(a, backward);
+    std::vector<int> spectra;
+    for (int i = 0; i < a.branch_count; ++i) spectra.push_back(a.branches[i].spectrum);
+    plan[(direction + "_spectra").c_str()] = spectra;
+    plan[(direction + "_scratch_bytes").c_str()] = kernels.unit_scratch(a, backward) + kernels.branch_scratch(a, backward);
+  }
   return plan;
 }
 
@@ -81,6 +88,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_cpu_isa", &mfef::cpu::force_isa, py::arg("name"));
   m.def("forced_cpu_plan", &mfef::cpu::forced_plan);
   m.def("force_cpu_plan", &mfef::cpu::force_plan, py::arg("name"));
+  m.def("forced_cpu_convolution", &mfef::cpu::forced_convolution_name);
+  m.def("force_cpu_convolution", &mfef::cpu::force_convolution, py::arg("name"));
   m.def("cpu_plan", &cpu_plan, py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"),
         py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("dtype"));
   m.def(

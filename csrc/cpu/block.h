@@ -14,6 +14,13 @@ enum class Plan : int {
   kPixels = 1,  // kLanes neighbouring pixels of one image: few images, large maps
 };
 
+// How a branch is convolved in the images plan.
+enum class Convolution : int {
+  kByShape = 0,
+  kDirect = 1,   // taps times pixels
+  kFourier = 2,  // products of spectra, where there are transforms for the map; elsewhere direct
+};
+
 constexpr int kMaxBranches = 64;
 
 // A 4-D map in memory; strides in elements, in the order n, c, h, w. Null data: absent.
@@ -33,11 +40,14 @@ struct Branch {
   int64_t in_first, in;    // channel range of x
   int64_t out_first, out;  // channel range of y
   int64_t groups;
-  int64_t full_k;        // taps per side in memory
-  int64_t k;             // live ones; those around them meet no pixel
-  int64_t weight_first;  // of its live weights among those of all convolutions
-  const void* weights;   // (out, in / groups, full_k, full_k) in the compute type
+  int64_t full_k;       // taps per side in memory
+  int64_t k;            // live ones; those around them meet no pixel
+  const void* weights;  // (out, in / groups, full_k, full_k) in the compute type
   int64_t weight_stride[4];
+
+  // Set by choose(), for one direction. spectrum: side of the spectra, 0 where the convolution is direct.
+  int spectrum;
+  int64_t packed_first;  // of its packed weights among those of all branches
 
   // Backward, set by lay_out(). by_channels: the weight gradient is computed after all units, from what they
   // leave in kept_x and kept_grad, into channel_sums; else unit by unit, into the slot's partial sums.
@@ -65,6 +75,7 @@ constexpr int kAttention = kMaxBranches;
 struct BlockArgs {
   Element element;
   Plan plan;
+  Convolution convolution;
   bool staged;  // the steps of a unit run one by one
   int64_t batch, in, out, height, width;
 
@@ -99,15 +110,18 @@ struct BlockArgs {
   // Of the branches whose weight gradient is computed after all units; sizes in elements.
   int64_t kept_x_elements, kept_grad_elements, channel_sum_elements;
   void *kept_x, *kept_grad, *channel_sums;
+  // Set to 1 by a backward whose spectra met a value that is not finite: all of it has to be done again directly.
+  int32_t* not_finite;
 };
 
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
   int vector_bytes;
-  // Elements of the compute type that `packed` or `packed_backward` needs; the tiles of weights that
-  // prepare() writes there, in any order.
-  int64_t (*packed_elements)(const BlockArgs&);
+  // Sets what the branches say of one direction, by the shape alone. Returns the elements of the compute type that
+  // `packed` or `packed_backward` needs.
+  int64_t (*choose)(BlockArgs&, bool backward);
+  // The pieces of work of packing weights, and some of them.
   int64_t (*packed_tiles)(const BlockArgs&, bool backward);
   void (*prepare)(const BlockArgs&, bool backward, int64_t tile_begin, int64_t tile_end);
   // Sets what the branches say of the backward and the sizes of the buffers below; returns the elements that

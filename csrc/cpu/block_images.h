@@ -8,19 +8,20 @@
 #pragma once
 
 #include "attention_images.h"
+#include "conv_fourier.h"
 
 namespace mfef::cpu::MFEF_ISA {
 
 template <class T>
 MFEF_INLINE ConvMap<T> branch_map(const BlockArgs& a, const Branch& b, bool backward) {
-  auto map = a.plan == Plan::kImages ? images_map<T> : pixels_map<T>;
-  return backward ? map(b.out, b.in, b.groups, b.k, a.height, a.width)
-                  : map(b.in, b.out, b.groups, b.k, a.height, a.width);
+  auto make = a.plan == Plan::kPixels ? pixels_map<T> : b.spectrum ? spectra_map<T> : images_map<T>;
+  return backward ? make(b.out, b.in, b.groups, b.k, a.height, a.width)
+                  : make(b.in, b.out, b.groups, b.k, a.height, a.width);
 }
 
-// Widest branch, in channels, and longest bordered map, in elements.
+// Widest branch, in channels; longest bordered map, and what the weight gradient and spectra need, in elements.
 template <class T>
-MFEF_INLINE void branch_extents(const BlockArgs& a, int64_t* channels, int64_t* padded, int64_t* outputs,
+MFEF_INLINE void branch_extents(const BlockArgs& a, bool backward, int64_t* channels, int64_t* padded, int64_t* outputs,
                                 int64_t* sums) {
   *channels = *padded = *outputs = *sums = 0;
   for (int i = 0; i < a.branch_count; ++i) {
@@ -30,7 +31,11 @@ MFEF_INLINE void branch_extents(const BlockArgs& a, int64_t* channels, int64_t* 
     *channels = most(*channels, widest);
     *padded = most(*padded, widest * map.channel);
     *outputs = most(*outputs, widest * map.out_channel);
-    *sums = most(*sums, weight_grad_scratch<T>(int(b.k)));
+    if (b.spectrum) {
+      *sums = most(*sums, fourier_scratch(map, b.spectrum, backward));
+    } else if (backward) {
+      *sums = most(*sums, weight_grad_scratch<T>(int(b.k)));
+    }
   }
 }
 
@@ -52,7 +57,7 @@ struct BlockImages {
         branch_carver{static_cast<char*>(scratch.branch)},
         attention(a, carver, backward) {
     int64_t channels, longest, outputs, sums_count;
-    branch_extents<T>(a, &channels, &longest, &outputs, &sums_count);
+    branch_extents<T>(a, backward, &channels, &longest, &outputs, &sums_count);
     // All channels in every branch need x whole. So does channels_last where a branch is less than two cache lines
     // of a pixel; else one branch's channels at a time stay nearer.
     const int64_t piece = channels * (a.element == Element::kBFloat16 ? 2 : int64_t(sizeof(T)));
@@ -60,10 +65,10 @@ struct BlockImages {
     y = carver.take<T>(a.out * step);
     x = branch_carver.take<T>((branchwise ? channels : a.in) * step);
     padded = branch_carver.take<T>(longest);
+    sums = branch_carver.take<T>(sums_count);
     if (!backward) return;
     grad = carver.take<T>(a.out * step);
     padded_grad = branch_carver.take<T>(longest);
-    sums = branch_carver.take<T>(sums_count);
   }
 
   template <class E>
@@ -95,8 +100,19 @@ struct BlockImages {
     const ConvMap<T> map = branch_map<T>(args, b, false);
     const T* input = conv_input<E>(b, map, image, images);
     const T* bias = static_cast<const T*>(args.bias);
-    conv_map<T>(map, input, static_cast<const T*>(args.packed) + b.weight_first, bias ? bias + b.out_first : nullptr,
-                false, y + b.out_first * step);
+    if (bias) bias += b.out_first;
+    const T* packed = static_cast<const T*>(args.packed) + b.packed_first;
+    T* to = y + b.out_first * step;
+    if (b.spectrum) {
+      T probe[kLanes<T>] = {};
+      fourier_forward(map, table(b), input, packed, bias, to, sums, probe);
+      const IVec<T> lost = load(probe) != load(probe);
+      if (any_lane<T>(lost)) {
+        direct_lanes(map, input, static_cast<const T*>(b.weights), b.full_k, b.weight_stride, bias, lost, to);
+      }
+    } else {
+      conv_map<T>(map, input, packed, bias, false, to);
+    }
     // While the branch's y is still near.
     if (branchwise) unpack_y<E>(image, images, b.out_first, b.out);
     if (args.hidden) attention.pool_pixels(y, b.out_first, b.out_first + b.out);
@@ -126,6 +142,13 @@ struct BlockImages {
     for (int i = 0; i < args.branch_count; ++i) {
       if (at_step != kWhole && at_step != i) continue;
       const Branch& b = args.branches[i];
+      if (b.spectrum) {
+        const bool data = args.split && args.grad_x.data;
+        if (args.need_parameters || data) {
+          spectra_gradients<E>(b, image, images, args.need_parameters ? partials : nullptr, data, false, true);
+        }
+        continue;
+      }
       if (args.need_parameters) weight_gradient<E>(b, unit, image, images, partials);
       if (!args.split || !args.grad_x.data) continue;
       if (!args.need_parameters) finish(b, images, true);
@@ -133,8 +156,13 @@ struct BlockImages {
     }
     if (!args.grad_x.data) return;
     for (int i = 0; i < args.branch_count && !args.split; ++i) {
-      finish(args.branches[i], images, !args.need_parameters);
-      data_gradient<E>(args.branches[i], image, images, i > 0);
+      const Branch& b = args.branches[i];
+      if (b.spectrum) {
+        spectra_gradients<E>(b, image, images, nullptr, true, i > 0, !args.need_parameters);
+        continue;
+      }
+      finish(b, images, !args.need_parameters);
+      data_gradient<E>(b, image, images, i > 0);
     }
     if (!branchwise) unpack_grad_x<E>(image, images, 0, args.in);
   }
@@ -176,19 +204,37 @@ struct BlockImages {
     }
     const T* input = conv_input<E>(b, map, image, images);
     T* to = partials + args.partial.conv + b.grad_first;
-    if (map.layout == kClip) {
+    if (!map.bordered()) {
       weight_grad_map<T>(map, input, grad + b.out_first * step, step, to, sums);
     } else {
       weight_grad_map<T>(map, input, padded_grad + map.lead, map.channel, to, sums, map.pitch - map.width);
     }
   }
 
+  // Both gradients of a branch, or one of them (partials null, or not data), by way of spectra.
+  template <class E>
+  void spectra_gradients(const Branch& b, int64_t image, int images, T* partials, bool data, bool accumulate,
+                         bool first) {
+    const ConvMap<T> map = branch_map<T>(args, b, false);
+    finish(b, images, first);
+    if (partials) conv_input<E>(b, map, image, images);
+    T probe[kLanes<T>] = {};
+    fourier_backward(map, table(b), images, branch_x(b), grad + b.out_first * step,
+                     data ? static_cast<const T*>(args.packed_backward) + b.packed_first : nullptr, accumulate,
+                     branch_x(b), partials ? partials + args.partial.conv + b.grad_first : nullptr, sums, probe);
+    const IVec<T> lost = load(probe) != load(probe);
+    if (any_lane<T>(lost)) __atomic_store_n(args.not_finite, 1, __ATOMIC_RELAXED);
+    if (data && branchwise) unpack_grad_x<E>(image, images, b.in_first, b.in);
+  }
+
+  const DftTable<T>& table(const Branch& b) { return *dft_table<T>(args.height, b.k); }
+
   T* branch_x(const Branch& b) { return branchwise ? x : x + b.in_first * step; }
 
   // x of a branch as its convolution reads it.
   template <class E>
   const T* conv_input(const Branch& b, const ConvMap<T>& map, int64_t image, int images) {
-    if (map.layout == kClip) {
+    if (!map.bordered()) {
       if (branchwise) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
       return branch_x(b);
     }
@@ -207,11 +253,11 @@ struct BlockImages {
   void finish(const Branch& b, int images, bool first) {
     const ConvMap<T> map = branch_map<T>(args, b, true);
     T* dy = grad + b.out_first * step;
-    if (map.layout == kClip || b.by_channels) {
+    if (!map.bordered() || b.by_channels) {
       if (args.hidden && first) {
         attention.finish_backward(grad, b.out_first, b.out_first + b.out, images, dy, step, 0);
       }
-      if (map.layout != kClip) pad_images(map, b.out, dy, padded_grad);
+      if (map.bordered()) pad_images(map, b.out, dy, padded_grad);
     } else if (args.hidden) {
       zero_borders(map, b.out, padded_grad);
       attention.finish_backward(grad, b.out_first, b.out_first + b.out, images, padded_grad + map.lead, map.channel,
@@ -226,7 +272,7 @@ struct BlockImages {
     constexpr int L = kLanes<T>;
     const T* from = branch_x(b);
     T* to = static_cast<T*>(args.kept_x) + b.kept_x_first + unit * b.in * map.channel;
-    if (map.layout != kClip) {
+    if (map.bordered()) {
       pad_images(map, b.in, from, to);
     } else {
       for (int64_t i = 0; i < b.in * map.channel; i += L) store(to + i, load(from + i));
@@ -240,8 +286,8 @@ struct BlockImages {
   template <class E>
   void data_gradient(const Branch& b, int64_t image, int images, bool accumulate) {
     const ConvMap<T> map = branch_map<T>(args, b, true);
-    const T* input = map.layout == kClip ? grad + b.out_first * step : padded_grad;
-    conv_map<T>(map, input, static_cast<const T*>(args.packed_backward) + b.weight_first, nullptr, accumulate,
+    const T* input = map.bordered() ? padded_grad : grad + b.out_first * step;
+    conv_map<T>(map, input, static_cast<const T*>(args.packed_backward) + b.packed_first, nullptr, accumulate,
                 branch_x(b));
     if (branchwise) unpack_grad_x<E>(image, images, b.in_first, b.in);
   }

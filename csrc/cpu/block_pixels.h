@@ -24,7 +24,7 @@ struct BlockPixels {
         branch_carver{static_cast<char*>(scratch.branch)},
         attention(a, carver, backward) {
     int64_t channels, longest, outputs, sums_count;
-    branch_extents<T>(a, &channels, &longest, &outputs, &sums_count);
+    branch_extents<T>(a, backward, &channels, &longest, &outputs, &sums_count);
     y = carver.take<T>(a.out * row);
     x = branch_carver.take<T>((a.split ? channels : a.in) * row);
     padded = branch_carver.take<T>(longest);
@@ -83,7 +83,7 @@ struct BlockPixels {
     if (args.split) pack<E>(args.x, image, b.in_first, b.in, x);
     pad_pixels(map, b.in, x, row, padded);
     const T* bias = static_cast<const T*>(args.bias);
-    conv_map<T>(map, padded, static_cast<const T*>(args.packed) + b.weight_first, bias ? bias + b.out_first : nullptr,
+    conv_map<T>(map, padded, static_cast<const T*>(args.packed) + b.packed_first, bias ? bias + b.out_first : nullptr,
                 false, raw);
     unpad_pixels(map, b.out, raw, y + b.out_first * row, row);
     if (args.hidden) attention.pool_pixels(y, b.out_first, b.out_first + b.out);
@@ -134,7 +134,7 @@ struct BlockPixels {
                          partials + args.partial.conv + b.grad_first, sums);
     }
     if (!args.grad_x.data) return;
-    conv_map<T>(map, padded_grad, static_cast<const T*>(args.packed_backward) + b.weight_first, nullptr, false, raw);
+    conv_map<T>(map, padded_grad, static_cast<const T*>(args.packed_backward) + b.packed_first, nullptr, false, raw);
     if (args.split) {
       unpad_pixels(map, b.in, raw, x, row);
       unpack<E>(args.grad_x, image, b.in_first, b.in, x);

@@ -21,8 +21,8 @@
 
 namespace mfef::cpu::MFEF_ISA {
 
-enum ConvLayout { kClip = 0, kPadded = 1, kPixels = 2 };
-constexpr int kLayouts = 3;
+enum ConvLayout { kClip = 0, kPadded = 1, kPixels = 2, kSpectra = 3 };
+constexpr int kLayouts = 3;  // with tiles; kSpectra is conv_fourier.h's, without borders
 
 constexpr int64_t kChain = 100;  // 4 channels of 5 x 5, 2 of 7 x 7, 1 of 9 x 9
 

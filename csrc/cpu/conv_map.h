@@ -53,6 +53,7 @@ struct ConvMap {
   int64_t in_group() const { return in / groups; }
   int64_t out_group() const { return out / groups; }
   int64_t weight_count() const { return out * in_group() * k * k; }
+  bool bordered() const { return layout == kPadded; }
 };
 
 template <class T>
@@ -71,6 +72,22 @@ MFEF_INLINE ConvMap<T> images_map(int64_t in, int64_t out, int64_t groups, int64
   m.channel = channel_vectors(height * m.pitch) * kLanes<T>;
   m.out_channel = channel_vectors(height * width) * kLanes<T>;
   m.main_pix = clip ? int(width) : next_pix(width, kRegisters == 32 ? 8 : 4);
+  return m;
+}
+
+// For conv_fourier.h: no borders.
+template <class T>
+MFEF_INLINE ConvMap<T> spectra_map(int64_t in, int64_t out, int64_t groups, int64_t k, int64_t height, int64_t width) {
+  ConvMap<T> m{};
+  m.in = in;
+  m.out = out;
+  m.groups = groups;
+  m.k = int(k);
+  m.height = height;
+  m.width = width;
+  m.layout = kSpectra;
+  m.pitch = width;
+  m.channel = m.out_channel = channel_vectors(height * width) * kLanes<T>;
   return m;
 }
 

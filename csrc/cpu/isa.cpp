@@ -62,6 +62,7 @@ const Kernels* find(const std::string& name) {
 
 std::atomic<const Kernels*> in_use{nullptr};
 std::atomic<int> plan_in_force{-1};
+std::atomic<Convolution> convolution_in_force{Convolution::kByShape};
 
 }  // namespace
 
@@ -105,6 +106,26 @@ void force_plan(const std::string& name) {
 std::string forced_plan() {
   const int plan = plan_in_force;
   return plan < 0 ? "" : plan == int(Plan::kImages) ? "images" : "pixels";
+}
+
+void force_convolution(const std::string& name) {
+  if (name.empty()) {
+    convolution_in_force = Convolution::kByShape;
+  } else if (name == "direct") {
+    convolution_in_force = Convolution::kDirect;
+  } else if (name == "fourier") {
+    convolution_in_force = Convolution::kFourier;
+  } else {
+    throw std::invalid_argument("convolution '" + name +
+                                "' is unknown; use 'direct', 'fourier', or '' to choose by shape");
+  }
+}
+
+Convolution forced_convolution() { return convolution_in_force; }
+
+std::string forced_convolution_name() {
+  const Convolution forced = convolution_in_force;
+  return forced == Convolution::kByShape ? "" : forced == Convolution::kDirect ? "direct" : "fourier";
 }
 
 Plan choose_plan(const BlockArgs& a, int lanes) {

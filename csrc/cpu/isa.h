@@ -21,6 +21,11 @@ const Kernels& kernels();
 // Forces a plan ("images", "pixels", "" for automatic). Throws std::invalid_argument.
 void force_plan(const std::string& name);
 std::string forced_plan();
+// Forces the convolution of the images plan ("direct", "fourier" wherever it can, "" for automatic). Throws
+// std::invalid_argument.
+void force_convolution(const std::string& name);
+std::string forced_convolution_name();
+Convolution forced_convolution();
 // The plan for a problem whose sizes, branches and hidden width are filled in. It depends on the shape and
 // the instruction set alone, never on the number of threads, so that results do not either.
 Plan choose_plan(const BlockArgs& args, int lanes);

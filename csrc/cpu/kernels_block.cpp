@@ -20,21 +20,31 @@ MFEF_INLINE auto with_types(Element element, const F& f) {
   }
 }
 
-int64_t packed_elements(const BlockArgs& a) {
-  int64_t count = 0;
-  for (int i = 0; i < a.branch_count; ++i) {
-    const Branch& b = a.branches[i];
-    count += b.out * (b.in / b.groups) * b.k * b.k;
-  }
-  return count;
+int64_t choose(BlockArgs& a, bool backward) {
+  return with_types(a.element, [&](auto, auto t) {
+    using T = decltype(t);
+    int64_t count = 0;
+    for (int i = 0; i < a.branch_count; ++i) {
+      Branch& b = a.branches[i];
+      b.spectrum = choose_spectrum<T>(a, b, backward);
+      b.packed_first = count;
+      const auto map = branch_map<T>(a, b, backward);
+      count += b.spectrum ? map.groups * packed_spectra_group(map, b.spectrum) : map.weight_count();
+    }
+    return count;
+  });
+}
+
+template <class T>
+MFEF_INLINE int64_t packed_pieces(const Branch& b, const ConvMap<T>& map) {
+  return b.spectrum ? spectrum_blocks(map, b.spectrum) : map.groups * tiles_per_group(map);
 }
 
 int64_t packed_tiles(const BlockArgs& a, bool backward) {
   return with_types(a.element, [&](auto, auto t) {
     int64_t count = 0;
     for (int i = 0; i < a.branch_count; ++i) {
-      const auto map = branch_map<decltype(t)>(a, a.branches[i], backward);
-      count += map.groups * tiles_per_group(map);
+      count += packed_pieces(a.branches[i], branch_map<decltype(t)>(a, a.branches[i], backward));
     }
     return count;
   });
@@ -47,11 +57,17 @@ void prepare(const BlockArgs& a, bool backward, int64_t begin, int64_t end) {
     for (int i = 0; i < a.branch_count && first < end; ++i) {
       const Branch& b = a.branches[i];
       const auto map = branch_map<T>(a, b, backward);
-      const int64_t tiles = map.groups * tiles_per_group(map);
+      const int64_t tiles = packed_pieces(b, map);
       if (first + tiles > begin) {
-        pack_weights<T>(map, backward, static_cast<const T*>(b.weights), b.full_k, b.weight_stride,
-                        static_cast<T*>(backward ? a.packed_backward : a.packed) + b.weight_first,
-                        most<int64_t>(0, begin - first), least(tiles, end - first));
+        const T* weights = static_cast<const T*>(b.weights);
+        T* to = static_cast<T*>(backward ? a.packed_backward : a.packed) + b.packed_first;
+        const int64_t from = most<int64_t>(0, begin - first), until = least(tiles, end - first);
+        if (b.spectrum) {
+          pack_spectra<T>(map, *dft_table<T>(a.height, b.k), backward, weights, b.full_k, b.weight_stride, to, from,
+                          until);
+        } else {
+          pack_weights<T>(map, backward, weights, b.full_k, b.weight_stride, to, from, until);
+        }
       }
       first += tiles;
     }
@@ -73,10 +89,10 @@ int64_t lay_out(BlockArgs& a) {
     for (int i = 0; i < a.branch_count; ++i) {
       Branch& b = a.branches[i];
       const auto map = branch_map<T>(a, b, false);
-      b.by_channels = weight_grad_by_channels(map);
+      b.by_channels = !b.spectrum && weight_grad_by_channels(map);
       int64_t& sums = b.by_channels ? a.channel_sum_elements : conv;
       b.grad_first = sums;
-      sums += round_up(weight_grad_elements(map), 16);
+      sums += round_up(b.spectrum ? spectra_grad_elements(map) : weight_grad_elements(map), 16);
       if (!b.by_channels) continue;
       b.kept_x_first = a.kept_x_elements;
       b.kept_grad_first = a.kept_grad_elements;
@@ -123,7 +139,8 @@ void read_branch_grad(const BlockArgs& a, int branch, int64_t group, void* to, c
     const Branch& b = a.branches[branch];
     const T* sums =
         b.by_channels ? static_cast<const T*>(a.channel_sums) : static_cast<const T*>(a.partials) + a.partial.conv;
-    read_weight_grad(branch_map<T>(a, b, false), sums + b.grad_first, group, b.full_k, static_cast<T*>(to), stride);
+    auto read = b.spectrum ? read_spectra_grad<T> : read_weight_grad<T>;
+    read(branch_map<T>(a, b, false), sums + b.grad_first, group, b.full_k, static_cast<T*>(to), stride);
   });
 }
 
@@ -192,7 +209,7 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     MFEF_STRING(MFEF_ISA),
     kVectorBytes,
-    packed_elements,
+    choose,
     packed_tiles,
     prepare,
     lay_out,

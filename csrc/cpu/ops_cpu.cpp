@@ -150,6 +150,7 @@ class Call {
 
   Call(const Tensor& x, const MapSize& size) {
     args.element = element_of(x);
+    args.convolution = forced_convolution();
     args.batch = size.n;
     args.in = args.out = size.c;
     args.height = size.h;
@@ -161,7 +162,7 @@ class Call {
     args.split = split;
     args.branch_count = int(branches.size());
     args.out = out_channels;
-    int64_t in = 0, out = 0, weight = 0;
+    int64_t in = 0, out = 0;
     for (size_t i = 0; i < branches.size(); ++i) {
       const BranchSize& b = branches[i];
       const int64_t k = live_taps(b.k, args.height, args.width);
@@ -174,11 +175,9 @@ class Call {
       branch.groups = b.groups;
       branch.full_k = b.k;
       branch.k = k;
-      branch.weight_first = weight;
       branch.weights = compute_elements(weights[i], branch.weight_stride);
       in += b.in;
       out += b.out;
-      weight += b.out * (b.in / b.groups) * k * k;
     }
     if (bias) args.bias = parameter(*bias);
   }
@@ -194,17 +193,67 @@ class Call {
   }
 
   void forward() {
-    choose();
     const Kernels& k = kernels();
-    if (args.branch_count) pack(k, false);
+    const int64_t packed = choose(k, false);
+    if (args.branch_count) pack(k, false, packed);
     run(k.units(args), false, [&](int64_t unit, int step, Scratch scratch) { k.forward(args, unit, step, scratch); });
   }
 
   // Runs the backward; the parameters' gradients are then read with write().
   void backward() {
-    choose();
+    int32_t not_finite = 0;
+    args.not_finite = &not_finite;
+    backward_once();
+    // Spectra spread what is not finite over whole maps and kernels; direct sums leave it where it belongs.
+    if (!not_finite) return;
+    args.convolution = Convolution::kDirect;
+    backward_once();
+  }
+  // Writes the gradient whose sums start at `first`.
+  void write(const Tensor& grad, int64_t first) {
+    write(grad, args.partials, [first](int64_t i) { return first + i; });
+  }
+  // Writes the gradient of a branch's weights.
+  void write_weights(const Tensor& grad, int branch) {
     const Kernels& k = kernels();
-    if (args.branch_count && args.grad_x.data) pack(k, true);
+    const Branch& b = args.branches[branch];
+    // empty_like() keeps the order of dense tensors and makes others contiguous.
+    const bool widened = args.element == Element::kBFloat16;
+    const int64_t count = grad.numel();
+    void* to = widened ? room(count) : grad.mutable_data_ptr();
+    const int64_t stride[4] = {grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3)};
+    if (b.k < b.full_k) std::memset(to, 0, size_t(count * compute_size(args.element)));
+    torch::stable::parallel_for(0, b.groups, kElements / (count / b.groups + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) k.read_weight_grad(args, branch, g, to, stride);
+    });
+    if (!widened) return;
+    uint16_t* narrowed = static_cast<uint16_t*>(grad.mutable_data_ptr());
+    torch::stable::parallel_for(0, count, kElements, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) narrowed[i] = narrow(static_cast<const float*>(to)[i]);
+    });
+  }
+  // fc2's sums are (hidden, C): the loop that makes them runs over channels.
+  void write_fc2(const Tensor& grad) {
+    const int64_t hidden = args.hidden, channels = args.out, first = args.partial.fc2_weight;
+    write(grad, args.partials, [=](int64_t i) { return first + (i % hidden) * channels + i / hidden; });
+  }
+
+  BlockArgs args{};
+
+ private:
+  template <class At>
+  void write(const Tensor& grad, const void* sums, const At& at) {
+    if (args.element == Element::kDouble) {
+      write_elements(static_cast<const double*>(sums), grad, args.element, at);
+    } else {
+      write_elements(static_cast<const float*>(sums), grad, args.element, at);
+    }
+  }
+
+  void backward_once() {
+    const Kernels& k = kernels();
+    const int64_t packed = choose(k, true);
+    if (args.branch_count && args.grad_x.data) pack(k, true, packed);
     PartialLayout& p = args.partial;
     int64_t next = 0;
     auto take = [&next](int64_t count) {
@@ -247,48 +296,11 @@ class Call {
     }
   }
 
-  // Writes the gradient whose sums start at `first`.
-  void write(const Tensor& grad, int64_t first) {
-    write(grad, args.partials, [first](int64_t i) { return first + i; });
+  // Returns the elements of packed weights.
+  int64_t choose(const Kernels& k, bool backward) {
+    args.plan = choose_plan(args, k.vector_bytes / int(compute_size(args.element)));
+    return k.choose(args, backward);
   }
-  // Writes the gradient of a branch's weights.
-  void write_weights(const Tensor& grad, int branch) {
-    const Kernels& k = kernels();
-    const Branch& b = args.branches[branch];
-    // empty_like() keeps the order of dense tensors and makes others contiguous.
-    const bool widened = args.element == Element::kBFloat16;
-    const int64_t count = grad.numel();
-    void* to = widened ? room(count) : grad.mutable_data_ptr();
-    const int64_t stride[4] = {grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3)};
-    if (b.k < b.full_k) std::memset(to, 0, size_t(count * compute_size(args.element)));
-    torch::stable::parallel_for(0, b.groups, kElements / (count / b.groups + 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) k.read_weight_grad(args, branch, g, to, stride);
-    });
-    if (!widened) return;
-    uint16_t* narrowed = static_cast<uint16_t*>(grad.mutable_data_ptr());
-    torch::stable::parallel_for(0, count, kElements, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) narrowed[i] = narrow(static_cast<const float*>(to)[i]);
-    });
-  }
-  // fc2's sums are (hidden, C): the loop that makes them runs over channels.
-  void write_fc2(const Tensor& grad) {
-    const int64_t hidden = args.hidden, channels = args.out, first = args.partial.fc2_weight;
-    write(grad, args.partials, [=](int64_t i) { return first + (i % hidden) * channels + i / hidden; });
-  }
-
-  BlockArgs args{};
-
- private:
-  template <class At>
-  void write(const Tensor& grad, const void* sums, const At& at) {
-    if (args.element == Element::kDouble) {
-      write_elements(static_cast<const double*>(sums), grad, args.element, at);
-    } else {
-      write_elements(static_cast<const float*>(sums), grad, args.element, at);
-    }
-  }
-
-  void choose() { args.plan = choose_plan(args, kernels().vector_bytes / int(compute_size(args.element))); }
 
   // f(i, step, scratch) for every i in [0, count): whole, or step by step where they do not go evenly into the
   // threads. The results are the same to the bit, since every step does the same in both.
@@ -355,8 +367,8 @@ class Call {
   }
 
   // Weights in the order of the tiles.
-  void pack(const Kernels& k, bool backward) {
-    void* to = room(k.packed_elements(args));
+  void pack(const Kernels& k, bool backward, int64_t elements) {
+    void* to = room(elements);
     (backward ? args.packed_backward : args.packed) = to;
     constexpr int64_t kTiles = 4;  // fewer are not worth a thread
     torch::stable::parallel_for(0, k.packed_tiles(args, backward), kTiles,

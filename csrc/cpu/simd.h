@@ -232,6 +232,14 @@ MFEF_INLINE Vec<T> sums_of_lanes(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// Whether a comparison holds in any lane.
+template <class T>
+MFEF_INLINE bool any_lane(IVec<T> lanes) {
+  bool any = false;
+  for (int i = 0; i < kLanes<T>; ++i) any |= lanes[i] != 0;
+  return any;
+}
+
 template <class T>
 MFEF_INLINE T sum_of_lanes(Vec<T> v) {
   T lane[kLanes<T>];
