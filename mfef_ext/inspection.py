@@ -86,7 +86,12 @@ def _describe(x: Tensor, block: nn.Module) -> list[Problem]:
 
 
 def cpu_plan(problem: Problem) -> dict[str, object]:
-    """How the CPU kernels would run a problem: ISA, lanes, plan, units of work, scratch bytes."""
+    """How the CPU kernels would run a problem.
+
+    Keys: isa, lanes, plan, units (of work); for both directions ``forward_`` and ``backward_``:
+    spectra (for each branch the side of its spectra, or 0 where it is convolved directly) and
+    scratch_bytes (a thread).
+    """
     return _C.cpu_plan(
         batch=problem.batch,
         channels=problem.channels,
@@ -108,6 +113,21 @@ _PLAN_TEXT = {
 }
 
 
+def _explain_convolutions(problem: Problem, plan: dict[str, object]) -> list[str]:
+    """Which branches go by way of spectra, in each direction that any does."""
+    lines = []
+    for direction in ("forward", "backward"):
+        spectra = plan[f"{direction}_spectra"]
+        assert isinstance(spectra, list)
+        if any(spectra):
+            ways = (
+                f"k={b.kernel_size} {f'spectra of {n}x{n}' if n else 'direct'}"
+                for b, n in zip(problem.branches, spectra, strict=True)
+            )
+            lines.append(f"    convolutions, {direction}: {', '.join(ways)}")
+    return lines
+
+
 def _explain_problem(problem: Problem, forced: str | None) -> list[str]:
     shape = (problem.batch, problem.channels, problem.height, problem.width)
     dtype = str(problem.dtype).removeprefix("torch.")
@@ -123,6 +143,7 @@ def _explain_problem(problem: Problem, forced: str | None) -> list[str]:
         kept = int(str(plan["backward_scratch_bytes"])) / 1024
         text = _PLAN_TEXT[str(plan["plan"])].format(**plan)
         lines.append(f"    {plan['isa']}, {text}; scratch {kept:,.0f} KiB a thread")
+        lines += _explain_convolutions(problem, plan)
     for name in backends.BACKEND_NAMES:
         if name == chosen.name:
             continue

@@ -11,6 +11,12 @@ from mfef_ext import _C
 
 ISAS = _C.build_info()["cpu_isas_usable"]
 PLANS = ("images", "pixels")
+# Every way through the CPU kernels: (plan, convolution of the images plan).
+WAYS = {
+    "images": ("images", "direct"),
+    "spectra": ("images", "fourier"),
+    "pixels": ("pixels", "direct"),
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -31,16 +37,32 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[(isa, plan) for isa in ISAS for plan in PLANS], ids="-".join)
+@pytest.fixture(params=[(isa, way) for isa in ISAS for way in WAYS], ids="-".join)
 def engine(request):
-    """Every instruction set that this processor has, with every plan, one after another."""
-    isa, plan = request.param
+    """Every instruction set that this processor has, with every way, one after another."""
+    isa, way = request.param
+    plan, convolution = WAYS[way]
     before = _C.cpu_isa()
     _C.force_cpu_isa(isa)
     _C.force_cpu_plan(plan)
+    _C.force_cpu_convolution(convolution)
     yield request.param
     _C.force_cpu_isa(before)
     _C.force_cpu_plan("")
+    _C.force_cpu_convolution("")
+
+
+@pytest.fixture(params=ISAS)
+def spectra(request):
+    """Every instruction set, by way of spectra where there are transforms for the map."""
+    before = _C.cpu_isa()
+    _C.force_cpu_isa(request.param)
+    _C.force_cpu_plan("images")
+    _C.force_cpu_convolution("fourier")
+    yield request.param
+    _C.force_cpu_isa(before)
+    _C.force_cpu_plan("")
+    _C.force_cpu_convolution("")
 
 
 @pytest.fixture(params=PLANS)
@@ -63,7 +85,7 @@ def threads():
 def _nothing_forced():
     yield
     assert mfef_ext.backends.forced_name() == (os.environ.get("MFEF_BACKEND") or None)
-    assert _C.forced_cpu_plan() == ""
+    assert _C.forced_cpu_plan() == _C.forced_cpu_convolution() == ""
 
 
 @pytest.fixture

@@ -19,8 +19,6 @@ namespace mfef::cpu::MFEF_ISA {
 // A register tile is kOut output channels by kBins bins, at most so many in all: two accumulators each, two vectors
 // of x, and weights that are broadcast.
 constexpr int kSpectrumTile = kRegisters == 32 ? 8 : 4;
-// Cycles in the planner: of a transform for each bin; of a product of spectra and of a direct one, for the ideal's.
-constexpr double kTransformCost = 9, kMultiplyCost = 1.2, kDirectCost = 1.15;
 // Input channels of a chain of additions, two products each.
 constexpr int64_t kSpectrumChain = kChain / 2;
 
@@ -149,6 +147,7 @@ void multiply_tile(const T* x, int64_t x_step, int64_t channels, const T* weight
     });
   });
   for (int64_t i = 0; i < channels; ++i, x += x_step, weights += kBins * 2 * kOut) {
+    __builtin_prefetch(weights + 16 * kBins * 2 * kOut);
     static_for<kBins>([&](auto b) {
       constexpr int b_ = decltype(b)::value;
       const Vec<T> x_re = load(x + 2 * b_ * L), x_im = load(x + (2 * b_ + 1) * L);
@@ -424,8 +423,21 @@ void fourier_backward(const ConvMap<T>& map, const DftTable<T>& table, int image
   }
 }
 
-// Side of the spectra of a branch in one direction, 0 for a direct convolution: whichever is estimated to take fewer
-// cycles for a block of images, at two vector operations a cycle.
+// What the planner takes for the cycles of a block of images, fitted to the times of 94 branches on each instruction
+// set (docs/kernels.md): of a transform, for each bin; of a product of a pair's spectra, the weights' transform
+// included, and of the weight gradient's, with weights in the lanes, for each bin; of turning dy, for each bin; of a
+// direct product; of a sum over the lanes.
+#if defined(MFEF_ISA_avx512)
+constexpr double kTransformCost = 16, kMultiplyCost = 4.2, kPairCost = 5;
+#elif defined(MFEF_ISA_avx2)
+constexpr double kTransformCost = 12, kMultiplyCost = 2.8, kPairCost = 3;
+#else
+constexpr double kTransformCost = 4.5, kMultiplyCost = 3, kPairCost = 6;
+#endif
+constexpr double kTurnCost = 6, kDirectCost = 0.575, kLaneSumCost = 1.4;
+
+// Side of the spectra of a branch in one direction, 0 for a direct convolution: whichever should take fewer cycles.
+// Not by the number of images: alone or among others, an image has the same result.
 template <class T>
 MFEF_INLINE int choose_spectrum(const BlockArgs& a, const Branch& b, bool backward) {
   if (a.plan != Plan::kImages || a.convolution == Convolution::kDirect || a.height != a.width || a.height < 1) return 0;
@@ -438,18 +450,18 @@ MFEF_INLINE int choose_spectrum(const BlockArgs& a, const Branch& b, bool backwa
   for (int64_t d = -(b.k / 2); d <= b.k / 2; ++d) line += double(a.height - (d < 0 ? -d : d));
   const bool clips = images_map<T>(b.in, b.out, b.groups, b.k, a.height, a.width).layout == kClip;
   const double products = line * (clips ? line : side * double(b.k));
-  const double transform = bins * kTransformCost, multiply = pairs * bins * 4 / 2 * kMultiplyCost;
-  double direct = pairs * products / 2 * kDirectCost;
+  const double transform = bins * kTransformCost, multiply = pairs * bins * kMultiplyCost;
+  double direct = pairs * products * kDirectCost;
   double fourier = double(b.in + b.out) * transform + multiply;
   if (backward) {
-    direct = 2 * direct + pairs * double(b.k * b.k) * 2;
+    direct = 2 * direct + pairs * double(b.k * b.k) * kLaneSumCost;
     fourier += double(b.in) * transform;
-    const double inverse = pairs / kLanes<T> * transform * 2;
+    const double inverse = pairs / kLanes<T> * transform;
     if (outputs_in_lanes(spectra_map<T>(b.in, b.out, b.groups, b.k, a.height, a.width))) {
       const double used = double(b.out / b.groups) / double(round_up(b.out / b.groups, kLanes<T>));
-      fourier += (multiply + inverse) / used + double(b.out) * bins * 2 * 4;
+      fourier += (multiply + inverse) / used + double(b.out) * bins * kTurnCost;
     } else {
-      fourier += pairs * bins * 5 + inverse;
+      fourier += pairs * bins * kPairCost + inverse;
     }
   }
   return fourier < direct ? table->n : 0;

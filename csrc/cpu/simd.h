@@ -214,6 +214,15 @@ MFEF_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// Of every two neighbouring blocks of S lanes, the first holds the sum of a's two, the second that of b's. One of
+// the two operands is a blend, which takes any port, where an exchange takes two shuffles.
+template <class T, int S, int... J>
+MFEF_INLINE Vec<T> add_blocks(Vec<T> a, Vec<T> b, Lanes<J...>) {
+  Vec<T> own = __builtin_shufflevector(a, b, ((J & S) == 0 ? J : kLanes<T> + J)...);
+  Vec<T> other = __builtin_shufflevector(a, b, ((J & S) == 0 ? J + S : kLanes<T> + J - S)...);
+  return own + other;
+}
+
 // Element i of the result is the sum of the lanes of rows[i], added pairwise: a fixed order with
 // log2(kLanes) rounding steps. Half of a transposition's shuffles, since every step halves the rows.
 template <class T, int S = 1>
@@ -222,8 +231,7 @@ MFEF_INLINE Vec<T> sums_of_lanes(Vec<T> (&rows)[kLanes<T>]) {
     static_for<kLanes<T>>([&](auto i) {
       constexpr int kRow = decltype(i)::value;
       if constexpr (kRow % (2 * S) == 0) {
-        exchange_blocks<T, S>(rows[kRow], rows[kRow + S], typename MakeLanes<kLanes<T>>::type{});
-        rows[kRow] += rows[kRow + S];
+        rows[kRow] = add_blocks<T, S>(rows[kRow], rows[kRow + S], typename MakeLanes<kLanes<T>>::type{});
       }
     });
     return sums_of_lanes<T, S * 2>(rows);

@@ -1,0 +1,172 @@
+"""Convolutions as products of spectra: what the other tests, which force them too, do not reach.
+
+Maps of 7x7, 8x8 and 14x14, every width of a group on either side of the widths at which the kernels
+change their tiles or what is in their lanes, and values that are not finite or not far from it.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mfef_ext import _C, functional, reference
+from tests.accuracy import (
+    check_block,
+    factor,
+    largest,
+    make_case,
+    run_block,
+    unit_in_the_last_place,
+)
+
+SIDES = (7, 8, 14)
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@st.composite
+def square_blocks(draw):
+    kernel_sizes = draw(st.lists(st.sampled_from([3, 5, 7, 9]), min_size=1, max_size=3))
+    return {
+        "shape": (
+            draw(st.sampled_from([1, 3, 17])),
+            draw(st.integers(len(kernel_sizes), 40)),
+            *[draw(st.sampled_from(SIDES))] * 2,
+        ),
+        "kernel_sizes": kernel_sizes,
+        "groups": draw(st.sampled_from(["auto", (1,) * len(kernel_sizes)])),
+        "split": draw(st.booleans()),
+        "spatial_kernel_size": 3,
+        "seed": draw(st.integers(0, 100)),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    arguments=square_blocks(),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+)
+def test_random_square_blocks(spectra, dtype, arguments, layout):
+    check_block(dtype, layout, **arguments)
+
+
+# (in, out) of a group: single channels, tiles of one to eight outputs and one to eight bins, just
+# below and above the widths at which output channels become lanes, more inputs than one chain has.
+WIDTHS = [(1, 1), (2, 1), (3, 5), (5, 3), (9, 7), (11, 13), (17, 12), (10, 33), (60, 6)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("in_group", "out_group"), WIDTHS)
+@pytest.mark.parametrize(("side", "k"), [(7, 3), (7, 9), (8, 5), (8, 7), (14, 3), (14, 9)])
+def test_groups_of_any_width(spectra, dtype, in_group, out_group, side, k):
+    """More output than input channels and fewer, in three groups, by the rule of accuracy.py."""
+    low = torch.float32 if dtype == torch.float64 else dtype
+    scale = torch.finfo(dtype).eps / torch.finfo(low).eps
+    ours, eager = [0.0] * 3, [0.0] * 3
+    for seed in range(2):
+        torch.manual_seed(seed)
+        drawn = (
+            torch.randn(18, 3 * in_group, side, side).to(low),
+            torch.randn(3 * out_group, in_group, k, k).to(low),
+            torch.randn(3 * out_group).to(low),
+        )
+        grad = torch.randn(18, 3 * out_group, side, side).to(low)
+
+        def run(f, to, drawn=drawn, grad=grad, **kw):
+            leaves = [t.to(to).requires_grad_() for t in drawn]
+            out = f(leaves[0], [leaves[1]], [3], bias=leaves[2], **kw)
+            return [out.detach(), *torch.autograd.grad(out, leaves[:2], grad.to(to))]
+
+        wanted = run(reference.multi_scale_conv2d, torch.float64)
+        got = run(functional.multi_scale_conv2d, dtype, backend="cpu")
+        plain = run(reference.multi_scale_conv2d, low)
+        for i, (w, a, b) in enumerate(zip(wanted, got, plain, strict=True)):
+            ulp = unit_in_the_last_place(w, dtype)
+            ours[i] = max(ours[i], largest(a.double() - w) / ulp)
+            eager[i] = max(eager[i], scale * largest(b.double() - w) / ulp)
+    for name, o, e in zip(("out", "x", "weight"), ours, eager, strict=True):
+        assert o <= factor(dtype) * e + 1, f"{name}: {o:.3g} units, eager {e:.3g}"
+
+
+def test_spectra_are_what_runs(spectra):
+    """The paper's block, and the widths of the test above."""
+    for direction in ("forward", "backward"):
+        for side, sides in {7: [8, 9, 10, 12], 8: [9, 10, 12, 12], 14: [16, 16, 18, 18]}.items():
+            branches = [(16, 16, g, k) for g, k in zip((1, 4, 8, 16), (3, 5, 7, 9), strict=True)]
+            plan = _C.cpu_plan(18, 64, side, side, branches, True, 4, 7, "float32")
+            assert plan[f"{direction}_spectra"] == sides
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8, 7), (3, 8, 6, 6), (3, 8, 15, 15)])
+def test_other_maps_are_convolved_directly(spectra, shape):
+    branches = [(8, 8, 1, 3)]
+    plan = _C.cpu_plan(*shape, branches, True, 0, 0, "float32")
+    assert plan["forward_spectra"] == plan["backward_spectra"] == [0]
+    _C.force_cpu_convolution("")
+    check_block(torch.float32, shape=shape)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_threads_and_neighbours(spectra, threads, side):
+    case = make_case((19, 20, side, side), dtype=torch.float32).cast(torch.float32)
+    runs = []
+    for count in (1, 2, 3):
+        threads(count)
+        runs.append(run_block(case, functional.mfef_block, backend="cpu"))
+        runs.append(run_block(case, functional.mfef_block, torch.channels_last, backend="cpu"))
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert torch.equal(a, b)
+    for image in (0, 15, 18):
+        x = case.x[image : image + 1]
+        alone = functional.mfef_block(
+            x, case.weights, case.groups, *case.attention, backend="cpu"
+        )
+        assert torch.equal(alone[0], runs[0][0][image])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("place", ["x", "weight"])
+@pytest.mark.parametrize("side", SIDES)
+def test_what_is_not_finite_stays_where_it_is(spectra, place, side, value):
+    """Forward, in each image for itself, and all gradients are what direct sums give.
+
+    3e38 is finite, and so are many of the direct sums with it; spectra overflow. As everywhere,
+    errors are relative to the largest magnitude, beside which nothing is left of the others.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(18, 12, side, side)
+    weights = [torch.randn(6, 6, 3, 3), torch.randn(6, 3, 7, 7)]
+    clean = functional.multi_scale_conv2d(x, weights, [1, 2], backend="cpu")
+    if place == "x":
+        x[5, 3, 2, 2] = x[5, 9, side - 1, 0] = value
+    else:
+        weights[0][1, 2, 0, 1] = weights[1][4, 0, 6, 3] = value
+    grad = torch.randn_like(x)
+
+    def run():
+        leaves = [t.clone().requires_grad_() for t in (x, *weights)]
+        out = functional.multi_scale_conv2d(leaves[0], leaves[1:], [1, 2], backend="cpu")
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    got = run()
+    _C.force_cpu_convolution("direct")
+    wanted = run()
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a.isposinf(), b.isposinf()) and torch.equal(a.isneginf(), b.isneginf())
+        if value != 3e38:
+            torch.testing.assert_close(a, b, equal_nan=True)
+    if place == "x":
+        others = [i for i in range(18) if i != 5]
+        assert torch.equal(got[0][others], clean[others])
+
+
+def test_forcing_what_is_not_there_says_what_is():
+    with pytest.raises(ValueError, match="'direct', 'fourier'"):
+        _C.force_cpu_convolution("winograd")
