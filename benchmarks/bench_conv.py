@@ -12,13 +12,12 @@ within a round.
 from __future__ import annotations
 
 import argparse
-import threading
 import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
-from timing import seconds_per_call
+from timing import operations_per_second, seconds_per_call
 
 from mfef_ext import _C, MFEFBlock
 
@@ -26,21 +25,6 @@ SHAPES = ((128, 64, 8), (128, 128, 8), (128, 256, 8), (32, 128, 28), (32, 256, 1
 ROUNDS = 25
 CHAIN = 1_000_000  # iterations: some milliseconds, beside which the start of a thread is short
 REST = 5e-3  # seconds until torch's threads no longer wait for work in a loop
-
-
-def peak(threads: int) -> float:
-    """Floating-point operations a second of chains on that many threads at once."""
-    done: list[int] = []
-    workers = [
-        threading.Thread(target=lambda: done.append(_C.fma_chain(CHAIN))) for _ in range(threads)
-    ]
-    time.sleep(REST)
-    start = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return sum(done) / (time.perf_counter() - start)
 
 
 def measure(n: int, channels: int, side: int, threads: int) -> tuple[list[float], list[float]]:
@@ -61,7 +45,8 @@ def measure(n: int, channels: int, side: int, threads: int) -> tuple[list[float]
     times: list[list[float]] = [[] for _ in steps]
     fractions: list[list[float]] = [[] for _ in steps]
     for _ in range(ROUNDS):
-        rate = peak(threads)
+        time.sleep(REST)
+        rate = operations_per_second(_C.fma_chain, CHAIN, threads)
         for i, step in enumerate(steps):
             step()  # wakes the threads, fills the caches
             once = seconds_per_call(step, calls[i], "cpu")

@@ -158,21 +158,23 @@ def fma_peak(device: str, dtype: torch.dtype, seconds: float = 0.1) -> dict[str,
             break
         iterations *= 4
     iterations = max(1, int(iterations * seconds / once))
-    best = 0.0
-    for _ in range(5):
-        done: list[int] = []
-        workers = [
-            threading.Thread(target=lambda: done.append(fma_chain(iterations)))  # noqa: B023
-            for _ in range(threads)
-        ]
-        start = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        best = max(best, sum(done) / (time.perf_counter() - start))
+    best = max(operations_per_second(fma_chain, iterations, threads) for _ in range(5))
     how = f"mfef_ext._C.fma_chain, float32, on {threads} Python thread(s), best of 5"
     return {"per_second": best, "how": how}
+
+
+def operations_per_second(chain: Callable[[int], int], iterations: int, threads: int) -> float:
+    """Of ``chain(iterations)``, which returns the operations done, on that many threads at once."""
+    done: list[int] = []
+    workers = [
+        threading.Thread(target=lambda: done.append(chain(iterations))) for _ in range(threads)
+    ]
+    start = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(done) / (time.perf_counter() - start)
 
 
 def last_level_cache() -> int:

@@ -119,7 +119,7 @@ struct AttentionImages {
   int64_t step;  // from channel to channel of a map, in elements
   ConvMap<T> spatial, spatial_back;
   // Per channel.
-  T *mean, *max, *gate, *total;
+  T *mean, *max, *gate;
   typename IntOf<T>::type* max_index;
   // Per hidden unit: before the ReLU for the mean and the maximum; after it, their sum.
   T *hidden_mean, *hidden_max, *hidden_sum;
@@ -141,7 +141,6 @@ struct AttentionImages {
     mean = carver.take<T>(channels * L);
     max = carver.take<T>(channels * L);
     gate = carver.take<T>(channels * L);
-    total = carver.take<T>(channels * L);
     max_index = carver.take<typename IntOf<T>::type>(channels * L);
     hidden_mean = carver.take<T>(a.hidden * L);
     hidden_max = carver.take<T>(a.hidden * L);

@@ -42,7 +42,7 @@ struct Branch {
   int64_t groups;
   int64_t full_k;       // taps per side in memory
   int64_t k;            // live ones; those around them meet no pixel
-  const void* weights;  // (out, in / groups, full_k, full_k) in the compute type
+  const void* weights;  // (out, in / groups, full_k, full_k)
   int64_t weight_stride[4];
 
   // Set by choose(), for one direction. spectrum: side of the spectra, 0 where the convolution is direct.

@@ -108,7 +108,7 @@ struct BlockImages {
       fourier_forward(map, table(b), input, packed, bias, to, sums, probe);
       const IVec<T> lost = load(probe) != load(probe);
       if (any_lane<T>(lost)) {
-        direct_lanes(map, input, static_cast<const T*>(b.weights), b.full_k, b.weight_stride, bias, lost, to);
+        direct_lanes(map, input, static_cast<const E*>(b.weights), b.full_k, b.weight_stride, bias, lost, to);
       }
     } else {
       conv_map<T>(map, input, packed, bias, false, to);
@@ -187,7 +187,11 @@ struct BlockImages {
     if (args.bias && args.need_parameters) {
       for (int64_t c = 0; c < args.out; ++c) {
         Vec<T> sum{};
-        for (int64_t p = 0; p < pixels; ++p) sum += load(grad + c * step + p * L);
+        for (int64_t p0 = 0; p0 < pixels; p0 += kRun) {
+          Vec<T> run{};
+          for (int64_t p = p0; p < least(p0 + kRun, pixels); ++p) run += load(grad + c * step + p * L);
+          sum += run;
+        }
         partials[args.partial.bias + c] += sum_of_lanes<T>(sum);
       }
     }

@@ -115,8 +115,13 @@ struct BlockPixels {
     }
     if (args.bias && args.need_parameters) {
       for (int64_t c = 0; c < args.out; ++c) {
+        constexpr int64_t kStep = kRun * kLanes<T>;
         Vec<T> sum{};
-        for (int64_t p = 0; p < row; p += kLanes<T>) sum += load(grad + c * row + p);
+        for (int64_t p0 = 0; p0 < row; p0 += kStep) {
+          Vec<T> run{};
+          for (int64_t p = p0; p < least(p0 + kStep, row); p += kLanes<T>) run += load(grad + c * row + p);
+          sum += run;
+        }
         partials[args.partial.bias + c] += sum_of_lanes<T>(sum);
       }
     }

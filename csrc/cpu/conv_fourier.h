@@ -63,8 +63,8 @@ MFEF_INLINE int64_t spectrum_blocks(const ConvMap<T>& map, int64_t n) {
 
 // Packs blocks [begin, end). Weights, strides and `flipped` as in pack_weights(); the other direction's spectrum is
 // the conjugate, which multiply_spectra() takes. Scaled by 1 / n^2, which the inverse transform leaves out.
-template <class T>
-void pack_spectra(const ConvMap<T>& map, const DftTable<T>& table, bool flipped, const T* weights, int64_t full_k,
+template <class T, class E>
+void pack_spectra(const ConvMap<T>& map, const DftTable<T>& table, bool flipped, const E* weights, int64_t full_k,
                   const int64_t stride[4], T* packed, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>;
   const int k = map.k, n = table.n;
@@ -84,10 +84,10 @@ void pack_spectra(const ConvMap<T>& map, const DftTable<T>& table, bool flipped,
     for (int64_t i = 0; i < i_count; ++i) {
       for (int lane = 0; lane < L; ++lane) {
         const int64_t c = least(first + lane, map.out - 1);
-        const T* from = weights + c / out_group * group_step + c % out_group * out_step + (i_first + i) * in_step;
+        const E* from = weights + c / out_group * group_step + c % out_group * out_step + (i_first + i) * in_step;
         for (int ky = 0; ky < k; ++ky) {
           for (int kx = 0; kx < k; ++kx) {
-            taps[(ky * k + kx) * L + lane] = from[ky * stride[2] + kx * stride[3]] * scale;
+            taps[(ky * k + kx) * L + lane] = to_compute(from[ky * stride[2] + kx * stride[3]]) * scale;
           }
         }
       }
@@ -243,8 +243,8 @@ template <class T>
 MFEF_INLINE int64_t spectra_grad_elements(const ConvMap<T>& map) {
   return weight_blocks(map, map.groups) * map.k * map.k * kLanes<T>;
 }
-template <class T>
-void read_spectra_grad(const ConvMap<T>& map, const T* sums, int64_t g, int64_t full_k, T* grads,
+template <class T, class E>
+void read_spectra_grad(const ConvMap<T>& map, const T* sums, int64_t g, int64_t full_k, E* grads,
                        const int64_t stride[4]) {
   constexpr int L = kLanes<T>;
   const int64_t taps = int64_t(map.k) * map.k, in_group = map.in_group(), out_group = map.out_group();
@@ -257,9 +257,9 @@ void read_spectra_grad(const ConvMap<T>& map, const T* sums, int64_t g, int64_t 
       const int64_t pair = first + o * in_group + i;
       const int64_t block = outputs_in_lanes(map) ? o / L * in_group + i : pair / L;
       const T* from = sums + block * taps * L + (outputs_in_lanes(map) ? o : pair) % L;
-      T* to = grads + o * stride[0] + i * stride[1];
+      E* to = grads + o * stride[0] + i * stride[1];
       for (int ky = 0; ky < map.k; ++ky) {
-        for (int kx = 0; kx < map.k; ++kx, from += L) to[ky * stride[2] + kx * stride[3]] = *from;
+        for (int kx = 0; kx < map.k; ++kx, from += L) from_compute(*from, to + ky * stride[2] + kx * stride[3]);
       }
     }
   }
@@ -468,8 +468,8 @@ MFEF_INLINE int choose_spectrum(const BlockArgs& a, const Branch& b, bool backwa
 }
 
 // The lanes of y = conv(x) that the spectra lost, by direct sums, an input channel at a time.
-template <class T>
-void direct_lanes(const ConvMap<T>& map, const T* x, const T* weights, int64_t full_k, const int64_t stride[4],
+template <class T, class E>
+void direct_lanes(const ConvMap<T>& map, const T* x, const E* weights, int64_t full_k, const int64_t stride[4],
                   const T* bias, IVec<T> lanes, T* y) {
   constexpr int L = kLanes<T>;
   const int radius = map.k / 2;
@@ -480,12 +480,12 @@ void direct_lanes(const ConvMap<T>& map, const T* x, const T* weights, int64_t f
       for (int64_t w = 0; w < map.width; ++w) {
         Vec<T> sum{};
         for (int64_t i = 0; i < map.in_group(); ++i) {
-          const T* from = weights + o * stride[0] + i * stride[1];
+          const E* from = weights + o * stride[0] + i * stride[1];
           Vec<T> part{};
           for (int64_t ky = most<int64_t>(0, radius - h); ky < least<int64_t>(map.k, map.height + radius - h); ++ky) {
             for (int64_t kx = most<int64_t>(0, radius - w); kx < least<int64_t>(map.k, map.width + radius - w); ++kx) {
               const int64_t at = (h + ky - radius) * map.width + w + kx - radius;
-              part += load(group + i * map.channel + at * L) * splat(from[ky * stride[2] + kx * stride[3]]);
+              part += load(group + i * map.channel + at * L) * splat(to_compute(from[ky * stride[2] + kx * stride[3]]));
             }
           }
           sum += part;

@@ -122,8 +122,8 @@ MFEF_INLINE int64_t tiles_per_group(const ConvMap<T>& map) {
 // Packs tiles [begin, end). The weights in memory are (out, in / groups, full_k, full_k) with these strides, of
 // which the map wants the inner k x k. flipped: the weights of the data gradient, which maps `map.in` channels
 // of dy to `map.out` of dx; the weights in memory are then (map.in, map.out / groups, full_k, full_k).
-template <class T>
-void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, int64_t full_k, const int64_t stride[4],
+template <class T, class E>
+void pack_weights(const ConvMap<T>& map, bool flipped, const E* weights, int64_t full_k, const int64_t stride[4],
                   T* packed, int64_t begin, int64_t end) {
   const int64_t in_group = map.in_group(), out_group = map.out_group(), taps = int64_t(map.k) * map.k;
   const int64_t tiles = tiles_per_group(map);
@@ -132,13 +132,13 @@ void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, int64_t
   const int64_t ky_step = flipped ? -stride[2] : stride[2], kx_step = flipped ? -stride[3] : stride[3];
   const int64_t first_tap = (full_k - map.k) / 2 + (flipped ? map.k - 1 : 0);
   weights += first_tap * (stride[2] + stride[3]);
-  auto pack = [&](const T* from, T* to, auto count) {
+  auto pack = [&](const E* from, T* to, auto count) {
     constexpr int kOut = decltype(count)::value;
     for (int64_t i = 0; i < in_group; ++i, from += in_step) {
       for (int ky = 0; ky < map.k; ++ky) {
-        const T* at = from + ky * ky_step;
+        const E* at = from + ky * ky_step;
         for (int kx = 0; kx < map.k; ++kx, at += kx_step, to += kOut) {
-          static_for<kOut>([&](auto j) { to[decltype(j)::value] = at[decltype(j)::value * out_step]; });
+          static_for<kOut>([&](auto j) { to[decltype(j)::value] = to_compute(at[decltype(j)::value * out_step]); });
         }
       }
     }
@@ -148,7 +148,7 @@ void pack_weights(const ConvMap<T>& map, bool flipped, const T* weights, int64_t
     for (int64_t o = 0; o < out_group; ++tile) {
       const int out = next_out(out_group - o, map.main_pix);
       if (tile >= begin && tile < end) {
-        const T* from = weights + g * stride[0] * (flipped ? in_group : out_group) + o * out_step;
+        const E* from = weights + g * stride[0] * (flipped ? in_group : out_group) + o * out_step;
         T* to = packed + (g * out_group + o) * in_group * taps;
         static_for<kOutCount>([&](auto i) {
           constexpr int kOut = kOutCounts[decltype(i)::value];
@@ -475,8 +475,8 @@ int64_t weight_grad_elements(const ConvMap<T>& map) {
   }
   return map.groups * count;
 }
-template <class T>
-void read_weight_grad(const ConvMap<T>& map, const T* sums, int64_t g, int64_t full_k, T* grads,
+template <class T, class E>
+void read_weight_grad(const ConvMap<T>& map, const T* sums, int64_t g, int64_t full_k, E* grads,
                       const int64_t stride[4]) {
   constexpr int L = kLanes<T>;
   const int64_t taps = int64_t(map.k) * map.k, in_group = map.in_group(), out_group = map.out_group();
@@ -487,10 +487,12 @@ void read_weight_grad(const ConvMap<T>& map, const T* sums, int64_t g, int64_t f
     const int64_t out = by_channels ? least<int64_t>(L, out_group - o) : next_grad_out(map, out_group - o);
     for (int64_t i = 0; i < in_group; ++i) {
       for (int64_t j = 0; j < out; ++j) {
-        T* to = grads + (o + j) * stride[0] + i * stride[1];
+        E* to = grads + (o + j) * stride[0] + i * stride[1];
         const T* from = sums + (by_channels ? j : j * taps);
         for (int ky = 0; ky < map.k; ++ky) {
-          for (int kx = 0; kx < map.k; ++kx, from += by_channels ? L : 1) to[ky * stride[2] + kx * stride[3]] = *from;
+          for (int kx = 0; kx < map.k; ++kx, from += by_channels ? L : 1) {
+            from_compute(*from, to + ky * stride[2] + kx * stride[3]);
+          }
         }
       }
       sums += by_channels ? taps * L : round_up(out * taps, L);

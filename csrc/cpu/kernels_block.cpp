@@ -51,7 +51,7 @@ int64_t packed_tiles(const BlockArgs& a, bool backward) {
 }
 
 void prepare(const BlockArgs& a, bool backward, int64_t begin, int64_t end) {
-  with_types(a.element, [&](auto, auto t) {
+  with_types(a.element, [&](auto e, auto t) {
     using T = decltype(t);
     int64_t first = 0;
     for (int i = 0; i < a.branch_count && first < end; ++i) {
@@ -59,7 +59,7 @@ void prepare(const BlockArgs& a, bool backward, int64_t begin, int64_t end) {
       const auto map = branch_map<T>(a, b, backward);
       const int64_t tiles = packed_pieces(b, map);
       if (first + tiles > begin) {
-        const T* weights = static_cast<const T*>(b.weights);
+        const auto* weights = static_cast<const decltype(e)*>(b.weights);
         T* to = static_cast<T*>(backward ? a.packed_backward : a.packed) + b.packed_first;
         const int64_t from = most<int64_t>(0, begin - first), until = least(tiles, end - first);
         if (b.spectrum) {
@@ -134,13 +134,14 @@ void channel_task(const BlockArgs& a, int64_t task) {
 }
 
 void read_branch_grad(const BlockArgs& a, int branch, int64_t group, void* to, const int64_t stride[4]) {
-  with_types(a.element, [&](auto, auto t) {
+  with_types(a.element, [&](auto e, auto t) {
     using T = decltype(t);
+    using E = decltype(e);
     const Branch& b = a.branches[branch];
     const T* sums =
         b.by_channels ? static_cast<const T*>(a.channel_sums) : static_cast<const T*>(a.partials) + a.partial.conv;
-    auto read = b.spectrum ? read_spectra_grad<T> : read_weight_grad<T>;
-    read(branch_map<T>(a, b, false), sums + b.grad_first, group, b.full_k, static_cast<T*>(to), stride);
+    auto read = b.spectrum ? read_spectra_grad<T, E> : read_weight_grad<T, E>;
+    read(branch_map<T>(a, b, false), sums + b.grad_first, group, b.full_k, static_cast<E*>(to), stride);
   });
 }
 

@@ -21,6 +21,9 @@ const DftTable<T>* find(int64_t side, int64_t k) {
   offer(8, kDft<T, 12, 8>);
   offer(14, kDft<T, 16, 14>);
   offer(14, kDft<T, 18, 14>);
+  offer(16, kDft<T, 18, 16>);
+  offer(16, kDft<T, 20, 16>);
+  offer(28, kDft<T, 32, 28>);
   return best;
 }
 

@@ -49,6 +49,7 @@ constexpr int64_t kElements = 8192;  // fewer are not worth a thread
 
 ScalarType compute_type(Element e) { return e == Element::kDouble ? ScalarType::Double : ScalarType::Float; }
 int64_t compute_size(Element e) { return e == Element::kDouble ? 8 : 4; }
+int64_t element_size(Element e) { return e == Element::kBFloat16 ? 2 : compute_size(e); }
 
 float widen(uint16_t bits) {
   const uint32_t word = uint32_t(bits) << 16;
@@ -61,15 +62,6 @@ uint16_t narrow(float f) {
   uint32_t u;
   __builtin_memcpy(&u, &f, 4);
   return f != f ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-
-// No gaps and no overlaps, whatever the order of dimensions: one run of memory.
-bool is_dense(const Tensor& t) {
-  if (t.is_contiguous()) return true;
-  if (t.dim() != 4) return false;
-  // channels_last, the only other order that weights have in practice.
-  return t.stride(1) == 1 && t.stride(3) == t.size(1) && t.stride(2) == t.size(1) * t.size(3) &&
-         t.stride(0) == t.size(1) * t.size(2) * t.size(3);
 }
 
 // f(offset in t) for each element of t in row-major order, whatever its strides.
@@ -87,8 +79,8 @@ void for_each_element(const Tensor& t, const F& f) {
         for (int64_t d = 0; d < size[3]; ++d) f(a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]);
 }
 
-// Copies t to compute-type elements: in the order of memory, for dense tensors only, or in row-major order.
-void widen_to(const Tensor& t, bool as_it_lies, Element e, void* to) {
+// Copies t to compute-type elements, in row-major order.
+void widen_to(const Tensor& t, Element e, void* to) {
   const void* from = t.data_ptr();
   if (e == Element::kDouble) {
     double* at = static_cast<double*>(to);
@@ -96,11 +88,6 @@ void widen_to(const Tensor& t, bool as_it_lies, Element e, void* to) {
   } else if (e == Element::kFloat) {
     float* at = static_cast<float*>(to);
     for_each_element(t, [&](int64_t i) { *at++ = static_cast<const float*>(from)[i]; });
-  } else if (as_it_lies) {
-    float* at = static_cast<float*>(to);
-    torch::stable::parallel_for(0, t.numel(), kElements, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) at[i] = widen(static_cast<const uint16_t*>(from)[i]);
-    });
   } else {
     float* at = static_cast<float*>(to);
     for_each_element(t, [&](int64_t i) { *at++ = widen(static_cast<const uint16_t*>(from)[i]); });
@@ -175,7 +162,9 @@ class Call {
       branch.groups = b.groups;
       branch.full_k = b.k;
       branch.k = k;
-      branch.weights = compute_elements(weights[i], branch.weight_stride);
+      check_memory(weights[i]);
+      branch.weights = weights[i].data_ptr();
+      for (int64_t d = 0; d < 4; ++d) branch.weight_stride[d] = weights[i].stride(d);
       in += b.in;
       out += b.out;
     }
@@ -217,19 +206,13 @@ class Call {
   void write_weights(const Tensor& grad, int branch) {
     const Kernels& k = kernels();
     const Branch& b = args.branches[branch];
-    // empty_like() keeps the order of dense tensors and makes others contiguous.
-    const bool widened = args.element == Element::kBFloat16;
     const int64_t count = grad.numel();
-    void* to = widened ? room(count) : grad.mutable_data_ptr();
+    void* to = grad.mutable_data_ptr();
     const int64_t stride[4] = {grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3)};
-    if (b.k < b.full_k) std::memset(to, 0, size_t(count * compute_size(args.element)));
+    // empty_like() keeps the order of dense tensors and makes others contiguous: there are no gaps.
+    if (b.k < b.full_k) std::memset(to, 0, size_t(count * element_size(args.element)));
     torch::stable::parallel_for(0, b.groups, kElements / (count / b.groups + 1) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) k.read_weight_grad(args, branch, g, to, stride);
-    });
-    if (!widened) return;
-    uint16_t* narrowed = static_cast<uint16_t*>(grad.mutable_data_ptr());
-    torch::stable::parallel_for(0, count, kElements, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) narrowed[i] = narrow(static_cast<const float*>(to)[i]);
     });
   }
   // fc2's sums are (hidden, C): the loop that makes them runs over channels.
@@ -343,26 +326,12 @@ class Call {
     return memory_.back().memory.get();
   }
 
-  // The elements of t in the compute type: t's own where they are that.
-  const void* compute_elements(const Tensor& t, int64_t stride[4]) {
-    check_memory(t);
-    const bool own = args.element != Element::kBFloat16;
-    const bool kept = own || is_dense(t);
-    for (int64_t d = 0; d < 4; ++d) stride[d] = t.stride(d);
-    if (!kept) {
-      for (int64_t d = 3, step = 1; d >= 0; step *= t.size(d--)) stride[d] = step;
-    }
-    if (own) return t.data_ptr();
-    void* to = room(t.numel());
-    widen_to(t, kept, args.element, to);
-    return to;
-  }
-  // The same, contiguous.
+  // The elements of t in the compute type, contiguous: t's own where they are that.
   const void* parameter(const Tensor& t) {
     check_memory(t);
     if (args.element != Element::kBFloat16 && t.is_contiguous()) return t.data_ptr();
     void* to = room(t.numel());
-    widen_to(t, t.is_contiguous(), args.element, to);
+    widen_to(t, args.element, to);
     return to;
   }
 

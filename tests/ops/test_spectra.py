@@ -124,9 +124,7 @@ def test_threads_and_neighbours(spectra, threads, side):
             assert torch.equal(a, b)
     for image in (0, 15, 18):
         x = case.x[image : image + 1]
-        alone = functional.mfef_block(
-            x, case.weights, case.groups, *case.attention, backend="cpu"
-        )
+        alone = functional.mfef_block(x, case.weights, case.groups, *case.attention, backend="cpu")
         assert torch.equal(alone[0], runs[0][0][image])
 
 
