@@ -2,7 +2,7 @@
 //
 // Everything is unrolled for a length known when compiling. A transform of a real vector is split by halves
 // (decimation in frequency) down to odd lengths and to the odd frequencies of even ones, which are folded about
-// their middle and multiplied with a small matrix of cosines and sines. For the lengths used here, 8 to 32, that is
+// their middle and multiplied with a small matrix of cosines and sines. For the lengths used here, 8 to 20, that is
 // within a tenth of the operations of the best known algorithms, and the compiler contracts most of them to FMAs.
 //
 // A map of n x n real numbers has a spectrum of n * n independent reals. It is stored as complex bins, re then im,
@@ -46,7 +46,7 @@ constexpr double sin_turn(int64_t j, int64_t n) {
   return sum;
 }
 
-constexpr int kLongestDft = 32;
+constexpr int kLongestDft = 20;
 
 // Complex bins of the spectrum of an n x n map.
 constexpr int64_t dft_bins(int64_t n) { return n % 2 ? (n * n + 1) / 2 : n * n / 2 + 2; }

@@ -23,7 +23,6 @@ const DftTable<T>* find(int64_t side, int64_t k) {
   offer(14, kDft<T, 18, 14>);
   offer(16, kDft<T, 18, 16>);
   offer(16, kDft<T, 20, 16>);
-  offer(28, kDft<T, 32, 28>);
   return best;
 }
 

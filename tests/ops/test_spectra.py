@@ -1,6 +1,6 @@
 """Convolutions as products of spectra: what the other tests, which force them too, do not reach.
 
-Maps of 7x7, 8x8 and 14x14, every width of a group on either side of the widths at which the kernels
+Maps of 7x7, 8x8, 14x14 and 16x16, every width of a group on either side of the widths at which the kernels
 change their tiles or what is in their lanes, and values that are not finite or not far from it.
 """
 
@@ -19,7 +19,7 @@ from tests.accuracy import (
     unit_in_the_last_place,
 )
 
-SIDES = (7, 8, 14)
+SIDES = (7, 8, 14, 16)
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
@@ -62,7 +62,7 @@ WIDTHS = [(1, 1), (2, 1), (3, 5), (5, 3), (9, 7), (11, 13), (17, 12), (10, 33), 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("in_group", "out_group"), WIDTHS)
-@pytest.mark.parametrize(("side", "k"), [(7, 3), (7, 9), (8, 5), (8, 7), (14, 3), (14, 9)])
+@pytest.mark.parametrize(("side", "k"), [(7, 3), (7, 9), (8, 5), (8, 7), (14, 3), (16, 9)])
 def test_groups_of_any_width(spectra, dtype, in_group, out_group, side, k):
     """More output than input channels and fewer, in three groups, by the rule of accuracy.py."""
     low = torch.float32 if dtype == torch.float64 else dtype
@@ -96,7 +96,12 @@ def test_groups_of_any_width(spectra, dtype, in_group, out_group, side, k):
 def test_spectra_are_what_runs(spectra):
     """The paper's block, and the widths of the test above."""
     for direction in ("forward", "backward"):
-        for side, sides in {7: [8, 9, 10, 12], 8: [9, 10, 12, 12], 14: [16, 16, 18, 18]}.items():
+        for side, sides in {
+            7: [8, 9, 10, 12],
+            8: [9, 10, 12, 12],
+            14: [16, 16, 18, 18],
+            16: [18, 18, 20, 20],
+        }.items():
             branches = [(16, 16, g, k) for g, k in zip((1, 4, 8, 16), (3, 5, 7, 9), strict=True)]
             plan = _C.cpu_plan(18, 64, side, side, branches, True, 4, 7, "float32")
             assert plan[f"{direction}_spectra"] == sides
