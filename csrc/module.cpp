@@ -74,7 +74,8 @@ py::dict cpu_plan(int64_t batch, int64_t channels, int64_t height, int64_t width
     std::vector<int> spectra;
     for (int i = 0; i < a.branch_count; ++i) spectra.push_back(a.branches[i].spectrum);
     plan[(direction + "_spectra").c_str()] = spectra;
-    plan[(direction + "_scratch_bytes").c_str()] = kernels.unit_scratch(a, backward) + kernels.branch_scratch(a, backward);
+    plan[(direction + "_scratch_bytes").c_str()] =
+        kernels.unit_scratch(a, backward) + kernels.branch_scratch(a, backward);
   }
   return plan;
 }

@@ -444,7 +444,8 @@ MFEF_INLINE int choose_spectrum(const BlockArgs& a, const Branch& b, bool backwa
   const DftTable<T>* table = dft_table<T>(a.height, b.k);
   if (!table) return 0;
   if (a.convolution == Convolution::kFourier) return table->n;
-  const double pairs = double(b.out) * double(b.in / b.groups), side = double(a.height), bins = double(dft_bins(table->n));
+  const double pairs = double(b.out) * double(b.in / b.groups), side = double(a.height),
+               bins = double(dft_bins(table->n));
   // Pairs of a pixel and a tap that meet, along one side and over the map.
   double line = 0;
   for (int64_t d = -(b.k / 2); d <= b.k / 2; ++d) line += double(a.height - (d < 0 ? -d : d));

@@ -208,21 +208,8 @@ int64_t fma_chain(int64_t iterations) {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    MFEF_STRING(MFEF_ISA),
-    kVectorBytes,
-    choose,
-    packed_tiles,
-    prepare,
-    lay_out,
-    channel_tasks,
-    channel_task,
-    read_branch_grad,
-    units,
-    unit_scratch,
-    branch_scratch,
-    forward,
-    backward,
-    fma_chain,
+    MFEF_STRING(MFEF_ISA), kVectorBytes, choose,       packed_tiles,   prepare, lay_out,  channel_tasks, channel_task,
+    read_branch_grad,      units,        unit_scratch, branch_scratch, forward, backward, fma_chain,
 };
 
 }  // namespace mfef::cpu::MFEF_ISA

@@ -1,7 +1,7 @@
 """Convolutions as products of spectra: what the other tests, which force them too, do not reach.
 
-Maps of 7x7, 8x8, 14x14 and 16x16, every width of a group on either side of the widths at which the kernels
-change their tiles or what is in their lanes, and values that are not finite or not far from it.
+Maps of every side that has transforms, widths of a group on either side of those at which the
+kernels change their tiles or what is in their lanes, and values that are not finite or nearly so.
 """
 
 import pytest
