@@ -59,7 +59,9 @@ struct Branch {
 // Offsets of the parameters' gradients in one slot of partial sums, in elements of the compute type. Those of
 // the convolutions have an order of their own (see conv_map.h).
 struct PartialLayout {
-  int64_t conv, bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial, total;
+  int64_t conv, bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial;
+  int64_t energy;  // of each branch, see conv_fourier.h
+  int64_t total;
 };
 
 // Where one unit of work stays from the first step to the last, and what a thread needs for a branch of it.
@@ -130,6 +132,8 @@ struct Kernels {
   // The weight gradients that are computed after all units: how many tasks, and one of them.
   int64_t (*channel_tasks)(const BlockArgs&);
   void (*channel_task)(const BlockArgs&, int64_t task);
+  // Whether any weight gradient by way of spectra has to be done again directly.
+  bool (*doubtful)(const BlockArgs&);
   // The gradient of one group of a branch out of the sums, into a tensor of the shape of the branch's weights,
   // of which the inner k x k are written.
   void (*read_weight_grad)(const BlockArgs&, int branch, int64_t group, void* to, const int64_t stride[4]);

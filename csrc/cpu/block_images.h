@@ -225,7 +225,8 @@ struct BlockImages {
     T probe[kLanes<T>] = {};
     fourier_backward(map, table(b), images, branch_x(b), grad + b.out_first * step,
                      data ? static_cast<const T*>(args.packed_backward) + b.packed_first : nullptr, accumulate,
-                     branch_x(b), partials ? partials + args.partial.conv + b.grad_first : nullptr, sums, probe);
+                     branch_x(b), partials ? partials + args.partial.conv + b.grad_first : nullptr,
+                     partials ? partials + args.partial.energy + (&b - args.branches) : nullptr, sums, probe);
     const IVec<T> lost = load(probe) != load(probe);
     if (any_lane<T>(lost)) __atomic_store_n(args.not_finite, 1, __ATOMIC_RELAXED);
     if (data && branchwise) unpack_grad_x<E>(image, images, b.in_first, b.in);

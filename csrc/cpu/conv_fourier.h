@@ -385,11 +385,29 @@ void fourier_forward(const ConvMap<T>& map, const DftTable<T>& table, const T* x
   }
 }
 
+// Of a block of images, the largest sum of squares over the pixels of a channel, lane by lane.
+template <class T>
+MFEF_INLINE Vec<T> largest_energy(const ConvMap<T>& map, const T* x, int64_t channels, int64_t step) {
+  Vec<T> most_energy{};
+  for (int64_t c = 0; c < channels; ++c, x += step) {
+    Vec<T> sum{};
+    for (int64_t p = 0; p < map.height * map.width; ++p) sum += load(x + p * kLanes<T>) * load(x + p * kLanes<T>);
+    most_energy = sum > most_energy ? sum : most_energy;
+  }
+  return most_energy;
+}
+
+// The taps of a kernel are what is left of products of whole maps, whose rounding errors are proportional to
+// `energy`, the root of the sum over the images of |x|^2 |dy|^2 (of the channels where they are largest). Where that
+// is so many times the largest gradient, nearly all that was multiplied lies too far apart to meet under the kernel;
+// direct sums never form those products. Random maps stay below 4; 8 keeps the error within the accuracy rule.
+constexpr int kDoubt = 8;
+
 // The gradients of a branch whose forward is `map`, of those that are asked for: sums += that of the weights, if
-// `sums`; dx = that of x, or dx += it, if `packed`. dx may be x.
+// `sums`, and energy += its square; dx = that of x, or dx += it, if `packed`. dx may be x.
 template <class T>
 void fourier_backward(const ConvMap<T>& map, const DftTable<T>& table, int images, const T* x, const T* dy,
-                      const T* packed, bool accumulate, T* dx, T* sums, T* scratch, T* probe) {
+                      const T* packed, bool accumulate, T* dx, T* sums, T* energy, T* scratch, T* probe) {
   const int64_t step = spectrum_vectors(table.n) * kLanes<T>, at_once = groups_at_once(map);
   const int64_t taps = int64_t(map.k) * map.k;
   ConvMap<T> back = map;
@@ -398,12 +416,16 @@ void fourier_backward(const ConvMap<T>& map, const DftTable<T>& table, int image
   const int64_t group_size = packed_spectra_group(back, table.n);
   T* dy_spectra = scratch + at_once * map.in_group() * step;
   T* rest = dy_spectra + at_once * map.out_group() * step;
+  T most_energy = 0;
   for (int64_t g = 0; g < map.groups; g += at_once) {
     const int64_t groups = least(at_once, map.groups - g);
     const int64_t in = groups * map.in_group(), out = groups * map.out_group();
     const int64_t first_in = g * map.in_group(), first_out = g * map.out_group();
     for (int64_t o = 0; o < out; ++o) table.map(dy + (first_out + o) * map.out_channel, dy_spectra + o * step);
     if (sums) {
+      const Vec<T> energies = largest_energy(map, x + first_in * map.channel, in, map.channel) *
+                              largest_energy(map, dy + first_out * map.out_channel, out, map.out_channel);
+      most_energy = most(most_energy, sum_of_lanes<T>(energies));
       for (int64_t i = 0; i < in; ++i) table.map(x + (first_in + i) * map.channel, scratch + i * step);
       if (outputs_in_lanes(map)) {
         weight_spectra_lanes(map, table, images, scratch, dy_spectra, sums, rest, probe);
@@ -421,6 +443,21 @@ void fourier_backward(const ConvMap<T>& map, const DftTable<T>& table, int image
       table.inverse_map(scratch + i * step, dx + (first_in + i) * map.channel, {accumulate, nullptr, probe});
     }
   }
+  if (sums) *energy += most_energy;
+}
+
+// Whether the weights' gradient of a branch, out of its sums, may be off by more than it should.
+template <class T>
+bool is_doubtful(const ConvMap<T>& map, const T* sums, T energy) {
+  Vec<T> largest{};
+  for (int64_t i = 0; i < spectra_grad_elements(map); i += kLanes<T>) {
+    const Vec<T> v = load(sums + i), size = v < T(0) ? -v : v;
+    largest = size > largest ? size : largest;
+  }
+  T of_all = 0;
+  for (int i = 0; i < kLanes<T>; ++i) of_all = most(of_all, T(largest[i]));
+  // Divided, lest the square overflow; an energy that did so is doubtful too.
+  return energy != T(0) && !(energy / of_all / T(kDoubt * kDoubt) <= of_all);
 }
 
 // What the planner takes for the cycles of a block of images, fitted to the times of 94 branches on each instruction

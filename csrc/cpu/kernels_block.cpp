@@ -133,6 +133,21 @@ void channel_task(const BlockArgs& a, int64_t task) {
   });
 }
 
+bool doubtful(const BlockArgs& a) {
+  return with_types(a.element, [&](auto, auto t) {
+    using T = decltype(t);
+    const T* partials = static_cast<const T*>(a.partials);
+    bool any = false;
+    for (int i = 0; i < a.branch_count; ++i) {
+      const Branch& b = a.branches[i];
+      if (!b.spectrum) continue;
+      any |= is_doubtful(branch_map<T>(a, b, false), partials + a.partial.conv + b.grad_first,
+                         partials[a.partial.energy + i]);
+    }
+    return any;
+  });
+}
+
 void read_branch_grad(const BlockArgs& a, int branch, int64_t group, void* to, const int64_t stride[4]) {
   with_types(a.element, [&](auto e, auto t) {
     using T = decltype(t);
@@ -208,8 +223,10 @@ int64_t fma_chain(int64_t iterations) {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    MFEF_STRING(MFEF_ISA), kVectorBytes, choose,       packed_tiles,   prepare, lay_out,  channel_tasks, channel_task,
-    read_branch_grad,      units,        unit_scratch, branch_scratch, forward, backward, fma_chain,
+    // in the order of block.h
+    MFEF_STRING(MFEF_ISA), kVectorBytes, choose,   packed_tiles,     prepare, lay_out,
+    channel_tasks,         channel_task, doubtful, read_branch_grad, units,   unit_scratch,
+    branch_scratch,        forward,      backward, fma_chain,
 };
 
 }  // namespace mfef::cpu::MFEF_ISA

@@ -193,8 +193,9 @@ class Call {
     int32_t not_finite = 0;
     args.not_finite = &not_finite;
     backward_once();
-    // Spectra spread what is not finite over whole maps and kernels; direct sums leave it where it belongs.
-    if (!not_finite) return;
+    // Spectra spread what is not finite over whole maps and kernels, and their errors with what is large; direct sums
+    // leave both where they belong.
+    if (!not_finite && !(args.need_parameters && args.batch > 0 && kernels().doubtful(args))) return;
     args.convolution = Convolution::kDirect;
     backward_once();
   }
@@ -251,6 +252,7 @@ class Call {
     p.fc2_weight = take(args.hidden * args.out);
     p.fc2_bias = take(args.hidden ? args.out : 0);
     p.spatial = take(args.hidden ? 2 * args.spatial_k * args.spatial_k : 0);
+    p.energy = take(args.branch_count);
     p.total = next;
     // The division into slots fixes the order of every sum; it depends on the shape alone.
     constexpr int64_t kMostSlots = 64, kMostBytes = int64_t(128) << 20;
