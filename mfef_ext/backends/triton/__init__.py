@@ -7,13 +7,15 @@ tensors, slowly: that is how they are tested without a GPU.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
+from ...ops import OPERATORS as FUSED
 from ...problem import Problem
 from .. import Backend, Condition
 
@@ -38,26 +40,43 @@ def _capable(problem: Problem) -> bool:
     return capability is None or capability >= LEAST_CAPABILITY
 
 
-_MODULES = {
-    "multi_scale_conv2d": "ops",
-    "dual_attention": "ops",
-    "mfef_block": "ops",
-    "kd_loss": "kd",
-}
+def device_of(x: Tensor) -> AbstractContextManager:
+    """For launches: Triton launches on the current device, which need not be that of ``x``."""
+    if x.is_cuda:
+        return torch.cuda.device(x.device)
+    if not interpreted():
+        raise RuntimeError(
+            f"torch.ops.mfef_triton was called with tensors on {x.device}; move them to a CUDA "
+            "device, or set TRITON_INTERPRET=1 before Triton is imported to interpret the kernels"
+        )
+    return nullcontext()
 
 
 class _Operators(Mapping[str, Callable]):
-    """What the operators' modules offer, imported when an operator is first asked for."""
+    """What the operators' modules offer, imported when an operator is first asked for.
+
+    By plain statements and without a loop, so that torch.compile can trace them.
+    """
 
     def __getitem__(self, op: str) -> Callable:
-        module = importlib.import_module(f".{_MODULES[op]}", __name__)
-        return module.kd_loss if op == "kd_loss" else module.OPERATORS[op]
+        if op == "kd_loss":
+            from .kd import kd_loss
+
+            return kd_loss
+        if op not in FUSED:
+            raise KeyError(op)
+        from .ops import OPERATORS
+
+        return OPERATORS[op]
+
+    def __contains__(self, op: object) -> bool:
+        return op == "kd_loss" or op in FUSED
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_MODULES)
+        return iter((*FUSED, "kd_loss"))
 
     def __len__(self) -> int:
-        return len(_MODULES)
+        return len(FUSED) + 1
 
 
 BACKEND = Backend(

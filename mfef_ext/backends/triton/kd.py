@@ -21,7 +21,6 @@ slice after slice.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import ops, problem
-from . import DTYPES, interpreted
+from . import DTYPES, device_of
 
 # --- configurations ---------------------------------------------------------------------------
 
@@ -329,18 +328,6 @@ def _side(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...
     return rows, tuple([x.stride(-2) for x in rows]), step
 
 
-def _device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    if x.is_cuda:
-        return torch.cuda.device(x.device)
-    if not interpreted():
-        raise RuntimeError(
-            f"torch.ops.mfef_triton was called with tensors on {x.device}; move them to a CUDA "
-            "device, or set TRITON_INTERPRET=1 before Triton is imported to interpret the kernels"
-        )
-    return nullcontext()
-
-
 def _kd_loss(
     students: Sequence[Tensor], targets: Sequence[Tensor], temperature: float, detach_target: bool
 ) -> Tensor:
@@ -351,7 +338,7 @@ def _kd_loss(
     c = configuration(classes)
     in_slices, slice_images = slices(images, c.images)
     partial = like.new_empty((count, in_slices), dtype=torch.float32)
-    with _device_of(like):
+    with device_of(like):
         forward_kernel[in_slices, count](
             *_side(students), *_side(targets), partial, images, classes, slice_images,
             1.0 / temperature, temperature * temperature / images,
@@ -377,7 +364,7 @@ def _kd_loss_backward(
     if images == 0 or not (need_students or need_targets):
         return student_grads, target_grads
     c = configuration(classes)
-    with _device_of(like):
+    with device_of(like):
         backward_kernel[triton.cdiv(images, c.images), _count(students)](
             *_side(students), *_side(targets), grad, grad.stride(0),
             # A kernel that does not need them has no use for these pointers.

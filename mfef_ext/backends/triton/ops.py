@@ -7,13 +7,12 @@ fakes and autograd formulas of the native operators serve them unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from ... import ops
-from . import attention, conv, interpreted
+from . import attention, conv, device_of
 
 _lib = torch.library.Library("mfef_triton", "FRAGMENT")
 for _op in ops.OPERATORS:
@@ -21,24 +20,12 @@ for _op in ops.OPERATORS:
         _lib.define(str(getattr(torch.ops.mfef, _name).default._schema).removeprefix("mfef::"))
 
 
-def _device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    if x.is_cuda:
-        return torch.cuda.device(x.device)
-    if not interpreted():
-        raise RuntimeError(
-            f"torch.ops.mfef_triton was called with tensors on {x.device}; move them to a CUDA "
-            "device, or set TRITON_INTERPRET=1 before Triton is imported to interpret the kernels"
-        )
-    return nullcontext()
-
-
 def _nothing(x: Tensor) -> Tensor:
     return x.new_empty((0,))
 
 
 def _multi_scale_conv2d(x, weights, groups, split, bias) -> Tensor:
-    with _device_of(x):
+    with device_of(x):
         return conv.forward(x, weights, groups, split, bias, False)[0]
 
 
@@ -57,7 +44,7 @@ def _conv_gradients(
 
 
 def _multi_scale_conv2d_backward(grad, x, weights, groups, split, bias, need_x, need_parameters):
-    with _device_of(x):
+    with device_of(x):
         gradients = _conv_gradients(grad, x, weights, groups, split, need_x, need_parameters)
         has_bias = need_parameters and bias is not None
         return (*gradients, conv.bias_gradient(grad) if has_bias else _nothing(x))
@@ -65,17 +52,17 @@ def _multi_scale_conv2d_backward(grad, x, weights, groups, split, bias, need_x, 
 
 def _dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight, save):
     parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight
-    with _device_of(y):
+    with device_of(y):
         return attention.forward(y, *parameters, None, save)
 
 
 def _dual_attention_backward(grad, y, *rest):
-    with _device_of(y):
+    with device_of(y):
         return attention.backward(grad, y, *rest)
 
 
 def _mfef_block(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save):
-    with _device_of(x):
+    with device_of(x):
         y, statistics = conv.forward(x, conv_weights, groups, split, None, True)
         out, *saved = attention.forward(y, w1, b1, w2, b2, ws, statistics, save)
         return (out, y if save else _nothing(x), *saved)
@@ -85,7 +72,7 @@ def _mfef_block_backward(
     grad, x, conv_weights, groups, split, w1, b1, w2, b2, ws,
     y, mean, max, max_index, spatial_gate, channel_index, need_x, need_parameters,
 ):  # fmt: skip
-    with _device_of(x):
+    with device_of(x):
         grad_y, *grads = attention.backward(
             grad, y, w1, b1, w2, b2, ws, mean, max, max_index, spatial_gate, channel_index,
             need_x or need_parameters, need_parameters,

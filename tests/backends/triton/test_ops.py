@@ -7,8 +7,6 @@ import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 import mfef_ext
 from mfef_ext import backends, functional
@@ -19,48 +17,24 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
-@st.composite
-def blocks(draw):
-    sizes = draw(st.lists(st.sampled_from([1, 3, 5, 7]), min_size=1, max_size=3))
-    return {
-        "shape": (
-            draw(st.integers(1, 3)),
-            draw(st.integers(len(sizes), 10)),
-            draw(st.integers(1, 6)),
-            draw(st.integers(1, 7)),
-        ),
-        "kernel_sizes": sizes,
-        "split": draw(st.booleans()),
-        "reduction": draw(st.sampled_from([1, 4])),
-        "spatial_kernel_size": draw(st.sampled_from([1, 3, 7])),
-        "biases": draw(st.booleans()),
-        "seed": draw(st.integers(0, 100)),
-    }
+# The kernels' own tests draw at random; here each is one block that reaches both of them.
+BLOCKS = [
+    {"shape": (2, 12, 4, 5), "kernel_sizes": (3, 5), "biases": False},
+    {"shape": (2, 12, 4, 3), "kernel_sizes": (3, 1), "split": False, "biases": False},
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(
-    max_examples=4,
-    deadline=None,
-    derandomize=True,
-    phases=(Phase.generate,),  # the interpreter is too slow to shrink a failure
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(arguments=blocks(), layout=st.sampled_from(LAYOUTS))
-def test_random_blocks(dtype, arguments, layout):
-    check_block(dtype, layout, backend="triton", **arguments)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_wide_groups(dtype):
-    """Groups wide enough for matrix products."""
-    check_block(dtype, shape=(2, 40, 5, 4), kernel_sizes=(3, 5), groups=(1, 1), backend="triton")
+@pytest.mark.parametrize("arguments", BLOCKS, ids=["split", "pyramid"])
+def test_blocks(dtype, arguments):
+    check_block(dtype, backend="triton", **arguments)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_repeats_are_bit_identical_and_layouts_agree(layout):
-    case = make_case((3, 12, 5, 6), kernel_sizes=(3, 5), dtype=torch.float32).cast(torch.float32)
+def test_repeats_are_bit_identical(layout):
+    case = make_case((2, 8, 4, 5), kernel_sizes=(3, 5), dtype=torch.float32).cast(torch.float32)
     runs = [run_block(case, functional.mfef_block, layout, backend="triton") for _ in range(2)]
+    assert runs[0][0].is_contiguous(memory_format=layout)
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
@@ -87,7 +61,7 @@ def test_empty_batch():
 def test_what_needs_no_gradient_gets_none():
     case = make_case((2, 8, 4, 5), kernel_sizes=(3, 5), dtype=torch.float32).cast(torch.float32)
     everything = run_block(case, functional.mfef_block, backend="triton")
-    for i, leaf in enumerate(case.leaves()):
+    for i, leaf in list(enumerate(case.leaves()))[::4]:  # x, a convolution's weight, fc1's, ...
         for other in case.leaves():
             other.requires_grad_(other is leaf)
         out = functional.mfef_block(
