@@ -120,12 +120,14 @@ def test_predicate_says_why_not(monkeypatch):
         functional.mfef_block(case.x, *arguments, backend="triton")
     low = case.cast(torch.float32)
     arguments = (low.weights, low.groups, *low.attention)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="pip install triton"):
-        backends.choose(mfef_ext.problem.describe_mfef_block(low.x, *arguments, True), "triton")
+    described = mfef_ext.problem.describe_mfef_block(low.x, *arguments, True)
+    with monkeypatch.context() as without:
+        without.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(RuntimeError, match="pip install triton"):
+            backends.choose(described, "triton")
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match="must be on a CUDA device, not on cpu"):
-        functional.mfef_block(low.x, *arguments, backend="triton")
+        backends.choose(described, "triton")
 
 
 def test_automatic_choice_prefers_what_has_run_on_hardware(monkeypatch):
