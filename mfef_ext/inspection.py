@@ -147,8 +147,16 @@ def _explain_problem(problem: Problem, forced: str | None) -> list[str]:
     for name in backends.BACKEND_NAMES:
         if name == chosen.name:
             continue
-        ok, reason = backends.by_name(name).supports(problem)
-        lines.append(f"  {name}: {'could, but is not asked first' if ok else 'no, ' + reason}")
+        backend = backends.by_name(name)
+        ok, reason = backend.supports(problem)
+        if not ok:
+            lines.append(f"  {name}: no, {reason}")
+        elif not backend.verified:
+            lines.append(
+                f"  {name}: could, but has not run on hardware yet; backend={name!r} forces it"
+            )
+        else:
+            lines.append(f"  {name}: could, but is not asked first")
     return lines
 
 

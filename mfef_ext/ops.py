@@ -1,11 +1,16 @@
-"""The torch.library side of the native operators: fakes, autograd, autocast.
+"""The torch.library side of the operators: fakes, autograd, autocast.
 
 The schemas are in csrc/ops.cpp, the kernels behind them. Fakes repeat what the kernels allocate;
 autograd formulas only pass tensors on; autocast converts to the autocast dtype, float64 excepted.
+``register`` does all that for a namespace: "mfef" is the native one, and a backend whose kernels
+are written in Python registers the same operators under a name of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +25,7 @@ CUDA_LOADED = torch.version.cuda is not None and _cuda_library.exists()
 if CUDA_LOADED:
     torch.ops.load_library(str(_cuda_library))
 
-_lib = torch.library.Library("mfef", "IMPL")
+OPERATORS = ("multi_scale_conv2d", "dual_attention", "mfef_block")
 
 
 def _map_like(x: Tensor, channels: int) -> Tensor:
@@ -70,14 +75,14 @@ def _same_device(x: Tensor, *others: Tensor) -> None:
 # The fakes refuse what the kernels refuse: a call with one meta tensor among CPU tensors ends here.
 
 
-@torch.library.register_fake("mfef::multi_scale_conv2d")
-def _(x, weights, groups, split, bias):
+def _fake_multi_scale_conv2d(x, weights, groups, split, bias):
     problem.describe_multi_scale_conv2d(x, weights, groups, split, bias)
     return _map_like(x, sum(w.shape[0] for w in weights))
 
 
-@torch.library.register_fake("mfef::multi_scale_conv2d_backward")
-def _(grad, x, weights, groups, split, bias, need_x, need_parameters):
+def _fake_multi_scale_conv2d_backward(
+    grad, x, weights, groups, split, bias, need_x, need_parameters
+):
     problem.describe_multi_scale_conv2d(x, weights, groups, split, bias)
     _same_device(x, grad)
     return (
@@ -87,8 +92,7 @@ def _(grad, x, weights, groups, split, bias, need_x, need_parameters):
     )
 
 
-@torch.library.register_fake("mfef::dual_attention")
-def _(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight, save):
+def _fake_dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight, save):
     problem.describe_dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
     return (_map_like(y, y.shape[1]), *_saved(y, y.shape[1], save))
 
@@ -97,24 +101,23 @@ def _attention_grads(x, parameters, need):
     return tuple(_like(p, x, need) for p in parameters)
 
 
-@torch.library.register_fake("mfef::dual_attention_backward")
-def _(grad, y, w1, b1, w2, b2, ws, mean, max, max_index, s, c_index, need_x, need_parameters):
+def _fake_dual_attention_backward(
+    grad, y, w1, b1, w2, b2, ws, mean, max, max_index, s, c_index, need_x, need_parameters
+):
     problem.describe_dual_attention(y, w1, b1, w2, b2, ws)
     _same_device(y, grad, mean, max, max_index, s, c_index)
     grad_y = _map_like(y, y.shape[1]) if need_x else _nothing(y)
     return (grad_y, *_attention_grads(y, (w1, b1, w2, b2, ws), need_parameters))
 
 
-@torch.library.register_fake("mfef::mfef_block")
-def _(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save):
+def _fake_mfef_block(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save):
     problem.describe_mfef_block(x, conv_weights, groups, w1, b1, w2, b2, ws, split)
     channels = sum(w.shape[0] for w in conv_weights)
     y = _map_like(x, channels) if save else _nothing(x)
     return (_map_like(x, channels), y, *_saved(x, channels, save))
 
 
-@torch.library.register_fake("mfef::mfef_block_backward")
-def _(
+def _fake_mfef_block_backward(
     grad, x, conv_weights, groups, split, w1, b1, w2, b2, ws,
     y, mean, max, max_index, s, c_index, need_x, need_parameters,
 ):  # fmt: skip
@@ -125,6 +128,16 @@ def _(
         [torch.empty_like(w) for w in conv_weights] if need_parameters else [],
         *_attention_grads(x, (w1, b1, w2, b2, ws), need_parameters),
     )
+
+
+_FAKES: dict[str, Callable] = {
+    "multi_scale_conv2d": _fake_multi_scale_conv2d,
+    "multi_scale_conv2d_backward": _fake_multi_scale_conv2d_backward,
+    "dual_attention": _fake_dual_attention,
+    "dual_attention_backward": _fake_dual_attention_backward,
+    "mfef_block": _fake_mfef_block,
+    "mfef_block_backward": _fake_mfef_block_backward,
+}
 
 
 # --- autograd ---------------------------------------------------------------------------------
@@ -171,30 +184,32 @@ def _check_saved(saved: Tensor, op: str, n: int) -> None:
         )
 
 
-_CONV = torch.ops.mfef.multi_scale_conv2d.default
-_CONV_BACKWARD = torch.ops.mfef.multi_scale_conv2d_backward.default
-_ATTENTION = torch.ops.mfef.dual_attention.default
-_ATTENTION_BACKWARD = torch.ops.mfef.dual_attention_backward.default
-_BLOCK = torch.ops.mfef.mfef_block.default
-_BLOCK_BACKWARD = torch.ops.mfef.mfef_block_backward.default
+@dataclass(frozen=True)
+class _Pair:
+    """An operator and its backward, of one namespace."""
+
+    forward: torch._ops.OpOverload
+    backward: torch._ops.OpOverload
 
 
 class _MultiScaleConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keyset, groups, split, x, bias, *weights):
+    def forward(ctx, pair, keyset, groups, split, x, bias, *weights):
+        ctx.backward_overload = pair.backward
         ctx.options = groups, split
         ctx.save_for_backward(x, bias, *weights)
-        return _below_autograd(_CONV, keyset, x, weights, groups, split, bias)
+        return _below_autograd(pair.forward, keyset, x, weights, groups, split, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, bias, *weights = ctx.saved_tensors
-        need_x, need_parameters = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
+        need_x, need_parameters = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
         grad_x, grad_weights, grad_bias = _call(
-            _CONV_BACKWARD, torch.is_grad_enabled(),
+            ctx.backward_overload, torch.is_grad_enabled(),
             grad, x, weights, *ctx.options, bias, need_x, need_parameters,
         )  # fmt: skip
         return (
+            None,
             None,
             None,
             None,
@@ -204,10 +219,10 @@ class _MultiScaleConv2d(torch.autograd.Function):
         )
 
 
-def _multi_scale_conv2d(keyset, x, weights, groups, split, bias):
+def _multi_scale_conv2d(pair, keyset, x, weights, groups, split, bias):
     if _requires_grad((x, *weights, bias)):
-        return _MultiScaleConv2d.apply(keyset, groups, split, x, bias, *weights)
-    return _below_autograd(_CONV, keyset, x, weights, groups, split, bias)
+        return _MultiScaleConv2d.apply(pair, keyset, groups, split, x, bias, *weights)
+    return _below_autograd(pair.forward, keyset, x, weights, groups, split, bias)
 
 
 def _parameter_grads(grads, parameters, need):
@@ -218,8 +233,9 @@ def _parameter_grads(grads, parameters, need):
 
 class _DualAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keyset, save, saved, y, *parameters):
-        out, *others = _below_autograd(_ATTENTION, keyset, y, *parameters, save)
+    def forward(ctx, pair, keyset, save, saved, y, *parameters):
+        ctx.backward_overload = pair.backward
+        out, *others = _below_autograd(pair.forward, keyset, y, *parameters, save)
         saved.extend(others)
         ctx.save_for_backward(y, *parameters, *saved)
         ctx.set_materialize_grads(False)
@@ -228,16 +244,17 @@ class _DualAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
-            return (None,) * 9
+            return (None,) * len(ctx.needs_input_grad)
         y, *rest = ctx.saved_tensors
         parameters, saved = rest[:5], rest[5:]
         _check_saved(saved[0], "dual_attention", y.shape[0])
-        need_x, need_parameters = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
+        need_x, need_parameters = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
         grad_y, *grads = _call(
-            _ATTENTION_BACKWARD, torch.is_grad_enabled(),
+            ctx.backward_overload, torch.is_grad_enabled(),
             grad, y, *parameters, *saved, need_x, need_parameters,
         )  # fmt: skip
         return (
+            None,
             None,
             None,
             None,
@@ -246,19 +263,20 @@ class _DualAttention(torch.autograd.Function):
         )
 
 
-def _dual_attention(keyset, y, *rest):
+def _dual_attention(pair, keyset, y, *rest):
     *parameters, save = rest
     if _requires_grad((y, *parameters)):
         saved: list[Tensor] = []
-        return (_DualAttention.apply(keyset, save, saved, y, *parameters), *saved)
-    return _below_autograd(_ATTENTION, keyset, y, *rest)
+        return (_DualAttention.apply(pair, keyset, save, saved, y, *parameters), *saved)
+    return _below_autograd(pair.forward, keyset, y, *rest)
 
 
 class _MfefBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keyset, groups, split, save, saved, x, w1, b1, w2, b2, ws, *weights):
+    def forward(ctx, pair, keyset, groups, split, save, saved, x, w1, b1, w2, b2, ws, *weights):
+        ctx.backward_overload = pair.backward
         out, *others = _below_autograd(
-            _BLOCK, keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save
+            pair.forward, keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save
         )
         saved.extend(others)
         ctx.options = groups, split
@@ -273,12 +291,13 @@ class _MfefBlock(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         parameters, saved, weights = rest[:5], rest[5:11], rest[11:]
         _check_saved(saved[1], "mfef_block", x.shape[0])
-        need_x, need_parameters = ctx.needs_input_grad[5], any(ctx.needs_input_grad[6:])
+        need_x, need_parameters = ctx.needs_input_grad[6], any(ctx.needs_input_grad[7:])
         grad_x, grad_weights, *grads = _call(
-            _BLOCK_BACKWARD, torch.is_grad_enabled(),
+            ctx.backward_overload, torch.is_grad_enabled(),
             grad, x, weights, *ctx.options, *parameters, *saved, need_x, need_parameters,
         )  # fmt: skip
         return (
+            None,
             None,
             None,
             None,
@@ -290,31 +309,30 @@ class _MfefBlock(torch.autograd.Function):
         )
 
 
-def _mfef_block(keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save):
-    if _requires_grad((x, w1, b1, w2, b2, ws, *weights)):
+def _mfef_block(pair, keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save):
+    parameters = w1, b1, w2, b2, ws
+    if _requires_grad((x, *parameters, *weights)):
         saved: list[Tensor] = []
-        out = _MfefBlock.apply(keyset, groups, split, save, saved, x, w1, b1, w2, b2, ws, *weights)
+        out = _MfefBlock.apply(pair, keyset, groups, split, save, saved, x, *parameters, *weights)
         return (out, *saved)
-    return _below_autograd(_BLOCK, keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save)
+    return _below_autograd(pair.forward, keyset, x, weights, groups, split, *parameters, save)
 
 
-_lib.impl("multi_scale_conv2d", _multi_scale_conv2d, "Autograd", with_keyset=True)
-_lib.impl("dual_attention", _dual_attention, "Autograd", with_keyset=True)
-_lib.impl("mfef_block", _mfef_block, "Autograd", with_keyset=True)
+_AUTOGRAD: dict[str, Callable] = {
+    "multi_scale_conv2d": _multi_scale_conv2d,
+    "dual_attention": _dual_attention,
+    "mfef_block": _mfef_block,
+}
 
 
-def _refuse_double_backward(op: str) -> None:
+def _refuse_double_backward(namespace: str, op: str) -> None:
     def backward(ctx, *grads):
         raise RuntimeError(
-            f"{op} cannot be differentiated twice by its native kernels; "
+            f"{op} cannot be differentiated twice by its kernels; "
             'use backend="reference" (or mfef_ext.use_backend("reference")), which can'
         )
 
-    torch.library.register_autograd(f"mfef::{op}_backward", backward)
-
-
-for _op in ("multi_scale_conv2d", "dual_attention", "mfef_block"):
-    _refuse_double_backward(_op)
+    torch.library.register_autograd(f"{namespace}::{op}_backward", backward)
 
 
 # --- autocast ---------------------------------------------------------------------------------
@@ -329,8 +347,7 @@ def _cast(value, dtype: torch.dtype):
     return value
 
 
-def _register_autocast(op: str) -> None:
-    overload = getattr(torch.ops.mfef, op).default
+def _register_autocast(lib: torch.library.Library, op: str, overload) -> None:
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def run(*args, _device=device_type, _key=key):
@@ -339,35 +356,60 @@ def _register_autocast(op: str) -> None:
             ):
                 return overload(*(_cast(a, torch.get_autocast_dtype(_device)) for a in args))
 
-        _lib.impl(op, run, key)
-
-
-for _op in ("multi_scale_conv2d", "dual_attention", "mfef_block"):
-    _register_autocast(_op)
+        lib.impl(op, run, key)
 
 
 # --- what the backends call -------------------------------------------------------------------
 
-
-def multi_scale_conv2d(x, weights, groups, split=True, bias=None) -> Tensor:
-    """mfef_ext.functional.multi_scale_conv2d without checks."""
-    weights = list(weights)
-    records = _requires_grad((x, *weights, bias))
-    return _call(_CONV, records, x, weights, list(groups), split, bias)
+_libraries: list[torch.library.Library] = []  # what is registered goes with its library
 
 
-def dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight) -> Tensor:
-    """mfef_ext.functional.dual_attention without checks."""
-    tensors = (y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
-    save = _requires_grad(tensors)
-    return _call(_ATTENTION, save, *tensors, save)[0]
+def register(namespace: str) -> dict[str, Callable]:
+    """Registers fakes, autograd and autocast of a namespace's operators, whose schemas are there.
+
+    Returns the functions of :mod:`mfef_ext.functional`, without checks, that call them.
+    """
+    lib = torch.library.Library(namespace, "IMPL")
+    _libraries.append(lib)
+    defined = getattr(torch.ops, namespace)
+    pairs = {}
+    for op in OPERATORS:
+        pair = _Pair(getattr(defined, op).default, getattr(defined, f"{op}_backward").default)
+        pairs[op] = pair
+        lib.impl(op, partial(_AUTOGRAD[op], pair), "Autograd", with_keyset=True)
+        _refuse_double_backward(namespace, op)
+        _register_autocast(lib, op, pair.forward)
+        for name in (op, f"{op}_backward"):
+            torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
+
+    conv = pairs["multi_scale_conv2d"].forward
+    attention = pairs["dual_attention"].forward
+    block = pairs["mfef_block"].forward
+
+    def multi_scale_conv2d(x, weights, groups, split=True, bias=None) -> Tensor:
+        weights = list(weights)
+        records = _requires_grad((x, *weights, bias))
+        return _call(conv, records, x, weights, list(groups), split, bias)
+
+    def dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight) -> Tensor:
+        tensors = (y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
+        save = _requires_grad(tensors)
+        return _call(attention, save, *tensors, save)[0]
+
+    def mfef_block(
+        x, conv_weights, groups, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight,
+        *, split=True,
+    ) -> Tensor:  # fmt: skip
+        weights = list(conv_weights)
+        parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
+        save = _requires_grad((x, *parameters, *weights))
+        return _call(block, save, x, weights, list(groups), split, *parameters, save)[0]
+
+    return {
+        "multi_scale_conv2d": multi_scale_conv2d,
+        "dual_attention": dual_attention,
+        "mfef_block": mfef_block,
+    }
 
 
-def mfef_block(
-    x, conv_weights, groups, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight, *, split
-) -> Tensor:
-    """mfef_ext.functional.mfef_block without checks."""
-    weights = list(conv_weights)
-    parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
-    save = _requires_grad((x, *parameters, *weights))
-    return _call(_BLOCK, save, x, weights, list(groups), split, *parameters, save)[0]
+NATIVE = register("mfef")

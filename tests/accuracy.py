@@ -181,8 +181,10 @@ def largest(t: Tensor) -> float:
     return float(t.detach().abs().nan_to_num(nan=float("inf")).max())
 
 
-def check_block(dtype: torch.dtype, layout=torch.contiguous_format, **arguments) -> None:
-    """Asserts that forward and all gradients of the CPU kernels obey the rule.
+def check_block(
+    dtype: torch.dtype, layout=torch.contiguous_format, backend: str = "cpu", **arguments
+) -> None:
+    """Asserts that forward and all gradients of a backend obey the rule.
 
     arguments are those of ``make_case``. Errors are relative to the largest magnitude of their
     tensor, and the largest over the draws counts, on both sides.
@@ -194,7 +196,7 @@ def check_block(dtype: torch.dtype, layout=torch.contiguous_format, **arguments)
     for draw in range(draws):
         case = make_case(**arguments, dtype=dtype, seed=seed + 101 * draw)
         wanted = run_block(case.cast(torch.float64), reference.mfef_block)
-        got = run_block(case.cast(dtype), mfef_ext.functional.mfef_block, layout, backend="cpu")
+        got = run_block(case.cast(dtype), mfef_ext.functional.mfef_block, layout, backend=backend)
         eager = eager_errors(case, dtype, wanted)
         names = ["out", "x", *(f"weights[{i}]" for i in range(len(case.weights)))]
         names += [n for n, p in zip(ATTENTION, case.attention, strict=True) if p is not None]

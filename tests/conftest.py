@@ -1,6 +1,7 @@
 """What every test runs under: NaN in memory that nobody wrote, and nothing forced afterwards."""
 
 import fcntl
+import importlib.util
 import os
 
 import pytest
@@ -8,6 +9,14 @@ import torch
 
 import mfef_ext
 from mfef_ext import _C
+
+# Triton's own library is interpreted or compiled for good when it is imported, which much of torch
+# does in passing; without a GPU there is nothing to compile for. Tests that do not ask for Triton
+# see no sign of it.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("triton.language")
+    del os.environ["TRITON_INTERPRET"]
 
 ISAS = _C.build_info()["cpu_isas_usable"]
 PLANS = ("images", "pixels")

@@ -29,9 +29,7 @@ BACKEND = Backend(
         ),
     ),
     {
-        "multi_scale_conv2d": ops.multi_scale_conv2d,
-        "dual_attention": ops.dual_attention,
-        "mfef_block": ops.mfef_block,
+        **ops.NATIVE,
         # A few kilobytes of logits: PyTorch's own operators are the CPU kernel.
         "kd_loss": reference.kd_loss,
     },

@@ -1,14 +1,112 @@
-"""The Triton backend. No operator of it exists yet: it says so and the next one is asked."""
+"""The Triton backend: fused kernels for any GPU that Triton compiles for.
 
+Nothing here imports Triton before an operator is called: importing it takes a second, and it need
+not be installed. With TRITON_INTERPRET=1 the same kernels run in Triton's interpreter, on CPU
+tensors, slowly: that is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ...ops import OPERATORS as FUSED
+from ...problem import Problem
 from .. import Backend, Condition
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST_CAPABILITY = (8, 0)  # bfloat16 arithmetic and asynchronous copies
+
+
+def interpreted() -> bool:
+    """Whether Triton is asked to interpret kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _capability(problem: Problem) -> tuple[int, int] | None:
+    """Of an NVIDIA device; None for any other."""
+    if problem.device.type != "cuda" or torch.version.cuda is None:
+        return None
+    return torch.cuda.get_device_capability(problem.device)
+
+
+def _capable(problem: Problem) -> bool:
+    capability = _capability(problem)
+    return capability is None or capability >= LEAST_CAPABILITY
+
+
+def device_of(x: Tensor) -> AbstractContextManager:
+    """For launches: Triton launches on the current device, which need not be that of ``x``."""
+    if x.is_cuda:
+        return torch.cuda.device(x.device)
+    if not interpreted():
+        raise RuntimeError(
+            f"torch.ops.mfef_triton was called with tensors on {x.device}; move them to a CUDA "
+            "device, or set TRITON_INTERPRET=1 before Triton is imported to interpret the kernels"
+        )
+    return nullcontext()
+
+
+class _Operators(Mapping[str, Callable]):
+    """What the operators' modules offer, imported when an operator is first asked for.
+
+    By plain statements and without a loop, so that torch.compile can trace them.
+    """
+
+    def __getitem__(self, op: str) -> Callable:
+        if op == "kd_loss":
+            from .kd import kd_loss
+
+            return kd_loss
+        if op not in FUSED:
+            raise KeyError(op)
+        from .ops import OPERATORS
+
+        return OPERATORS[op]
+
+    def __contains__(self, op: object) -> bool:
+        return op == "kd_loss" or op in FUSED
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*FUSED, "kd_loss"))
+
+    def __len__(self) -> int:
+        return len(FUSED) + 1
+
 
 BACKEND = Backend(
     "triton",
     (
         Condition(
-            lambda p: p.device.type == "cuda",
-            lambda p: f"its tensors must be on a CUDA device, not on {p.device}",
+            lambda p: p.device.type == ("cpu" if interpreted() else "cuda"),
+            lambda p: (
+                f"its tensors must be on a CUDA device, not on {p.device}"
+                if not interpreted()
+                else f"TRITON_INTERPRET=1 runs kernels on CPU tensors only, not on {p.device}"
+            ),
+        ),
+        Condition(
+            lambda p: importlib.util.find_spec("triton") is not None,
+            lambda p: "Triton is not installed (pip install triton)",
+        ),
+        Condition(
+            lambda p: p.dtype in DTYPES,
+            lambda p: f"dtype {p.dtype} is not one of float32, bfloat16, float16",
+        ),
+        Condition(
+            _capable,
+            lambda p: f"{p.device} has compute capability {_capability(p)}, below 8.0",
+        ),
+        Condition(
+            lambda p: p.height * p.width < 2**31,
+            lambda p: f"a map of {p.height} x {p.width} has 2^31 pixels or more",
         ),
     ),
-    {},
+    _Operators(),
+    verified=False,
 )

@@ -1,0 +1,1345 @@
+"""Channel attention, then spatial attention, in Triton: forward and backward.
+
+What is computed (reference.dual_attention): mean and maximum of every channel, the MLP and its
+sigmoid (channel gate c), z = y * c, maximum and mean of z over channels, their k x k convolution
+and its sigmoid (spatial gate g), out = y * c * g; and all gradients.
+
+There are two plans, chosen by the shape of one image, never by their number, so that an image's
+result does not depend on its neighbours:
+
+- **image**: one program does everything for one image; what its threads tell each other goes
+  through a scratch row in global memory, with barriers in between. Small images, where launches
+  would cost more than the work. Forward 1 launch, backward 1 launch.
+- **tiles**: one program per image and tile of pixels, which walks all channels of its pixels.
+  Forward: statistics (unless the convolution has them), gate, pool, output. Backward: gate, pool,
+  spatial (and, in the program of an image that comes last, the MLP's backward), input.
+
+Gradients of parameters are one launch more in both: fixed-order sums over the images.
+
+Bytes, counting maps of N * C * H * W elements: the forward reads y twice (with the convolution's
+statistics; else three times) and writes out once; the backward of the tiles plan reads y twice and
+grad three times and writes grad_y once. In the image plan all readings but the first come from
+L1 or L2. Everything else is (N, H, W) or (N, C). Operations per element: 6 forward and 14
+backward, and per pixel 4 k^2 forward, 8 k^2 backward for the convolution of the pooled maps.
+
+Order of every sum: element by element along the loop of a program, then a tree across the tile;
+partial results in the order of their tiles. The only atomic counts finished tiles, in integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import cycle
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# --- maxima -----------------------------------------------------------------------------------
+#
+# A maximum and its place travel as one int64 that orders as torch.max does: NaN above everything,
+# among equal values the lowest place first. So one integer maximum settles ties and NaN, in any
+# order of comparison.
+
+
+@triton.jit
+def _rank(value, place):
+    """int64 of a float32 value and its place >= 0; 0.0 and -0.0 are equal."""
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = tl.where(value != value, 0x7FFFFFFF, key)
+    return (key.to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
+
+
+@triton.jit
+def _value_of(rank):
+    key = (rank >> 32).to(tl.int32)
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _place_of(rank):
+    return 0x7FFFFFFF - (rank & 0x7FFFFFFF).to(tl.int32)
+
+
+# --- places in memory -------------------------------------------------------------------------
+
+
+@triton.jit
+def _pixel_offsets(p, stride_h, stride_w, W, FLAT: tl.constexpr):
+    """Of pixels p = h * W + w within a channel; FLAT: they are stride_w apart."""
+    if FLAT:
+        offsets = p.to(tl.int64) * stride_w
+    else:
+        row = p // W
+        offsets = row.to(tl.int64) * stride_h + (p - row * W).to(tl.int64) * stride_w
+    return offsets
+
+
+# --- parts of the forward ---------------------------------------------------------------------
+
+
+@triton.jit
+def _pool_pixels(
+    y, c, begin, end, stride_c, stride_h, stride_w, C, W,
+    FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Sum and rank of the channels c (BLOCK_C,) of one image over its pixels begin .. end - 1."""
+    lane = tl.arange(0, BLOCK_P)
+    rows = y + c.to(tl.int64)[:, None] * stride_c
+    total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    top = tl.full((BLOCK_C, BLOCK_P), float("-inf"), tl.float32)
+    place = tl.zeros((BLOCK_C, BLOCK_P), tl.int32) + (begin + lane)[None, :]
+    for p0 in range(begin, end, BLOCK_P):
+        p = p0 + lane
+        inside = (c < C)[:, None] & (p < end)[None, :]
+        at = rows + _pixel_offsets(p, stride_h, stride_w, W, FLAT)[None, :]
+        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        total += value
+        value = tl.where(inside, value, float("-inf"))
+        better = (value > top) | ((value != value) & (top == top))
+        top = tl.where(better, value, top)
+        place = tl.where(better, p[None, :], place)
+    return tl.sum(total, 1), tl.max(_rank(top, place), 1)
+
+
+@triton.jit
+def _gather_statistics(
+    sums, maxima, places, mean, max, max_index, tiles, C, HW,
+    SAVE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Mean, max and (SAVE) max_index of an image's channels from those of its tiles (C, tiles)."""
+    lane = tl.arange(0, BLOCK_C)
+    tile = tl.arange(0, BLOCK_T)
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + lane
+        total = tl.zeros((BLOCK_C, BLOCK_T), tl.float32)
+        rank = tl.full((BLOCK_C, BLOCK_T), -0x7FFFFFFFFFFFFFFF, tl.int64)
+        for t0 in range(0, tiles, BLOCK_T):
+            t = t0 + tile
+            inside = (c < C)[:, None] & (t < tiles)[None, :]
+            at = c[:, None] * tiles + t[None, :]
+            total += tl.load(sums + at, mask=inside, other=0.0)
+            value = tl.load(maxima + at, mask=inside, other=float("-inf"))
+            place = tl.load(places + at, mask=inside, other=0x7FFFFFFF)
+            rank = tl.maximum(rank, _rank(value, place))
+        best = tl.max(rank, 1)
+        tl.store(mean + c, tl.sum(total, 1) / HW, mask=c < C)
+        tl.store(max + c, _value_of(best), mask=c < C)
+        if SAVE:
+            tl.store(max_index + c, _place_of(best), mask=c < C)
+
+
+@triton.jit
+def _channel_gate(
+    mean, max, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate, hidden, C, HIDDEN,
+    HAS_FC1_BIAS: tl.constexpr, HAS_FC2_BIAS: tl.constexpr, KEEP_HIDDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The MLP of one image: gate (C,) from mean (C,) and max (C,).
+
+    hidden (HIDDEN,) becomes relu(from the mean) + relu(from the max), which is all that the second
+    layer sees; with KEEP_HIDDEN two more rows become the values before the relu. gate can be read
+    by other threads after the next barrier.
+    """
+    unit = tl.arange(0, BLOCK_H)
+    channel = tl.arange(0, BLOCK_M)
+    for j0 in range(0, HIDDEN, BLOCK_H):
+        j = j0 + unit
+        from_mean = tl.zeros((BLOCK_H, BLOCK_M), tl.float32)
+        from_max = tl.zeros((BLOCK_H, BLOCK_M), tl.float32)
+        for c0 in range(0, C, BLOCK_M):
+            c = c0 + channel
+            inside = (j < HIDDEN)[:, None] & (c < C)[None, :]
+            at = fc1_weight + j[:, None] * C + c[None, :]
+            weight = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            from_mean += weight * tl.load(mean + c, mask=c < C, other=0.0)[None, :]
+            from_max += weight * tl.load(max + c, mask=c < C, other=0.0)[None, :]
+        h_mean = tl.sum(from_mean, 1)
+        h_max = tl.sum(from_max, 1)
+        if HAS_FC1_BIAS:
+            bias = tl.load(fc1_bias + j, mask=j < HIDDEN, other=0.0).to(tl.float32)
+            h_mean += bias
+            h_max += bias
+        # NaN goes through these relus, as through torch's.
+        both = tl.where(h_mean <= 0.0, 0.0, h_mean) + tl.where(h_max <= 0.0, 0.0, h_max)
+        tl.store(hidden + j, both, mask=j < HIDDEN)
+        if KEEP_HIDDEN:
+            tl.store(hidden + HIDDEN + j, h_mean, mask=j < HIDDEN)
+            tl.store(hidden + 2 * HIDDEN + j, h_max, mask=j < HIDDEN)
+    tl.debug_barrier()
+    for c0 in range(0, C, BLOCK_M):
+        c = c0 + channel
+        total = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+        for j0 in range(0, HIDDEN, BLOCK_H):
+            j = j0 + unit
+            inside = (c < C)[:, None] & (j < HIDDEN)[None, :]
+            at = fc2_weight + c[:, None] * HIDDEN + j[None, :]
+            weight = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            total += weight * tl.load(hidden + j, mask=j < HIDDEN, other=0.0)[None, :]
+        logit = tl.sum(total, 1)
+        if HAS_FC2_BIAS:
+            logit += 2.0 * tl.load(fc2_bias + c, mask=c < C, other=0.0).to(tl.float32)
+        tl.store(gate + c, tl.sigmoid(logit), mask=c < C)
+
+
+@triton.jit
+def _pool_channels(
+    y, gate, offsets, p, pooled_max, pooled_mean, channel_index, stride_c, C, HW,
+    SAVE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Max (its lowest channel with SAVE) and mean of z = y * gate over channels, at pixels p."""
+    lane = tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    top = tl.full((BLOCK_C, BLOCK_P), float("-inf"), tl.float32)
+    place = tl.zeros((BLOCK_C, BLOCK_P), tl.int32) + lane[:, None]
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + lane
+        inside = (c < C)[:, None] & (p < HW)[None, :]
+        at = y + c.to(tl.int64)[:, None] * stride_c + offsets[None, :]
+        g = tl.load(gate + c, mask=c < C, other=0.0)
+        z = tl.load(at, mask=inside, other=0.0).to(tl.float32) * g[:, None]
+        total += z
+        z = tl.where(inside, z, float("-inf"))
+        better = (z > top) | ((z != z) & (top == top))
+        top = tl.where(better, z, top)
+        place = tl.where(better, c[:, None], place)
+    best = tl.max(_rank(top, place), 0)
+    tl.store(pooled_max + p, _value_of(best), mask=p < HW)
+    tl.store(pooled_mean + p, tl.sum(total, 0) / C, mask=p < HW)
+    if SAVE:
+        tl.store(channel_index + p, _place_of(best), mask=p < HW)
+
+
+@triton.jit
+def _spatial_gate(
+    pooled_max, pooled_mean, weight, weight_c, weight_h, weight_w, p, H, W, HW,
+    K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sigmoid of the K x K convolution of an image's pooled maps, at pixels p (BLOCK_P,).
+
+    A row of taps is the second axis of the tile. Taps that no pixel of the map can reach are left
+    out, so that a kernel may be much larger than the map.
+    """
+    R: tl.constexpr = K // 2
+    row = p // W
+    col = p - row * W
+    lane = tl.arange(0, BLOCK_K)
+    j_end = tl.minimum(R + W, K)
+    total = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    for i in range(tl.maximum(R - H + 1, 0), tl.minimum(R + H, K)):
+        r = row + (i - R)
+        row_inside = (p < HW) & (r >= 0) & (r < H)
+        for j0 in range(tl.maximum(R - W + 1, 0), j_end, BLOCK_K):
+            j = j0 + lane
+            q = col[:, None] + (j - R)[None, :]
+            inside = row_inside[:, None] & (j < j_end)[None, :] & (q >= 0) & (q < W)
+            at = (r * W)[:, None] + q
+            tap = weight + i * weight_h + j * weight_w
+            w_max = tl.load(tap, mask=j < j_end, other=0.0).to(tl.float32)
+            w_mean = tl.load(tap + weight_c, mask=j < j_end, other=0.0).to(tl.float32)
+            total += tl.load(pooled_max + at, mask=inside, other=0.0) * w_max[None, :]
+            total += tl.load(pooled_mean + at, mask=inside, other=0.0) * w_mean[None, :]
+    return tl.sigmoid(tl.sum(total, 1))
+
+
+@triton.jit
+def _write_output(
+    y, out, gate, spatial, y_offsets, out_offsets, p, y_stride_c, out_stride_c, C, HW,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out = y * gate * spatial for all channels at pixels p."""
+    lane = tl.arange(0, BLOCK_C)
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + lane
+        inside = (c < C)[:, None] & (p < HW)[None, :]
+        rows = c.to(tl.int64)[:, None]
+        g = tl.load(gate + c, mask=c < C, other=0.0)
+        value = tl.load(y + rows * y_stride_c + y_offsets[None, :], mask=inside, other=0.0)
+        z = value.to(tl.float32) * g[:, None]
+        tl.store(
+            out + rows * out_stride_c + out_offsets[None, :], z * spatial[None, :], mask=inside
+        )
+
+
+# --- kernels of the forward -------------------------------------------------------------------
+#
+# Scratch row of an image, float32, every section rounded up by _whole() to a multiple of 64 bytes:
+# gate (C) | mean (C) | max (C) | pooled max (HW) | pooled mean (HW) | hidden (HIDDEN).
+
+
+@triton.jit(do_not_specialize=["tiles", "H", "W"])
+def statistics_kernel(
+    y, sums, maxima, places, C, H, W, HW, tiles, y_n, y_c, y_h, y_w,
+    FLAT: tl.constexpr, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Sum, max and place of the max per channel and chunk of PIXELS pixels, (N, C, tiles).
+
+    One program per image, tile of channels and chunk. Reads y once.
+    """
+    program = tl.program_id(0)
+    t = program % tiles
+    rest = program // tiles
+    blocks = tl.cdiv(C, BLOCK_C)
+    image = (rest // blocks).to(tl.int64)
+    c = rest % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    begin = t * PIXELS
+    end = tl.minimum(begin + PIXELS, HW)
+    total, rank = _pool_pixels(
+        y + image * y_n, c, begin, end, y_c, y_h, y_w, C, W, FLAT, BLOCK_C, BLOCK_P
+    )
+    at = (image * C + c) * tiles + t
+    tl.store(sums + at, total, mask=c < C)
+    tl.store(maxima + at, _value_of(rank), mask=c < C)
+    tl.store(places + at, _place_of(rank), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def gate_kernel(
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias, sums, maxima, places, mean, max, max_index,
+    work, work_n, C, HW, HIDDEN, tiles,
+    BACKWARD: tl.constexpr, SAVE: tl.constexpr,
+    HAS_FC1_BIAS: tl.constexpr, HAS_FC2_BIAS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The channel gate of one image per program, into the image's scratch row.
+
+    Forward: from the partial statistics (N, C, tiles), whose totals go to mean, max and max_index
+    with SAVE. BACKWARD: again from mean and max; it leaves the hidden layer as well.
+    """
+    whole_c = (C + 15) // 16 * 16
+    whole_hw = (HW + 15) // 16 * 16
+    image = tl.program_id(0).to(tl.int64)
+    row = work + image * work_n
+    if BACKWARD:
+        mean_at = mean + image * C
+        max_at = max + image * C
+        hidden = row + 4 * whole_c + 5 * whole_hw
+    else:
+        hidden = row + 3 * whole_c + 2 * whole_hw
+        if SAVE:
+            mean_at = mean + image * C
+            max_at = max + image * C
+        else:
+            mean_at = row + whole_c
+            max_at = row + 2 * whole_c
+        first = image * C * tiles
+        _gather_statistics(
+            sums + first, maxima + first, places + first, mean_at, max_at, max_index + image * C,
+            tiles, C, HW, SAVE, BLOCK_S, BLOCK_T,
+        )  # fmt: skip
+        tl.debug_barrier()
+    _channel_gate(
+        mean_at, max_at, fc1_weight, fc1_bias, fc2_weight, fc2_bias, row, hidden, C, HIDDEN,
+        HAS_FC1_BIAS, HAS_FC2_BIAS, BACKWARD, BLOCK_H, BLOCK_M,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["H", "W"])
+def pool_kernel(
+    y, channel_index, work, work_n, C, H, W, HW, y_n, y_c, y_h, y_w,
+    FLAT: tl.constexpr, SAVE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The pooled maps of z, one program per image and tile of pixels. Reads y once."""
+    whole_c = (C + 15) // 16 * 16
+    whole_hw = (HW + 15) // 16 * 16
+    program = tl.program_id(0)
+    tiles = tl.cdiv(HW, BLOCK_P)
+    image = (program // tiles).to(tl.int64)
+    row = work + image * work_n
+    pooled = row + 3 * whole_c
+    p = program % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    _pool_channels(
+        y + image * y_n, row, _pixel_offsets(p, y_h, y_w, W, FLAT), p, pooled, pooled + whole_hw,
+        channel_index + image * HW, y_c, C, HW, SAVE, BLOCK_C, BLOCK_P,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["H", "W"])
+def output_kernel(
+    y, out, spatial_weight, spatial_gate, work, work_n, C, H, W, HW,
+    weight_c, weight_h, weight_w, y_n, y_c, y_h, y_w, out_n, out_c, out_h, out_w,
+    FLAT: tl.constexpr, SAVE: tl.constexpr, K: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Spatial gate and output, one program per image and tile of pixels, all its channels.
+
+    Reads y once, writes out once.
+    """
+    whole_c = (C + 15) // 16 * 16
+    whole_hw = (HW + 15) // 16 * 16
+    program = tl.program_id(0)
+    tiles = tl.cdiv(HW, BLOCK_P)
+    image = (program // tiles).to(tl.int64)
+    row = work + image * work_n
+    pooled = row + 3 * whole_c
+    p = program % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    spatial = _spatial_gate(
+        pooled, pooled + whole_hw, spatial_weight, weight_c, weight_h, weight_w, p, H, W, HW,
+        K, BLOCK_P, BLOCK_K,
+    )  # fmt: skip
+    if SAVE:
+        tl.store(spatial_gate + image * HW + p, spatial, mask=p < HW)
+    _write_output(
+        y + image * y_n, out + image * out_n, row, spatial,
+        _pixel_offsets(p, y_h, y_w, W, FLAT), _pixel_offsets(p, out_h, out_w, W, FLAT), p,
+        y_c, out_c, C, HW, BLOCK_C,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tiles", "H", "W"])
+def image_forward_kernel(
+    y, out, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight, sums, maxima, places,
+    mean, max, max_index, spatial_gate, channel_index, work, work_n, C, H, W, HW, HIDDEN, tiles,
+    weight_c, weight_h, weight_w, y_n, y_c, y_h, y_w, out_n, out_c, out_h, out_w,
+    FLAT: tl.constexpr, SAVE: tl.constexpr, HAS_STATISTICS: tl.constexpr,
+    HAS_FC1_BIAS: tl.constexpr, HAS_FC2_BIAS: tl.constexpr, K: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The whole forward of one image per program. y is read twice (once more without statistics),
+    after the first time from the caches; out is written once."""
+    whole_c = (C + 15) // 16 * 16
+    whole_hw = (HW + 15) // 16 * 16
+    image = tl.program_id(0).to(tl.int64)
+    row = work + image * work_n
+    pooled_max = row + 3 * whole_c
+    pooled_mean = pooled_max + whole_hw
+    y_at = y + image * y_n
+    if SAVE:
+        mean_at = mean + image * C
+        max_at = max + image * C
+    else:
+        mean_at = row + whole_c
+        max_at = row + 2 * whole_c
+    if HAS_STATISTICS:
+        first = image * C * tiles
+        _gather_statistics(
+            sums + first, maxima + first, places + first, mean_at, max_at, max_index + image * C,
+            tiles, C, HW, SAVE, BLOCK_S, BLOCK_T,
+        )  # fmt: skip
+    else:
+        for c0 in range(0, C, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            total, rank = _pool_pixels(y_at, c, 0, HW, y_c, y_h, y_w, C, W, FLAT, BLOCK_C, BLOCK_P)
+            tl.store(mean_at + c, total / HW, mask=c < C)
+            tl.store(max_at + c, _value_of(rank), mask=c < C)
+            if SAVE:
+                tl.store(max_index + image * C + c, _place_of(rank), mask=c < C)
+    tl.debug_barrier()
+    _channel_gate(
+        mean_at, max_at, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+        row, pooled_mean + whole_hw, C, HIDDEN,
+        HAS_FC1_BIAS, HAS_FC2_BIAS, False, BLOCK_H, BLOCK_M,
+    )  # fmt: skip
+    tl.debug_barrier()
+    for p0 in range(0, HW, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        _pool_channels(
+            y_at, row, _pixel_offsets(p, y_h, y_w, W, FLAT), p, pooled_max, pooled_mean,
+            channel_index + image * HW, y_c, C, HW, SAVE, BLOCK_C, BLOCK_P,
+        )  # fmt: skip
+    tl.debug_barrier()
+    for p0 in range(0, HW, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        spatial = _spatial_gate(
+            pooled_max, pooled_mean, spatial_weight, weight_c, weight_h, weight_w, p, H, W, HW,
+            K, BLOCK_P, BLOCK_K,
+        )  # fmt: skip
+        if SAVE:
+            tl.store(spatial_gate + image * HW + p, spatial, mask=p < HW)
+        _write_output(
+            y_at, out + image * out_n, row, spatial,
+            _pixel_offsets(p, y_h, y_w, W, FLAT), _pixel_offsets(p, out_h, out_w, W, FLAT), p,
+            y_c, out_c, C, HW, BLOCK_C,
+        )  # fmt: skip
+
+
+# --- parts of the backward --------------------------------------------------------------------
+
+
+@triton.jit
+def _pool_backward(
+    grad, y, gate, spatial_gate, channel_index, grad_offsets, y_offsets, p,
+    grad_logit, pooled_max, pooled_mean, grad_stride_c, y_stride_c, C, HW,
+    PARAMETERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the spatial gate's logit at pixels p; with PARAMETERS the pooled maps again."""
+    lane = tl.arange(0, BLOCK_C)
+    index = tl.load(channel_index + p, mask=p < HW, other=-1)
+    product = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    top = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + lane
+        inside = (c < C)[:, None] & (p < HW)[None, :]
+        rows = c.to(tl.int64)[:, None]
+        y_at = y + rows * y_stride_c + y_offsets[None, :]
+        grad_at = grad + rows * grad_stride_c + grad_offsets[None, :]
+        g = tl.load(gate + c, mask=c < C, other=0.0)
+        z = tl.load(y_at, mask=inside, other=0.0).to(tl.float32) * g[:, None]
+        product += tl.load(grad_at, mask=inside, other=0.0).to(tl.float32) * z
+        if PARAMETERS:
+            total += z
+            top = tl.where(c[:, None] == index[None, :], z, top)
+    s = tl.load(spatial_gate + p, mask=p < HW, other=0.0)
+    tl.store(grad_logit + p, tl.sum(product, 0) * (s * (1.0 - s)), mask=p < HW)
+    if PARAMETERS:
+        # Of a pixel's elements of top only that of the maximum is not zero.
+        tl.store(pooled_max + p, tl.sum(top, 0), mask=p < HW)
+        tl.store(pooled_mean + p, tl.sum(total, 0) / C, mask=p < HW)
+
+
+@triton.jit
+def _spatial_backward(
+    grad_logit, pooled_max, pooled_mean, weight, weight_c, weight_h, weight_w, partial,
+    p, H, W, HW, PARAMETERS: tl.constexpr, K: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the pooled maps (max, mean) at pixels p: the transposed convolution.
+
+    With PARAMETERS also these pixels' part of the weight's gradient, for the taps that can be
+    reached: partial (2, rows, columns). The element of grad_logit that a tap brings to a pixel is
+    what its weight's gradient needs there, so both come from one reading.
+    """
+    R: tl.constexpr = K // 2
+    row = p // W
+    col = p - row * W
+    lane = tl.arange(0, BLOCK_K)
+    i_begin = tl.maximum(R - H + 1, 0)
+    i_end = tl.minimum(R + H, K)
+    j_begin = tl.maximum(R - W + 1, 0)
+    j_end = tl.minimum(R + W, K)
+    columns = j_end - j_begin
+    from_max = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    from_mean = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    if PARAMETERS:
+        here_max = tl.load(pooled_max + p, mask=p < HW, other=0.0)
+        here_mean = tl.load(pooled_mean + p, mask=p < HW, other=0.0)
+    for i in range(i_begin, i_end):
+        r = row - (i - R)
+        row_inside = (p < HW) & (r >= 0) & (r < H)
+        for j0 in range(j_begin, j_end, BLOCK_K):
+            j = j0 + lane
+            q = col[:, None] - (j - R)[None, :]
+            inside = row_inside[:, None] & (j < j_end)[None, :] & (q >= 0) & (q < W)
+            d = tl.load(grad_logit + (r * W)[:, None] + q, mask=inside, other=0.0)
+            tap = weight + i * weight_h + j * weight_w
+            w_max = tl.load(tap, mask=j < j_end, other=0.0).to(tl.float32)
+            w_mean = tl.load(tap + weight_c, mask=j < j_end, other=0.0).to(tl.float32)
+            from_max += d * w_max[None, :]
+            from_mean += d * w_mean[None, :]
+            if PARAMETERS:
+                at = partial + (i - i_begin) * columns + (j - j_begin)
+                tl.store(at, tl.sum(d * here_max[:, None], 0), mask=j < j_end)
+                at += (i_end - i_begin) * columns
+                tl.store(at, tl.sum(d * here_mean[:, None], 0), mask=j < j_end)
+    return tl.sum(from_max, 1), tl.sum(from_mean, 1)
+
+
+@triton.jit
+def _mlp_backward(
+    grad_gate_logit, fc1_weight, fc2_weight, hidden, grad_mean, grad_max, C, HIDDEN,
+    NEED_Y: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the hidden layer, behind hidden's three rows, and (NEED_Y) of mean and max."""
+    unit = tl.arange(0, BLOCK_H)
+    channel = tl.arange(0, BLOCK_M)
+    grad_hidden = hidden + 3 * HIDDEN
+    for j0 in range(0, HIDDEN, BLOCK_H):
+        j = j0 + unit
+        total = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+        for c0 in range(0, C, BLOCK_M):
+            c = c0 + channel
+            inside = (c < C)[:, None] & (j < HIDDEN)[None, :]
+            at = fc2_weight + c[:, None] * HIDDEN + j[None, :]
+            weight = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            total += weight * tl.load(grad_gate_logit + c, mask=c < C, other=0.0)[:, None]
+        grad_j = tl.sum(total, 0)
+        h_mean = tl.load(hidden + HIDDEN + j, mask=j < HIDDEN, other=0.0)
+        h_max = tl.load(hidden + 2 * HIDDEN + j, mask=j < HIDDEN, other=0.0)
+        tl.store(grad_hidden + j, tl.where(h_mean <= 0.0, 0.0, grad_j), mask=j < HIDDEN)
+        tl.store(grad_hidden + HIDDEN + j, tl.where(h_max <= 0.0, 0.0, grad_j), mask=j < HIDDEN)
+    if NEED_Y:
+        tl.debug_barrier()
+        for c0 in range(0, C, BLOCK_M):
+            c = c0 + channel
+            from_mean = tl.zeros((BLOCK_H, BLOCK_M), tl.float32)
+            from_max = tl.zeros((BLOCK_H, BLOCK_M), tl.float32)
+            for j0 in range(0, HIDDEN, BLOCK_H):
+                j = j0 + unit
+                inside = (j < HIDDEN)[:, None] & (c < C)[None, :]
+                at = fc1_weight + j[:, None] * C + c[None, :]
+                weight = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+                d_mean = tl.load(grad_hidden + j, mask=j < HIDDEN, other=0.0)
+                d_max = tl.load(grad_hidden + HIDDEN + j, mask=j < HIDDEN, other=0.0)
+                from_mean += weight * d_mean[:, None]
+                from_max += weight * d_max[:, None]
+            tl.store(grad_mean + c, tl.sum(from_mean, 0), mask=c < C)
+            tl.store(grad_max + c, tl.sum(from_max, 0), mask=c < C)
+
+
+@triton.jit
+def _grad_z(grad, inside, spatial, from_max, from_mean, index, c):
+    """Gradient of z at channels c and pixels of a tile, from pointers into the result's."""
+    d = tl.load(grad, mask=inside, other=0.0).to(tl.float32) * spatial[None, :]
+    d += tl.where(c[:, None] == index[None, :], from_max[None, :], 0.0)
+    return d + from_mean[None, :]
+
+
+# --- kernels of the backward ------------------------------------------------------------------
+#
+# Scratch row of an image, float32, the sections of (C,) and (HW,) rounded up by _whole():
+# gate, gradient of its logit, of mean, of max (C each) | gradient of the spatial gate's logit,
+# pooled max, pooled mean, gradients of both (HW each) | hidden sum, before the relu from mean and
+# from max, gradients of both (HIDDEN each, the five together rounded up) | per tile of pixels: the
+# spatial weight's part (2, rows, columns), rounded up | in the tiles plan, per tile: the part of
+# the gate's gradient (C).
+
+
+@triton.jit(do_not_specialize=["H", "W"])
+def pool_backward_kernel(
+    grad, y, spatial_gate, channel_index, work, work_n, finished, C, H, W, HW,
+    grad_n, grad_c, grad_h, grad_w, y_n, y_c, y_h, y_w,
+    FLAT: tl.constexpr, PARAMETERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the spatial gate's logit and the pooled maps, per image and tile of pixels.
+
+    Reads grad and y once. Also sets the count of finished tiles of the next kernel to zero.
+    """
+    whole_c = (C + 15) // 16 * 16
+    whole_hw = (HW + 15) // 16 * 16
+    program = tl.program_id(0)
+    tiles = tl.cdiv(HW, BLOCK_P)
+    image = (program // tiles).to(tl.int64)
+    t = program % tiles
+    row = work + image * work_n
+    maps = row + 4 * whole_c
+    p = t * BLOCK_P + tl.arange(0, BLOCK_P)
+    if t == 0:
+        tl.store(finished + image, 0)
+    _pool_backward(
+        grad + image * grad_n, y + image * y_n, row,
+        spatial_gate + image * HW, channel_index + image * HW,
+        _pixel_offsets(p, grad_h, grad_w, W, FLAT), _pixel_offsets(p, y_h, y_w, W, FLAT), p,
+        maps, maps + whole_hw, maps + 2 * whole_hw, grad_c, y_c, C, HW,
+        PARAMETERS, BLOCK_C, BLOCK_P,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["H", "W"])
+def spatial_backward_kernel(
+    grad, y, fc1_weight, fc2_weight, spatial_weight, spatial_gate, channel_index,
+    work, work_n, finished, C, H, W, HW, HIDDEN, taps,
+    weight_c, weight_h, weight_w, grad_n, grad_c, grad_h, grad_w, y_n, y_c, y_h, y_w,
+    FLAT: tl.constexpr, NEED_Y: tl.constexpr, PARAMETERS: tl.constexpr, K: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """From the spatial gate's logit to the gradients of mean and max, per image and tile of pixels.
+
+    Each program: gradients of the pooled maps at its pixels, its part of the spatial weight's
+    gradient, then over all channels its part of the channel gate's gradient. Reads grad and y
+    once. The program that finishes an image adds up the parts, in the order of the tiles, and goes
+    back through the MLP; which program that is does not change what it computes.
+    """
+    whole_c = (C + 15) // 16 * 16
+    whole_hw = (HW + 15) // 16 * 16
+    whole_taps = (taps + 15) // 16 * 16
+    whole_hidden = (5 * HIDDEN + 15) // 16 * 16
+    program = tl.program_id(0)
+    tiles = tl.cdiv(HW, BLOCK_P)
+    image = (program // tiles).to(tl.int64)
+    t = program % tiles
+    row = work + image * work_n
+    maps = row + 4 * whole_c
+    hidden = maps + 5 * whole_hw
+    spatial_parts = hidden + whole_hidden
+    gate_parts = spatial_parts + tiles * whole_taps
+    p = t * BLOCK_P + tl.arange(0, BLOCK_P)
+    from_max, from_mean = _spatial_backward(
+        maps, maps + whole_hw, maps + 2 * whole_hw,
+        spatial_weight, weight_c, weight_h, weight_w, spatial_parts + t * whole_taps,
+        p, H, W, HW, PARAMETERS, K, BLOCK_P, BLOCK_K,
+    )  # fmt: skip
+    from_mean = from_mean / C
+    if NEED_Y:
+        tl.store(maps + 3 * whole_hw + p, from_max, mask=p < HW)
+        tl.store(maps + 4 * whole_hw + p, from_mean, mask=p < HW)
+    spatial = tl.load(spatial_gate + image * HW + p, mask=p < HW, other=0.0)
+    index = tl.load(channel_index + image * HW + p, mask=p < HW, other=-1)
+    y_offsets = _pixel_offsets(p, y_h, y_w, W, FLAT)
+    grad_offsets = _pixel_offsets(p, grad_h, grad_w, W, FLAT)
+    lane = tl.arange(0, BLOCK_C)
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + lane
+        inside = (c < C)[:, None] & (p < HW)[None, :]
+        rows = c.to(tl.int64)[:, None]
+        grad_at = grad + image * grad_n + rows * grad_c + grad_offsets[None, :]
+        d = _grad_z(grad_at, inside, spatial, from_max, from_mean, index, c)
+        y_at = y + image * y_n + rows * y_c + y_offsets[None, :]
+        d *= tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(gate_parts + t * whole_c + c, tl.sum(d, 1), mask=c < C)
+
+    # All threads have stored before one of them counts; who counts last sees what all have stored.
+    tl.debug_barrier()
+    before = tl.atomic_add(finished + image, 1, sem="acq_rel", scope="gpu")
+    if before == tiles - 1:
+        channel = tl.arange(0, BLOCK_S)
+        for c0 in range(0, C, BLOCK_S):
+            c = c0 + channel
+            total = tl.zeros((BLOCK_S,), tl.float32)
+            for u in range(0, tiles):
+                # Other multiprocessors wrote these: not from this one's L1.
+                at = gate_parts + u * whole_c + c
+                total += tl.load(at, mask=c < C, other=0.0, cache_modifier=".cg")
+            g = tl.load(row + c, mask=c < C, other=0.0)
+            tl.store(row + whole_c + c, total * (g * (1.0 - g)), mask=c < C)
+        tl.debug_barrier()
+        _mlp_backward(
+            row + whole_c, fc1_weight, fc2_weight, hidden, row + 2 * whole_c,
+            row + 3 * whole_c, C, HIDDEN, NEED_Y, BLOCK_H, BLOCK_M,
+        )  # fmt: skip
+
+
+@triton.jit
+def _write_grad_y(
+    grad, grad_y, row, max_index, spatial, from_max, from_mean, index, grad_offsets, y_offsets, p,
+    grad_stride_c, y_stride_c, C, HW, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """grad_y of all channels at pixels p, from an image's scratch row."""
+    whole_c = (C + 15) // 16 * 16
+    lane = tl.arange(0, BLOCK_C)
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + lane
+        inside = (c < C)[:, None] & (p < HW)[None, :]
+        rows = c.to(tl.int64)[:, None]
+        grad_at = grad + rows * grad_stride_c + grad_offsets[None, :]
+        d = _grad_z(grad_at, inside, spatial, from_max, from_mean, index, c)
+        g = tl.load(row + c, mask=c < C, other=0.0)
+        d_mean = tl.load(row + 2 * whole_c + c, mask=c < C, other=0.0) / HW
+        d_max = tl.load(row + 3 * whole_c + c, mask=c < C, other=0.0)
+        first = tl.load(max_index + c, mask=c < C, other=-1)
+        d = d * g[:, None] + d_mean[:, None]
+        d += tl.where(first[:, None] == p[None, :], d_max[:, None], 0.0)
+        tl.store(grad_y + rows * y_stride_c + y_offsets[None, :], d, mask=inside)
+
+
+@triton.jit(do_not_specialize=["H", "W"])
+def input_gradient_kernel(
+    grad, grad_y, max_index, spatial_gate, channel_index, work, work_n, C, H, W, HW,
+    grad_n, grad_c, grad_h, grad_w, y_n, y_c, y_h, y_w,
+    FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """grad_y per image and tile of pixels. Reads grad once, writes grad_y once."""
+    whole_c = (C + 15) // 16 * 16
+    whole_hw = (HW + 15) // 16 * 16
+    program = tl.program_id(0)
+    tiles = tl.cdiv(HW, BLOCK_P)
+    image = (program // tiles).to(tl.int64)
+    row = work + image * work_n
+    from_pooled = row + 4 * whole_c + 3 * whole_hw
+    p = program % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    spatial = tl.load(spatial_gate + image * HW + p, mask=p < HW, other=0.0)
+    index = tl.load(channel_index + image * HW + p, mask=p < HW, other=-1)
+    from_max = tl.load(from_pooled + p, mask=p < HW, other=0.0)
+    from_mean = tl.load(from_pooled + whole_hw + p, mask=p < HW, other=0.0)
+    _write_grad_y(
+        grad + image * grad_n, grad_y + image * y_n, row, max_index + image * C,
+        spatial, from_max, from_mean, index,
+        _pixel_offsets(p, grad_h, grad_w, W, FLAT), _pixel_offsets(p, y_h, y_w, W, FLAT), p,
+        grad_c, y_c, C, HW, BLOCK_C,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["H", "W"])
+def image_backward_kernel(
+    grad, y, grad_y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight,
+    mean, max, max_index, spatial_gate, channel_index, work, work_n, C, H, W, HW, HIDDEN, taps,
+    weight_c, weight_h, weight_w, grad_n, grad_c, grad_h, grad_w, y_n, y_c, y_h, y_w,
+    out_n, out_c, out_h, out_w,
+    FLAT: tl.constexpr, NEED_Y: tl.constexpr, PARAMETERS: tl.constexpr,
+    HAS_FC1_BIAS: tl.constexpr, HAS_FC2_BIAS: tl.constexpr, K: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The whole backward of one image per program, but for the sums over images.
+
+    y is read twice, grad three times, after the first time from the caches; grad_y is written once.
+    """
+    whole_c = (C + 15) // 16 * 16
+    whole_hw = (HW + 15) // 16 * 16
+    whole_taps = (taps + 15) // 16 * 16
+    whole_hidden = (5 * HIDDEN + 15) // 16 * 16
+    image = tl.program_id(0).to(tl.int64)
+    row = work + image * work_n
+    maps = row + 4 * whole_c
+    hidden = maps + 5 * whole_hw
+    spatial_parts = hidden + whole_hidden
+    grad_at = grad + image * grad_n
+    y_at = y + image * y_n
+    gates = spatial_gate + image * HW
+    indices = channel_index + image * HW
+    _channel_gate(
+        mean + image * C, max + image * C, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+        row, hidden, C, HIDDEN, HAS_FC1_BIAS, HAS_FC2_BIAS, True, BLOCK_H, BLOCK_M,
+    )  # fmt: skip
+    tl.debug_barrier()
+    for p0 in range(0, HW, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        _pool_backward(
+            grad_at, y_at, row, gates, indices,
+            _pixel_offsets(p, grad_h, grad_w, W, FLAT), _pixel_offsets(p, y_h, y_w, W, FLAT), p,
+            maps, maps + whole_hw, maps + 2 * whole_hw, grad_c, y_c, C, HW,
+            PARAMETERS, BLOCK_C, BLOCK_P,
+        )  # fmt: skip
+    tl.debug_barrier()
+    for p0 in range(0, HW, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        from_max, from_mean = _spatial_backward(
+            maps, maps + whole_hw, maps + 2 * whole_hw,
+            spatial_weight, weight_c, weight_h, weight_w,
+            spatial_parts + p0 // BLOCK_P * whole_taps,
+            p, H, W, HW, PARAMETERS, K, BLOCK_P, BLOCK_K,
+        )  # fmt: skip
+        tl.store(maps + 3 * whole_hw + p, from_max, mask=p < HW)
+        tl.store(maps + 4 * whole_hw + p, from_mean / C, mask=p < HW)
+    tl.debug_barrier()
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        rows = c.to(tl.int64)[:, None]
+        total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        for p0 in range(0, HW, BLOCK_P):
+            p = p0 + tl.arange(0, BLOCK_P)
+            inside = (c < C)[:, None] & (p < HW)[None, :]
+            spatial = tl.load(gates + p, mask=p < HW, other=0.0)
+            index = tl.load(indices + p, mask=p < HW, other=-1)
+            from_max = tl.load(maps + 3 * whole_hw + p, mask=p < HW, other=0.0)
+            from_mean = tl.load(maps + 4 * whole_hw + p, mask=p < HW, other=0.0)
+            offsets = _pixel_offsets(p, grad_h, grad_w, W, FLAT)[None, :]
+            d = _grad_z(
+                grad_at + rows * grad_c + offsets, inside, spatial, from_max, from_mean, index, c
+            )
+            offsets = _pixel_offsets(p, y_h, y_w, W, FLAT)[None, :]
+            total += d * tl.load(y_at + rows * y_c + offsets, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(row + c, mask=c < C, other=0.0)
+        tl.store(row + whole_c + c, tl.sum(total, 1) * (g * (1.0 - g)), mask=c < C)
+    tl.debug_barrier()
+    _mlp_backward(
+        row + whole_c, fc1_weight, fc2_weight, hidden, row + 2 * whole_c, row + 3 * whole_c,
+        C, HIDDEN, NEED_Y, BLOCK_H, BLOCK_M,
+    )  # fmt: skip
+    if NEED_Y:
+        tl.debug_barrier()
+        for p0 in range(0, HW, BLOCK_P):
+            p = p0 + tl.arange(0, BLOCK_P)
+            _write_grad_y(
+                grad_at, grad_y + image * out_n, row, max_index + image * C,
+                tl.load(gates + p, mask=p < HW, other=0.0),
+                tl.load(maps + 3 * whole_hw + p, mask=p < HW, other=0.0),
+                tl.load(maps + 4 * whole_hw + p, mask=p < HW, other=0.0),
+                tl.load(indices + p, mask=p < HW, other=-1),
+                _pixel_offsets(p, grad_h, grad_w, W, FLAT),
+                _pixel_offsets(p, out_h, out_w, W, FLAT), p,
+                grad_c, out_c, C, HW, BLOCK_C,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "tiles", "H", "W"])
+def parameter_gradient_kernel(
+    work, work_n, mean, max, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight,
+    N, C, H, W, HW, HIDDEN, taps, tiles, weight_c, weight_h, weight_w,
+    HAS_FC1_BIAS: tl.constexpr, HAS_FC2_BIAS: tl.constexpr, K: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Gradients of all parameters, sums over images in their order; zeros for no images.
+
+    The first programs own a tile (BLOCK_H, BLOCK_C) of both layers of the MLP, the others BLOCK_K
+    taps of the spatial weight. The five parameters are those of the gradients, which they write.
+    """
+    whole_c = (C + 15) // 16 * 16
+    whole_hw = (HW + 15) // 16 * 16
+    whole_taps = (taps + 15) // 16 * 16
+    whole_hidden = (5 * HIDDEN + 15) // 16 * 16
+    program = tl.program_id(0)
+    blocks = tl.cdiv(C, BLOCK_C)
+    dense = blocks * tl.cdiv(HIDDEN, BLOCK_H)
+    hidden_offset = 4 * whole_c + 5 * whole_hw
+    if program < dense:
+        c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+        j = program // blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+        first_layer = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
+        second_layer = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
+        first_bias = tl.zeros((BLOCK_H,), tl.float32)
+        second_bias = tl.zeros((BLOCK_C,), tl.float32)
+        for n0 in range(0, N, UNROLL):
+            # Several images per step, so that their readings are under way together.
+            for u in tl.static_range(UNROLL):
+                n = tl.cast(n0 + u, tl.int64)
+                row = work + n * work_n
+                hidden = row + hidden_offset + j
+                c_inside = c < tl.where(n < N, C, 0)
+                j_inside = j < tl.where(n < N, HIDDEN, 0)
+                both = tl.load(hidden, mask=j_inside, other=0.0)
+                d_mean = tl.load(hidden + 3 * HIDDEN, mask=j_inside, other=0.0)
+                d_max = tl.load(hidden + 4 * HIDDEN, mask=j_inside, other=0.0)
+                d_logit = tl.load(row + whole_c + c, mask=c_inside, other=0.0)
+                v_mean = tl.load(mean + n * C + c, mask=c_inside, other=0.0)
+                v_max = tl.load(max + n * C + c, mask=c_inside, other=0.0)
+                first_layer += d_mean[:, None] * v_mean[None, :] + d_max[:, None] * v_max[None, :]
+                second_layer += both[:, None] * d_logit[None, :]
+                first_bias += d_mean + d_max
+                second_bias += d_logit
+        inside = (j < HIDDEN)[:, None] & (c < C)[None, :]
+        tl.store(fc1_weight + j[:, None] * C + c[None, :], first_layer, mask=inside)
+        tl.store(fc2_weight + c[None, :] * HIDDEN + j[:, None], second_layer, mask=inside)
+        if HAS_FC1_BIAS:  # noqa: SIM102 (one is known when it is compiled, one when it runs)
+            if program % blocks == 0:
+                tl.store(fc1_bias + j, first_bias, mask=j < HIDDEN)
+        if HAS_FC2_BIAS:  # noqa: SIM102
+            if program // blocks == 0:
+                # Once for the mean's way through the MLP and once for the max's.
+                tl.store(fc2_bias + c, 2.0 * second_bias, mask=c < C)
+    else:
+        R: tl.constexpr = K // 2
+        at = (program - dense) * BLOCK_K + tl.arange(0, BLOCK_K)
+        pool = at // (K * K)
+        tap_h = at // K % K
+        tap_w = at % K
+        i_begin = tl.maximum(R - H + 1, 0)
+        j_begin = tl.maximum(R - W + 1, 0)
+        rows = tl.minimum(R + H, K) - i_begin
+        columns = tl.minimum(R + W, K) - j_begin
+        part = (pool * rows + tap_h - i_begin) * columns + tap_w - j_begin
+        # The other taps see nothing but padding.
+        reached = (at < 2 * K * K) & (tap_h >= i_begin) & (tap_h < i_begin + rows)
+        reached = reached & (tap_w >= j_begin) & (tap_w < j_begin + columns)
+        parts = work + hidden_offset + whole_hidden + part
+        total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+        for r0 in range(0, N * tiles, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            n = (r // tiles).to(tl.int64)
+            offsets = n * work_n + r % tiles * whole_taps
+            inside = (r < N * tiles)[:, None] & reached[None, :]
+            total += tl.load(parts[None, :] + offsets[:, None], mask=inside, other=0.0)
+        to = spatial_weight + pool * weight_c + tap_h * weight_h + tap_w * weight_w
+        tl.store(to, tl.sum(total, 0), mask=at < 2 * K * K)
+
+
+# --- choices ----------------------------------------------------------------------------------
+
+
+STAGES = 1  # no loop of this file has a tl.dot to feed, which is what Triton pipelines for
+
+
+class Tile(NamedTuple):
+    """A tile of a map and the warps that work on it."""
+
+    block_c: int
+    block_p: int
+    num_warps: int
+
+    def arguments(self) -> dict[str, int]:
+        """As keywords of a kernel's launch."""
+        sizes = {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p}
+        return {**sizes, "num_warps": self.num_warps, "num_stages": STAGES}
+
+
+# Nothing was measured on hardware yet, so nothing is tuned at run time: the shape decides, by
+# reasoning. At most 16 elements per thread keep the accumulators of the widest loop (three each)
+# in registers; the fastest axis of a tile is a whole number of sectors of 32 bytes in memory.
+IMAGE_TILES = {
+    "tiny": Tile(64, 16, 8),  # maps of up to 4 x 4
+    "small": Tile(32, 64, 4),  # up to 8192 elements per image
+    "large": Tile(64, 64, 8),
+}
+PIXEL_TILES = {
+    "rows": Tile(16, 128, 4),  # pixels are neighbours in memory, large maps
+    "short rows": Tile(32, 64, 4),  # the same, fewer pixels: more programs
+    "channels": Tile(128, 16, 4),  # channels are neighbours in memory
+    "few channels": Tile(32, 32, 4),
+}
+# (hidden units, channels) per tile of the MLP, for up to 4, up to 16 and more hidden units.
+MLP_TILES = {4: (4, 256), 16: (16, 128), 32: (32, 64)}
+GATE_WARPS = 4
+# Channels per step where the statistics of an image are added up, and tiles per step, which is 1
+# where the convolution's tile is the whole map.
+GATHER_CHANNELS = 128
+GATHER_TILES = (1, 16)
+CHUNK_TILES = 8  # tiles of pixels per program of statistics_kernel
+PARAMETER_BLOCKS = {"BLOCK_H": 16, "BLOCK_C": 64, "BLOCK_R": 32, "BLOCK_K": 64, "UNROLL": 4}
+PARAMETER_WARPS = 4
+
+IMAGE_PIXELS = 256  # the most pixels of the image plan: four tiles
+IMAGE_ELEMENTS = 1 << 17  # and the most elements, of which one multiprocessor does all
+
+
+class Plan(NamedTuple):
+    """What the shape of an image decides."""
+
+    image: bool
+    tile: Tile
+    tiles: int  # of pixels, per image
+    chunk: int  # pixels per program of statistics_kernel
+    work: int  # floats of scratch per image, forward
+    work_backward: int
+    taps: int  # elements of the spatial weight that can be reached
+    mlp: dict[str, int]
+    block_k: int
+
+
+def _whole(count: int) -> int:
+    return (count + 15) // 16 * 16
+
+
+def choose(c: int, hw: int, channels_last: bool) -> tuple[bool, Tile]:
+    """Whether one program does a whole image (c, hw), and the tile."""
+    if hw <= IMAGE_PIXELS and c * hw <= IMAGE_ELEMENTS:
+        if hw <= 16:
+            return True, IMAGE_TILES["tiny"]
+        return True, IMAGE_TILES["small" if c * hw <= 8192 else "large"]
+    if channels_last:
+        return False, PIXEL_TILES["channels" if c >= 96 else "few channels"]
+    return False, PIXEL_TILES["rows" if hw >= 2048 else "short rows"]
+
+
+@lru_cache(maxsize=1024)
+def plan_for(c: int, h: int, w: int, hidden: int, k: int, channels_last: bool) -> Plan:
+    """The plan for images (c, h, w), ``hidden`` units and a k x k spatial weight."""
+    hw = h * w
+    image, tile = choose(c, hw, channels_last)
+    tiles = triton.cdiv(hw, tile.block_p)
+    block_h, block_m = next(t for most, t in MLP_TILES.items() if hidden <= most or most == 32)
+    taps = 2 * min(k, 2 * h - 1) * min(k, 2 * w - 1)
+    work_backward = 4 * _whole(c) + 5 * _whole(hw) + _whole(5 * hidden) + tiles * _whole(taps)
+    return Plan(
+        image=image,
+        tile=tile,
+        tiles=tiles,
+        chunk=CHUNK_TILES * tile.block_p,
+        work=3 * _whole(c) + 2 * _whole(hw) + _whole(hidden),
+        work_backward=work_backward + (0 if image else tiles * _whole(c)),
+        taps=taps,
+        mlp={"BLOCK_H": block_h, "BLOCK_M": block_m},
+        block_k=min(triton.next_power_of_2(k), 16),
+    )
+
+
+def _plan(y: Tensor, fc1_weight: Tensor, spatial_weight: Tensor) -> Plan:
+    _, c, h, w = y.shape
+    channels_last = c > 1 and y.stride(1) == 1 and h * w > 1
+    return plan_for(c, h, w, fc1_weight.shape[0], spatial_weight.shape[2], channels_last)
+
+
+def _flat_strides(t: Tensor) -> tuple[int, int, int, int] | None:
+    """(n, c, 0, pixel): the strides of a map whose pixels are one distance apart, else None."""
+    _, _, h, w = t.shape
+    n_stride, c_stride, h_stride, w_stride = t.stride()
+    if h == 1 or h_stride == w * w_stride:
+        return n_stride, c_stride, 0, w_stride
+    if w == 1:
+        return n_stride, c_stride, 0, h_stride
+    return None
+
+
+def _strides(*maps: Tensor) -> tuple[bool, tuple[int, ...]]:
+    """Whether the pixels of all maps are one distance apart each, and four strides per map."""
+    flat = [_flat_strides(t) for t in maps]
+    if None in flat:
+        return False, tuple(s for t in maps for s in t.stride())
+    return True, tuple(s for four in flat if four is not None for s in four)
+
+
+def _map_like(y: Tensor) -> Tensor:
+    """What mfef_ext.ops._map_like describes: contiguous or channels_last as y is."""
+    channels_last = not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=memory_format)
+
+
+def _dense(parameter: Tensor | None) -> Tensor | None:
+    """Rows one after another: the kernels take no strides for the MLP's small parameters."""
+    if parameter is None or parameter.is_contiguous():
+        return parameter
+    return parameter.contiguous()
+
+
+# --- forward ----------------------------------------------------------------------------------
+
+
+def forward(
+    y: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    spatial_weight: Tensor,
+    statistics: tuple[Tensor, Tensor, Tensor] | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, mean, max, max_index, spatial_gate, channel_index of reference.dual_attention.
+
+    y: (N, C, H, W), any strides. statistics: sum, max (N, C, T) float32 and place of the max
+    (N, C, T) int32 per tile of pixels, contiguous, from the convolution; None: computed here.
+    out is like y; mean and max (N, C) and spatial_gate (N, H, W) are float32, max_index (N, C) and
+    channel_index (N, H, W) int32; all five have N = 0 without ``save``.
+    """
+    n, c, h, w = y.shape
+    hw, hidden, k = h * w, fc1_weight.shape[0], spatial_weight.shape[2]
+    device, saved = y.device, n if save else 0
+    out = _map_like(y)
+    mean = torch.empty((saved, c), dtype=torch.float32, device=device)
+    max = torch.empty((saved, c), dtype=torch.float32, device=device)
+    max_index = torch.empty((saved, c), dtype=torch.int32, device=device)
+    spatial_gate = torch.empty((saved, h, w), dtype=torch.float32, device=device)
+    channel_index = torch.empty((saved, h, w), dtype=torch.int32, device=device)
+    results = out, mean, max, max_index, spatial_gate, channel_index
+    if n == 0:
+        return results
+    plan = _plan(y, fc1_weight, spatial_weight)
+    tile = plan.tile
+    work = torch.empty((n, plan.work), dtype=torch.float32, device=device)
+    flat, strides = _strides(y, out)
+    blocks = tile.arguments()
+    biases = {"HAS_FC1_BIAS": fc1_bias is not None, "HAS_FC2_BIAS": fc2_bias is not None}
+    # A pointer that a flag rules out is never read: the flag's place holder is another tensor.
+    mlp = (
+        _dense(fc1_weight),
+        fc1_weight if fc1_bias is None else _dense(fc1_bias),
+        _dense(fc2_weight),
+        fc1_weight if fc2_bias is None else _dense(fc2_bias),
+    )
+    taps = spatial_weight.stride()[1:]
+    if not plan.image and statistics is None:
+        tiles = triton.cdiv(hw, plan.chunk)
+        statistics = (
+            torch.empty((n, c, tiles), dtype=torch.float32, device=device),
+            torch.empty((n, c, tiles), dtype=torch.float32, device=device),
+            torch.empty((n, c, tiles), dtype=torch.int32, device=device),
+        )
+        statistics_kernel[(n * triton.cdiv(c, tile.block_c) * tiles,)](
+            y, *statistics, c, h, w, hw, tiles, *strides[:4],
+            FLAT=flat, PIXELS=plan.chunk, **blocks,
+        )  # fmt: skip
+    tiles = 1 if statistics is None else statistics[0].shape[2]
+    gather = {"BLOCK_S": GATHER_CHANNELS, "BLOCK_T": GATHER_TILES[tiles > 2]}
+    if plan.image:
+        image_forward_kernel[(n,)](
+            y, out, *mlp, spatial_weight, *(statistics or (work, work, max_index)),
+            *results[1:], work, plan.work, c, h, w, hw, hidden, tiles, *taps, *strides,
+            FLAT=flat, SAVE=save, HAS_STATISTICS=statistics is not None, K=k,
+            BLOCK_K=plan.block_k, **biases, **blocks, **gather, **plan.mlp,
+        )  # fmt: skip
+        return results
+    assert statistics is not None
+    gate_kernel[(n,)](
+        *mlp, *statistics, mean, max, max_index, work, plan.work, c, hw, hidden, tiles,
+        BACKWARD=False, SAVE=save, num_warps=GATE_WARPS, num_stages=STAGES,
+        **biases, **gather, **plan.mlp,
+    )  # fmt: skip
+    pool_kernel[(n * plan.tiles,)](
+        y, channel_index, work, plan.work, c, h, w, hw, *strides[:4], FLAT=flat, SAVE=save, **blocks
+    )
+    output_kernel[(n * plan.tiles,)](
+        y, out, spatial_weight, spatial_gate, work, plan.work, c, h, w, hw, *taps, *strides,
+        FLAT=flat, SAVE=save, K=k, BLOCK_K=plan.block_k, **blocks,
+    )  # fmt: skip
+    return results
+
+
+# --- backward ---------------------------------------------------------------------------------
+
+
+def backward(
+    grad: Tensor,
+    y: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    spatial_weight: Tensor,
+    mean: Tensor,
+    max: Tensor,
+    max_index: Tensor,
+    spatial_gate: Tensor,
+    channel_index: Tensor,
+    need_x: bool,
+    need_parameters: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of y (like y), fc1_weight, fc1_bias, fc2_weight, fc2_bias and spatial_weight.
+
+    grad: (N, C, H, W), any strides; then the arguments and results of :func:`forward` with
+    ``save``. A gradient that is not needed, or of a bias that is None, is a tensor of shape (0,).
+    Those of the parameters have the parameters' own strides.
+    """
+    n, c, h, w = y.shape
+    hw, hidden, k = h * w, fc1_weight.shape[0], spatial_weight.shape[2]
+    device = y.device
+
+    def nothing() -> Tensor:
+        return torch.empty((0,), dtype=y.dtype, device=device)
+
+    parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight
+    grads = [
+        torch.empty_like(p) if need_parameters and p is not None else nothing() for p in parameters
+    ]
+    if not need_x and not need_parameters:
+        return (nothing(), *grads)
+    grad_y = _map_like(y) if need_x else nothing()
+    plan = _plan(y, fc1_weight, spatial_weight)
+    tile = plan.tile
+    work = torch.empty((n, plan.work_backward), dtype=torch.float32, device=device)
+    biases = {"HAS_FC1_BIAS": fc1_bias is not None, "HAS_FC2_BIAS": fc2_bias is not None}
+    if n > 0:
+        flat, strides = _strides(grad, y, grad_y) if need_x else _strides(grad, y)
+        blocks = tile.arguments()
+        w1, w2 = _dense(fc1_weight), _dense(fc2_weight)
+        b1 = fc1_weight if fc1_bias is None else _dense(fc1_bias)
+        b2 = fc1_weight if fc2_bias is None else _dense(fc2_bias)
+        taps = spatial_weight.stride()[1:]
+        gates = spatial_gate, channel_index
+        if plan.image:
+            image_backward_kernel[(n,)](
+                grad, y, grad_y, w1, b1, w2, b2, spatial_weight, mean, max, max_index, *gates,
+                work, plan.work_backward, c, h, w, hw, hidden, plan.taps, *taps,
+                *(strides if need_x else (*strides, 0, 0, 0, 0)),
+                FLAT=flat, NEED_Y=need_x, PARAMETERS=need_parameters, K=k, BLOCK_K=plan.block_k,
+                **biases, **blocks, **plan.mlp,
+            )  # fmt: skip
+        else:
+            finished = torch.empty((n,), dtype=torch.int32, device=device)
+            sizes = c, h, w, hw
+            gate_kernel[(n,)](
+                w1, b1, w2, b2, mean, max, max_index, mean, max, max_index,
+                work, plan.work_backward, c, hw, hidden, 1,
+                BACKWARD=True, SAVE=False, num_warps=GATE_WARPS, num_stages=STAGES,
+                BLOCK_S=GATHER_CHANNELS, BLOCK_T=1, **biases, **plan.mlp,
+            )  # fmt: skip
+            grid = (n * plan.tiles,)
+            pool_backward_kernel[grid](
+                grad, y, *gates, work, plan.work_backward, finished, *sizes, *strides[:8],
+                FLAT=flat, PARAMETERS=need_parameters, **blocks,
+            )  # fmt: skip
+            spatial_backward_kernel[grid](
+                grad, y, w1, w2, spatial_weight, *gates, work, plan.work_backward, finished,
+                *sizes, hidden, plan.taps, *taps, *strides[:8],
+                FLAT=flat, NEED_Y=need_x, PARAMETERS=need_parameters, K=k, BLOCK_K=plan.block_k,
+                BLOCK_S=GATHER_CHANNELS, **blocks, **plan.mlp,
+            )  # fmt: skip
+            if need_x:
+                input_gradient_kernel[grid](
+                    grad, grad_y, max_index, *gates, work, plan.work_backward, *sizes,
+                    *strides[:4], *strides[8:], FLAT=flat, **blocks,
+                )  # fmt: skip
+    if need_parameters:
+        # As _dense(): a gradient with other strides than its kernel writes is copied afterwards.
+        written = [
+            g if i == 4 or g.is_contiguous() else torch.empty(g.shape, dtype=g.dtype, device=device)
+            for i, g in enumerate(grads)
+        ]
+        blocks = PARAMETER_BLOCKS
+        dense = triton.cdiv(c, blocks["BLOCK_C"]) * triton.cdiv(hidden, blocks["BLOCK_H"])
+        parameter_gradient_kernel[(dense + triton.cdiv(2 * k * k, blocks["BLOCK_K"]),)](
+            work, plan.work_backward, mean, max, *written,
+            n, c, h, w, hw, hidden, plan.taps, plan.tiles, *grads[4].stride()[1:],
+            K=k, num_warps=PARAMETER_WARPS, num_stages=STAGES, **biases, **blocks,
+        )  # fmt: skip
+        for g, own in zip(grads, written, strict=True):
+            if g is not own:
+                g.copy_(own)
+    return (grad_y, *grads)
+
+
+# --- what is compiled ahead of time -----------------------------------------------------------
+
+Specialisation = tuple[str, Any, dict[str, str], dict[str, Any], int, int]
+
+_STRIDES = [f"{t}_{axis}" for t in ("y", "out", "grad") for axis in "nchw"]
+_INTS = {"C", "H", "W", "HW", "HIDDEN", "N", "tiles", "taps", "work_n", *_STRIDES}
+_INTS |= {"weight_c", "weight_h", "weight_w"}
+_FLOAT_POINTERS = {"sums", "maxima", "mean", "max", "spatial_gate", "work"}
+_INT_POINTERS = {"places", "max_index", "channel_index", "finished"}
+
+
+# Multiples of 16 in maps such as 64 x 56 x 56 and 256 x 8 x 8. The others are never, or not known.
+_MULTIPLES_OF_16 = {"C", "HW", "work_n", *_STRIDES}
+
+
+def _type_of(argument: str, dtype: str) -> str:
+    if argument in _INTS:
+        return "i32:16" if argument in _MULTIPLES_OF_16 else "i32"
+    if argument in _INT_POINTERS:
+        return "*i32"
+    return "*fp32" if argument in _FLOAT_POINTERS else f"*{dtype}"
+
+
+def specialisations() -> Iterator[Specialisation]:
+    """(name, kernel, argument types, constants, warps, stages) of what there is to compile.
+
+    Every kernel in every configuration, and in both layouts where one configuration serves both.
+    dtypes take turns, since nothing but loads and stores depends on them.
+    """
+    turns = cycle(("fp32", "bf16", "fp16"))
+
+    def one(kernel: Any, what: str, warps: int, *constants: dict[str, Any]) -> Specialisation:
+        together = {name: value for some in constants for name, value in some.items()}
+        dtype = next(turns)
+        names = kernel.arg_names
+        together = {name: value for name, value in together.items() if name in names}
+        types = {name: _type_of(name, dtype) for name in names if name not in together}
+        return f"{kernel.__name__}, {what}", kernel, types, together, warps, STAGES
+
+    flags = dict.fromkeys(
+        ("FLAT", "SAVE", "HAS_FC1_BIAS", "HAS_FC2_BIAS", "NEED_Y", "PARAMETERS"), True
+    )
+    taps = {"K": 7, "BLOCK_K": 8}
+    gather = {"BLOCK_S": GATHER_CHANNELS, "BLOCK_T": GATHER_TILES[1]}
+    mlps = [{"BLOCK_H": units, "BLOCK_M": channels} for units, channels in MLP_TILES.values()]
+    fastest = {
+        layout: {f"{t}_{axis}": 1 for t in ("y", "out", "grad")}
+        for layout, axis in (("contiguous", "w"), ("channels_last", "c"))
+    }
+    for tile_name, tile in IMAGE_TILES.items():
+        blocks = {"BLOCK_C": tile.block_c, "BLOCK_P": tile.block_p}
+        for layout, strides in fastest.items():
+            statistics = {"HAS_STATISTICS": layout == "contiguous"}
+            for kernel in (image_forward_kernel, image_backward_kernel):
+                what = f"{tile_name}, {layout}"
+                yield one(
+                    kernel, what, tile.num_warps,
+                    flags, taps, gather, statistics, mlps[1], strides, blocks,
+                )  # fmt: skip
+    pixel_kernels = (
+        statistics_kernel,
+        pool_kernel,
+        output_kernel,
+        pool_backward_kernel,
+        spatial_backward_kernel,
+        input_gradient_kernel,
+    )
+    for tile_name, tile in PIXEL_TILES.items():
+        next(turns)  # six kernels, three dtypes: another one for each next time
+        strides = fastest["channels_last" if "channels" in tile_name else "contiguous"]
+        blocks = {"BLOCK_C": tile.block_c, "BLOCK_P": tile.block_p}
+        blocks["PIXELS"] = CHUNK_TILES * tile.block_p
+        for kernel in pixel_kernels:
+            yield one(
+                kernel, tile_name, tile.num_warps, flags, taps, gather, mlps[1], strides, blocks
+            )
+    tile = PIXEL_TILES["rows"]
+    blocks = {"BLOCK_C": tile.block_c, "BLOCK_P": tile.block_p, "FLAT": False}
+    yield one(
+        spatial_backward_kernel, "rows, any strides", tile.num_warps,
+        flags, taps, gather, mlps[2], blocks,
+    )  # fmt: skip
+    for mlp in mlps:
+        for way in ("forward", "backward"):
+            what = f"{mlp['BLOCK_H']} hidden units, {way}"
+            yield one(
+                gate_kernel, what, GATE_WARPS, flags, gather, mlp, {"BACKWARD": way != "forward"}
+            )
+    yield one(parameter_gradient_kernel, "all", PARAMETER_WARPS, flags, taps, PARAMETER_BLOCKS)

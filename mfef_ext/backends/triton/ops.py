@@ -1,0 +1,96 @@
+"""The operators of the Triton backend: namespace mfef_triton, same schemas as the native ones.
+
+They are opaque to torch.compile: what a compiler could fuse into them is little, and the schemas,
+fakes and autograd formulas of the native operators serve them unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from . import attention, conv, device_of
+
+_lib = torch.library.Library("mfef_triton", "FRAGMENT")
+for _op in ops.OPERATORS:
+    for _name in (_op, f"{_op}_backward"):
+        _lib.define(str(getattr(torch.ops.mfef, _name).default._schema).removeprefix("mfef::"))
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_empty((0,))
+
+
+def _multi_scale_conv2d(x, weights, groups, split, bias) -> Tensor:
+    with device_of(x):
+        return conv.forward(x, weights, groups, split, bias, False)[0]
+
+
+def _conv_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    split: bool,
+    need_x: bool,
+    need_parameters: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    grad_x = conv.data_gradient(grad, x, weights, groups, split) if need_x else _nothing(x)
+    grads = conv.weight_gradient(grad, x, weights, groups, split) if need_parameters else []
+    return grad_x, grads
+
+
+def _multi_scale_conv2d_backward(grad, x, weights, groups, split, bias, need_x, need_parameters):
+    with device_of(x):
+        gradients = _conv_gradients(grad, x, weights, groups, split, need_x, need_parameters)
+        has_bias = need_parameters and bias is not None
+        return (*gradients, conv.bias_gradient(grad) if has_bias else _nothing(x))
+
+
+def _dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight, save):
+    parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight
+    with device_of(y):
+        return attention.forward(y, *parameters, None, save)
+
+
+def _dual_attention_backward(grad, y, *rest):
+    with device_of(y):
+        return attention.backward(grad, y, *rest)
+
+
+def _mfef_block(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save):
+    with device_of(x):
+        y, statistics = conv.forward(x, conv_weights, groups, split, None, True)
+        out, *saved = attention.forward(y, w1, b1, w2, b2, ws, statistics, save)
+        return (out, y if save else _nothing(x), *saved)
+
+
+def _mfef_block_backward(
+    grad, x, conv_weights, groups, split, w1, b1, w2, b2, ws,
+    y, mean, max, max_index, spatial_gate, channel_index, need_x, need_parameters,
+):  # fmt: skip
+    with device_of(x):
+        grad_y, *grads = attention.backward(
+            grad, y, w1, b1, w2, b2, ws, mean, max, max_index, spatial_gate, channel_index,
+            need_x or need_parameters, need_parameters,
+        )  # fmt: skip
+        gradients = _conv_gradients(grad_y, x, conv_weights, groups, split, need_x, need_parameters)
+        return (*gradients, *grads)
+
+
+_IMPLEMENTATIONS: dict[str, Callable] = {
+    "multi_scale_conv2d": _multi_scale_conv2d,
+    "multi_scale_conv2d_backward": _multi_scale_conv2d_backward,
+    "dual_attention": _dual_attention,
+    "dual_attention_backward": _dual_attention_backward,
+    "mfef_block": _mfef_block,
+    "mfef_block_backward": _mfef_block_backward,
+}
+for _name, _implementation in _IMPLEMENTATIONS.items():
+    for _key in ("CUDA", "CPU"):
+        _lib.impl(_name, _implementation, _key)
+
+OPERATORS = ops.register("mfef_triton")

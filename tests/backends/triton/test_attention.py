@@ -1,0 +1,488 @@
+"""The attention in Triton against the specification in float64; tests/accuracy.py has the rule.
+
+Interpreted on CPU tensors where there is no GPU; on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mfef_ext import reference
+from tests.accuracy import ATTENTION, FEW, MIRRORS, factor, largest, unit_in_the_last_place
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+CUDA = torch.cuda.is_available()
+EXAMPLES = settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+# Where a value overflows, a GPU says nothing and the interpreter's numpy warns.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            "cpu", marks=pytest.mark.skipif(CUDA, reason="Triton is not interpreted beside a GPU")
+        ),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def attention():
+    """The module; imported late, when it is settled whether Triton interprets."""
+    return importlib.import_module("mfef_ext.backends.triton.attention")
+
+
+@pytest.fixture
+def force(attention, monkeypatch):
+    """Sets the tile, and with it the plan, by its name: maps can then be small, the interpreter
+    being slow."""
+
+    def to(name: str) -> None:
+        image = name in attention.IMAGE_TILES
+        tile = (attention.IMAGE_TILES if image else attention.PIXEL_TILES)[name]
+        monkeypatch.setattr(attention, "choose", lambda *_: (image, tile))
+        attention.plan_for.cache_clear()
+
+    yield to
+    attention.plan_for.cache_clear()
+
+
+@pytest.fixture(params=["small", "few channels"])
+def plan(request, force):
+    """Both plans; (9, 10) pixels are two tiles of the one and three of the other."""
+    force(request.param)
+    return request.param
+
+
+@dataclass
+class Case:
+    """Arguments of one attention and of its gradients; parameters in the order of ATTENTION."""
+
+    y: Tensor
+    parameters: list[Tensor | None]
+    grad: Tensor
+
+    def to(self, dtype: torch.dtype, device: str | None = None) -> Case:
+        """The same values, and strides, in another dtype."""
+
+        def cast(t: Tensor) -> Tensor:
+            return t.to(device or t.device, dtype)
+
+        parameters = [None if p is None else cast(p) for p in self.parameters]
+        return Case(cast(self.y), parameters, cast(self.grad))
+
+    def laid_out(self, layout) -> Case:
+        y, grad = (t.contiguous(memory_format=layout) for t in (self.y, self.grad))
+        return Case(y, self.parameters, grad)
+
+
+def draw_case(shape, hidden=2, k=7, biases=True, dtype=torch.float64, seed=0) -> Case:
+    """Random arguments, in float64 but exact in dtype, whose maxima are far from ties."""
+    n, c, h, w = shape
+    for attempt in range(50):
+        torch.manual_seed(1000 * seed + attempt)
+
+        def normal(*sizes: int, scale=1.0) -> Tensor:
+            return scale * torch.randn(*sizes, dtype=torch.float64)
+
+        parameters = [
+            normal(hidden, c, scale=2 / c**0.5),
+            normal(hidden).abs() if biases else None,  # hidden units that are alive
+            normal(c, hidden, scale=hidden**-0.5),
+            normal(c) if biases else None,
+            normal(1, 2, k, k, scale=1 / k),
+        ]
+        case = Case(normal(n, c, h, w), parameters, normal(n, c, h, w))
+        case = case.to(dtype).to(torch.float64)
+        if far_from_ties(case):
+            return case
+    raise AssertionError("no draw without near ties")
+
+
+def far_from_ties(case: Case, gap: float = 3e-5) -> bool:
+    """Whether no maximum (over pixels, over channels, or a ReLU's with 0) is nearly a tie."""
+    if case.y.shape[0] == 0:
+        return True
+    _, z, _ = reference.attention_gates(case.y, *case.parameters)
+    flat = case.y.flatten(2)
+    hidden = [
+        torch.nn.functional.linear(v, case.parameters[0], case.parameters[1])
+        for v in (flat.mean(2), flat.max(2).values)
+    ]
+    ok = all(bool(v.abs().min() > gap) for v in hidden)
+    for t, dim in ((flat, 2), (z, 1)):
+        if t.shape[dim] > 1:
+            top = t.topk(2, dim=dim).values.unbind(dim)
+            ok = ok and bool((top[0] - top[1]).min() > gap * t.abs().max())
+    return ok
+
+
+def expected(case: Case) -> list[Tensor]:
+    """[out, gradients of y and of the parameters that there are] by the specification."""
+    y = case.y.detach().requires_grad_()
+    parameters = [None if p is None else p.detach().requires_grad_() for p in case.parameters]
+    out = reference.dual_attention(y, *parameters)
+    leaves = [y, *(p for p in parameters if p is not None)]
+    return [out.detach(), *torch.autograd.grad(out, leaves, case.grad)]
+
+
+def computed(attention, case: Case, given_statistics=None) -> list[Tensor]:
+    """The same by the kernels."""
+    out, *saved = attention.forward(case.y, *case.parameters, given_statistics, True)
+    grad_y, *grads = attention.backward(case.grad, case.y, *case.parameters, *saved, True, True)
+    present = [g for g, p in zip(grads, case.parameters, strict=True) if p is not None]
+    return [out, grad_y, *present]
+
+
+def tile_statistics(y: Tensor, pixels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a convolution gives with its output: sum, max and its place per ``pixels`` pixels."""
+    parts = y.float().flatten(2).split(pixels, dim=2)
+    tops = [part.max(2) for part in parts]
+    places = [top.indices + i * pixels for i, top in enumerate(tops)]
+    return (
+        torch.stack([part.sum(2) for part in parts], 2),
+        torch.stack([top.values for top in tops], 2),
+        torch.stack(places, 2).int(),
+    )
+
+
+def eager_errors(case: Case, wanted: list[Tensor]) -> list[float]:
+    """The largest errors of eager PyTorch over orders of the same operation."""
+    runs = [expected(case.laid_out(layout)) for layout in LAYOUTS]
+    back = Case(case.y.flip(0), case.parameters, case.grad.flip(0))
+    out, grad_y, *rest = expected(back)
+    runs.append([out.flip(0), grad_y.flip(0), *rest])
+    for dims in MIRRORS:
+        *mlp, spatial = case.parameters
+        mirrored = Case(case.y.flip(dims), [*mlp, spatial.flip(dims)], case.grad.flip(dims))
+        out, grad_y, *rest, grad_spatial = expected(mirrored)
+        runs.append([out.flip(dims), grad_y.flip(dims), *rest, grad_spatial.flip(dims)])
+    return [
+        max(largest(g.double() - w) for g in column)
+        for *column, w in zip(*runs, wanted, strict=True)
+    ]
+
+
+def check(
+    attention, device: str, dtype: torch.dtype, layout, shape, seed=0, tile=None, draws=3, **options
+) -> None:
+    """Asserts the rule for the output and all gradients; ``tile``: statistics per so many pixels.
+
+    As check_block in tests/accuracy.py: errors in units in the last place of the largest magnitude,
+    the largest over the draws; tensors of few elements together, by the median draw.
+    """
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for draw in range(draws):
+        case = draw_case(shape, dtype=dtype, seed=seed + 101 * draw, **options)
+        wanted = [t.to(device) for t in expected(case)]
+        low = case.to(dtype, device)
+        eager = eager_errors(low, wanted)
+        low = low.laid_out(layout)
+        got = computed(attention, low, None if tile is None else tile_statistics(low.y, tile))
+        names = ["out", "y"]
+        names += [n for n, p in zip(ATTENTION, case.parameters, strict=True) if p is not None]
+        few = []
+        for name, g, w, e in zip(names, got, wanted, eager, strict=True):
+            assert g.dtype == dtype and g.shape == w.shape, name
+            ulp = unit_in_the_last_place(w, dtype)
+            pair = (largest(g.double() - w) / ulp, e / ulp)
+            if w.numel() < FEW:
+                few.append(pair)
+            else:
+                errors.setdefault(name, []).append(pair)
+        if few:
+            together = tuple(max(column) for column in zip(*few, strict=True))
+            errors.setdefault("few elements", []).append(together)
+    for name, pairs in errors.items():
+        middle = statistics.median if name == "few elements" else max
+        error, eager_error = (middle(column) for column in zip(*pairs, strict=True))
+        bound = factor(dtype) * eager_error + 1
+        assert error <= bound, f"{name}: error of {error:.3g} units is above {bound:.3g}"
+
+
+@st.composite
+def shapes(draw):
+    return {
+        "shape": (
+            draw(st.integers(1, 2)),
+            draw(st.integers(1, 40)),
+            draw(st.integers(1, 9)),
+            draw(st.integers(1, 12)),
+        ),
+        "hidden": draw(st.sampled_from([1, 2, 5, 17])),
+        "k": draw(st.sampled_from([1, 3, 7, 11])),
+        "biases": draw(st.booleans()),
+        "tile": draw(st.sampled_from([None, 7, 64, 1000])),
+        "seed": draw(st.integers(0, 100)),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@EXAMPLES
+@given(arguments=shapes(), layout=st.sampled_from(LAYOUTS))
+def test_random_shapes(attention, device, dtype, arguments, layout):
+    check(attention, device, dtype, layout, **arguments)
+
+
+# Several tiles per image in both directions, every tile of the MLP and several of each.
+CONFIGURATIONS = [
+    ("tiny", (2, 150, 3, 6), {"hidden": 9}),
+    ("small", (1, 40, 9, 10), {"hidden": 3}),
+    ("large", (1, 130, 11, 6), {"hidden": 40}),
+    ("rows", (1, 20, 11, 13), {"hidden": 4}),
+    ("short rows", (2, 40, 9, 8), {"hidden": 20}),
+    ("channels", (1, 135, 4, 5), {"hidden": 8}),
+    ("few channels", (1, 70, 5, 8), {"hidden": 35, "biases": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "options"), CONFIGURATIONS, ids=lambda v: str(v))
+@pytest.mark.parametrize("tile", [None, 32], ids=["no statistics", "statistics"])
+def test_every_configuration(attention, device, force, name, shape, options, tile):
+    force(name)
+    layout = LAYOUTS["channels" in name]
+    dtype = DTYPES[len(name) % 3]
+    check(attention, device, dtype, layout, shape, tile=tile, draws=2, **options)
+
+
+def test_the_choice_by_shape(attention):
+    """The image plan for small images only; the tile by which axis is the fastest."""
+    for c, hw, channels_last, image, name in [
+        (512, 16, False, True, "tiny"),
+        (64, 64, False, True, "small"),
+        (256, 64, True, True, "large"),
+        (2048, 49, True, True, "large"),
+        (1024, 196, False, False, "short rows"),
+        (64, 3136, False, False, "rows"),
+        (64, 3136, True, False, "few channels"),
+        (512, 784, True, False, "channels"),
+    ]:
+        tiles = attention.IMAGE_TILES if image else attention.PIXEL_TILES
+        assert attention.choose(c, hw, channels_last) == (image, tiles[name])
+
+
+def test_both_plans_have_all_tiles_compiled(attention):
+    """What is compiled ahead of time names every kernel of the file and every tile."""
+    listed = list(attention.specialisations())
+    kernels = {n for n in vars(attention) if n.endswith("_kernel")}
+    assert {name.split(",")[0] for name, *_ in listed} == kernels
+    tiles = {(c["BLOCK_C"], c["BLOCK_P"], w) for _, _, _, c, w, _ in listed if "BLOCK_P" in c}
+    assert tiles == {*attention.IMAGE_TILES.values(), *attention.PIXEL_TILES.values()}
+    for name, kernel, types, constants, _, _ in listed:
+        assert sorted([*types, *constants]) == sorted(kernel.arg_names), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "k"),
+    [((2, 5, 1, 1), 7), ((2, 6, 3, 4), 21), ((1, 4, 2, 20), 35), ((1, 6, 16, 17), 3)],
+)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_spatial_kernels_larger_than_the_map(attention, device, shape, k, layout):
+    check(attention, device, torch.float32, layout, shape, k=k)
+
+
+# --- what is saved ----------------------------------------------------------------------------
+
+
+def tied_case(shape) -> Case:
+    """Few values, so that every maximum is shared, and gates that keep ties ties."""
+    torch.manual_seed(3)
+    c = shape[1]
+    parameters = [
+        torch.zeros(2, c),
+        torch.ones(2),
+        torch.zeros(c, 2),
+        torch.zeros(c),
+        torch.randn(1, 2, 3, 3),
+    ]
+    parameters[0][0, :] = 0.25
+    return Case(torch.randint(-2, 3, shape).float(), parameters, torch.randn(shape))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("tile", [None, 50], ids=["no statistics", "statistics"])
+def test_ties_go_to_the_first_element(attention, device, plan, layout, tile):
+    """All channel gates are 1/2 exactly, so y's ties are z's; -0.0 ties with 0.0."""
+    case = tied_case((2, 70, 9, 10)).to(torch.float32, device).laid_out(layout)
+    case.y[:, :, 1] = -case.y[:, :, 1].abs()
+    given_statistics = None
+    if tile is not None:
+        sums, maxima, places = tile_statistics(case.y, tile)
+        for t, part in enumerate(case.y.flatten(2).split(tile, dim=2)):
+            first = (part == part.amax(2, keepdim=True)).int().argmax(2)
+            places[:, :, t] = first + t * tile
+        given_statistics = sums, maxima, places
+    _, mean, max, max_index, _, channel_index = attention.forward(
+        case.y, *case.parameters, given_statistics, True
+    )
+    flat = case.y.flatten(2)
+    torch.testing.assert_close(mean, flat.mean(2))
+    assert torch.equal(max, flat.amax(2))
+    first_pixel = (flat == flat.amax(2, keepdim=True)).int().argmax(2)
+    first_channel = (case.y == case.y.amax(1, keepdim=True)).int().argmax(1)
+    assert torch.equal(max_index.long(), first_pixel)
+    assert torch.equal(channel_index.long(), first_channel)
+    for a, b in zip(computed(attention, case, given_statistics), expected(case), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_pass_through(attention, device, plan, value):
+    """They appear where PyTorch has them, and in no other image."""
+    case = draw_case((2, 20, 9, 10)).to(torch.float32, device)
+    case.y[1, 3, 2, 2] = value
+    case.y[1, 3, 2, 4] = value
+    case.y[1, 5, 2, 2] = value
+    out, _, max, max_index, _, channel_index = attention.forward(
+        case.y, *case.parameters, None, True
+    )
+    top = case.y.flatten(2).max(2)
+    assert torch.equal(max.isnan(), top.values.isnan())
+    _, z, _ = reference.attention_gates(case.y, *case.parameters)
+    for i in (0, 1):  # where a maximum is NaN or infinite its first place counts
+        first = z[i].max(0)
+        assert torch.equal(channel_index[i].long(), first.indices)
+    if not value < 0:
+        assert max_index[1, 3] == max_index[1, 5] == 2 * 10 + 2
+    wanted = expected(case)
+    got = computed(attention, case)
+    assert torch.equal(got[0], out) or out.isnan().any()
+    for a, b in zip(got[:2], wanted[:2], strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("tile", [None, 64], ids=["no statistics", "statistics"])
+def test_without_save_only_the_output_is_written(attention, device, plan, tile):
+    case = draw_case((2, 20, 9, 10)).to(torch.bfloat16, device)
+    given_statistics = None if tile is None else tile_statistics(case.y, tile)
+    out, *saved = attention.forward(case.y, *case.parameters, given_statistics, True)
+    alone, *empty = attention.forward(case.y, *case.parameters, given_statistics, False)
+    assert torch.equal(out, alone)
+    for full, none in zip(saved, empty, strict=True):
+        assert none.shape == (0, *full.shape[1:]) and none.dtype == full.dtype
+
+
+# --- what is asked for ------------------------------------------------------------------------
+
+
+def test_only_the_gradients_that_are_needed(attention, device, plan):
+    case = draw_case((2, 20, 9, 10), biases=False).to(torch.float32, device)
+    _, *saved = attention.forward(case.y, *case.parameters, None, True)
+
+    def backward(*needs):
+        return attention.backward(case.grad, case.y, *case.parameters, *saved, *needs)
+
+    everything = backward(True, True)
+    assert [g.numel() for g in everything[2:5:2]] == [0, 0]
+    for needs in ((True, False), (False, True), (False, False)):
+        for i, (some, full) in enumerate(zip(backward(*needs), everything, strict=True)):
+            if needs[i > 0]:
+                assert torch.equal(some, full)
+            else:
+                assert some.shape == (0,) and some.dtype == full.dtype
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_empty_batch(attention, device, plan, layout):
+    case = draw_case((0, 8, 9, 10)).to(torch.bfloat16, device).laid_out(layout)
+    out, *grads = computed(attention, case)
+    assert out.shape == grads[0].shape == case.y.shape
+    for g, p in zip(grads[1:], case.parameters, strict=True):
+        assert torch.equal(g, torch.zeros_like(p))
+
+
+# --- layouts ----------------------------------------------------------------------------------
+
+
+def strided(t: Tensor, how: str) -> Tensor:
+    """The same values with other strides."""
+    if how == "slice":
+        big = t.new_full([s + 2 for s in t.shape], float("nan"))
+        big[tuple(slice(1, s + 1) for s in t.shape)] = t
+        return big[tuple(slice(1, s + 1) for s in t.shape)]
+    if how == "transposed":
+        return t.transpose(2, 3).contiguous().transpose(2, 3)
+    if how == "images inside":
+        return t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def test_any_strides(attention, device, plan):
+    case = draw_case((2, 20, 9, 10)).to(torch.float32, device)
+    wanted = computed(attention, case)
+    for of_y, of_grad in (
+        ("slice", "transposed"),
+        ("transposed", "channels_last"),
+        ("images inside", "slice"),
+        ("channels_last", "images inside"),
+    ):
+        other = replace(case, y=strided(case.y, of_y), grad=strided(case.grad, of_grad))
+        got = computed(attention, other)
+        for t in got[:2]:
+            assert t.is_contiguous(memory_format=LAYOUTS[of_y == "channels_last"]), of_y
+        for a, b in zip(got, wanted, strict=True):
+            assert torch.equal(a, b), (of_y, of_grad)
+
+
+def test_a_gradient_without_memory_of_its_own(attention, device):
+    """As that of a sum: one element, all strides zero."""
+    case = draw_case((2, 9, 5, 6)).to(torch.float32, device)
+    one = torch.ones((), device=device)
+    plain = computed(attention, replace(case, grad=one.expand(case.y.shape).contiguous()))
+    expanded = computed(attention, replace(case, grad=one.expand(case.y.shape)))
+    for a, b in zip(plain, expanded, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_parameters_of_any_strides(attention, device):
+    """Gradients come back in the strides of the parameters."""
+    case = draw_case((3, 10, 5, 4)).to(torch.float32, device)
+    wanted = computed(attention, case)
+    fc1, b1, fc2, b2, spatial = case.parameters
+    other = replace(
+        case,
+        parameters=[
+            fc1.t().contiguous().t(),
+            torch.stack([b1, b1 + 1], 1)[:, 0],
+            torch.stack([fc2, fc2 + 1], 2)[:, :, 0],
+            b2,
+            spatial.contiguous(memory_format=torch.channels_last),
+        ],
+    )
+    got = computed(attention, other)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
+    assert got[2].stride() == other.parameters[0].stride()
+    assert got[-1].stride() == other.parameters[4].stride()
+
+
+# --- the same every time ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_bits_do_not_depend_on_the_run_or_on_the_batch(attention, device, plan, layout):
+    case = draw_case((2, 20, 9, 10)).to(torch.bfloat16, device).laid_out(layout)
+    first, again = computed(attention, case), computed(attention, case)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+    alone = computed(attention, Case(case.y[1:], case.parameters, case.grad[1:]))
+    for a, b in zip(alone[:2], first[:2], strict=True):
+        assert torch.equal(a, b[1:])
