@@ -200,7 +200,7 @@ def document(sections: Mapping[str, Sequence[Row]], architectures: Sequence[int]
     """docs/triton_kernels.md, with a section for each file of kernels."""
     text = f"""# What the Triton kernels take
 
-Written by `python -m mfef_ext.backends.triton.aot --write`; a test compares it. Compiled ahead of
+Written by `python -m mfef_ext.backends.triton.aot --write`. Compiled ahead of
 time by Triton {triton.__version__}, without a GPU. Registers and spilled bytes are a thread's,
 shared bytes a block's; the smallest of the GPUs has {SHARED_MEMORY} of them.
 """
