@@ -112,8 +112,8 @@ struct BlockArgs {
   // Of the branches whose weight gradient is computed after all units; sizes in elements.
   int64_t kept_x_elements, kept_grad_elements, channel_sum_elements;
   void *kept_x, *kept_grad, *channel_sums;
-  // Set to 1 by a backward whose spectra met a value that is not finite: all of it has to be done again directly.
-  int32_t* not_finite;
+  // Set to 1 by a backward whose spectra cannot be trusted: all of it has to be done again directly.
+  int32_t* lost;
 };
 
 // The kernels of one instruction set.

@@ -104,9 +104,7 @@ struct BlockImages {
     const T* packed = static_cast<const T*>(args.packed) + b.packed_first;
     T* to = y + b.out_first * step;
     if (b.spectrum) {
-      T probe[kLanes<T>] = {};
-      fourier_forward(map, table(b), input, packed, bias, to, sums, probe);
-      const IVec<T> lost = load(probe) != load(probe);
+      const IVec<T> lost = fourier_forward(map, table(b), input, packed, bias, to, sums);
       if (any_lane<T>(lost)) {
         direct_lanes(map, input, static_cast<const E*>(b.weights), b.full_k, b.weight_stride, bias, lost, to);
       }
@@ -222,13 +220,12 @@ struct BlockImages {
     const ConvMap<T> map = branch_map<T>(args, b, false);
     finish(b, images, first);
     if (partials) conv_input<E>(b, map, image, images);
-    T probe[kLanes<T>] = {};
-    fourier_backward(map, table(b), images, branch_x(b), grad + b.out_first * step,
-                     data ? static_cast<const T*>(args.packed_backward) + b.packed_first : nullptr, accumulate,
-                     branch_x(b), partials ? partials + args.partial.conv + b.grad_first : nullptr,
-                     partials ? partials + args.partial.energy + (&b - args.branches) : nullptr, sums, probe);
-    const IVec<T> lost = load(probe) != load(probe);
-    if (any_lane<T>(lost)) __atomic_store_n(args.not_finite, 1, __ATOMIC_RELAXED);
+    const bool lost =
+        fourier_backward(map, table(b), images, branch_x(b), grad + b.out_first * step,
+                         data ? static_cast<const T*>(args.packed_backward) + b.packed_first : nullptr, accumulate,
+                         branch_x(b), partials ? partials + args.partial.conv + b.grad_first : nullptr,
+                         partials ? partials + args.partial.energy + (&b - args.branches) : nullptr, sums);
+    if (lost) __atomic_store_n(args.lost, 1, __ATOMIC_RELAXED);
     if (data && branchwise) unpack_grad_x<E>(image, images, b.in_first, b.in);
   }
 

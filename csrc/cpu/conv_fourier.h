@@ -7,8 +7,8 @@
 //
 //   y:  Y = conj(W) X        dx:  W D        dW:  conj(D) X, summed over images, of which the taps are kept
 //
-// A spectrum mixes all pixels of a map: one that is not finite reaches every output of its group. Such lanes show in
-// `probe`, and the caller computes them again directly.
+// A spectrum mixes all pixels of a map: one that is not finite reaches every output of its group, and one that is very
+// large leaves rounding errors in all of them. The caller computes such lanes again directly.
 #pragma once
 
 #include "conv_map.h"
@@ -368,22 +368,75 @@ void weight_spectra_pairs(const ConvMap<T>& map, const DftTable<T>& table, int64
 
 // --- a map ------------------------------------------------------------------------------------------
 
-// y = conv(x), both [channel][pixel][lane] without borders.
+// Products of a pixel and a tap along one side of a map: those that meet.
+MFEF_INLINE int64_t meeting(int64_t side, int64_t k) {
+  int64_t count = 0;
+  for (int64_t d = -(k / 2); d <= k / 2; ++d) count += most<int64_t>(0, side - (d < 0 ? -d : d));
+  return count;
+}
+
+// Rounding errors are proportional to what whole spectra hold, direct sums' only to what reaches the maps: where few
+// taps miss a large pixel, the rest falls off the edges. Of maps and kernels that are random everywhere, meeting()
+// says how much does; twice that keeps the error within the accuracy rule.
+constexpr int kMostLost = 2;
+
+// Of the output maps of one group: the energy of their spectra and that of the maps.
 template <class T>
-void fourier_forward(const ConvMap<T>& map, const DftTable<T>& table, const T* x, const T* packed, const T* bias, T* y,
-                     T* scratch, T* probe) {
+struct Energies {
+  Vec<T> spectra{};
+  alignas(64) T maps[kLanes<T>] = {};
+
+  void add_spectrum(const T* bins, int64_t n) {
+    const int64_t count = 2 * dft_bins(n);
+    Vec<T> sums[4] = {};
+    auto add = [&](int64_t first, auto vectors) {
+      static_for<decltype(vectors)::value>([&](auto i) {
+        const Vec<T> v = load(bins + (first + decltype(i)::value) * kLanes<T>);
+        sums[decltype(i)::value] += v * v;
+      });
+    };
+    int64_t at = 0;
+    for (; at + 4 <= count; at += 4) add(at, Index<4>{});
+    if (at < count) add(at, Index<2>{});
+    // They are half of a spectrum; the other half is its mirror image.
+    spectra += (sums[0] + sums[1] + (sums[2] + sums[3])) * T(2 * n * n);
+  }
+  // The lanes to compute again directly. What is not finite, or whose square is not, is among them.
+  IVec<T> lost(const ConvMap<T>& map) const {
+    const double kept = double(meeting(map.height, map.k)) / double(map.height * map.k);
+    const Vec<T> found = load(maps);
+    return ~(spectra * T(kept * kept / kMostLost) <= found) | (found * T(0) != T(0));
+  }
+};
+
+// y = conv(x), both [channel][pixel][lane] without borders. Returns the lanes of y that are lost.
+template <class T>
+IVec<T> fourier_forward(const ConvMap<T>& map, const DftTable<T>& table, const T* x, const T* packed, const T* bias,
+                        T* y, T* scratch) {
   const int64_t in_group = map.in_group(), out_group = map.out_group();
   const int64_t step = spectrum_vectors(table.n) * kLanes<T>, group_size = packed_spectra_group(map, table.n);
   T* y_spectra = scratch + in_group * step;
+  IVec<T> lost{};
   for (int64_t g = 0; g < map.groups; ++g) {
     for (int64_t i = 0; i < in_group; ++i) table.map(x + (g * in_group + i) * map.channel, scratch + i * step);
     multiply_spectra<T, true>(map, table.n, scratch, packed + g * group_size, y_spectra);
+    Energies<T> energies;
     for (int64_t o = 0; o < out_group; ++o) {
       const int64_t c = g * out_group + o;
-      table.inverse_map(y_spectra + o * step, y + c * map.out_channel, {false, bias ? bias + c : nullptr, probe});
+      energies.add_spectrum(y_spectra + o * step, table.n);
+      table.inverse_map(y_spectra + o * step, y + c * map.out_channel,
+                        {false, bias ? bias + c : nullptr, energies.maps});
     }
+    lost |= energies.lost(map);
   }
+  return lost;
 }
+
+// The taps of a kernel are what is left of products of whole maps, whose rounding errors are proportional to
+// `energy`, the root of the sum over the images of |x|^2 |dy|^2 (of the channels where they are largest). Where that
+// is so many times the largest gradient, nearly all that was multiplied lies too far apart to meet under the kernel;
+// direct sums never form those products. Random maps stay below 4; 8 keeps the error within the accuracy rule.
+constexpr int kDoubt = 8;
 
 // Of a block of images, the largest sum of squares over the pixels of a channel, lane by lane.
 template <class T>
@@ -397,17 +450,12 @@ MFEF_INLINE Vec<T> largest_energy(const ConvMap<T>& map, const T* x, int64_t cha
   return most_energy;
 }
 
-// The taps of a kernel are what is left of products of whole maps, whose rounding errors are proportional to
-// `energy`, the root of the sum over the images of |x|^2 |dy|^2 (of the channels where they are largest). Where that
-// is so many times the largest gradient, nearly all that was multiplied lies too far apart to meet under the kernel;
-// direct sums never form those products. Random maps stay below 4; 8 keeps the error within the accuracy rule.
-constexpr int kDoubt = 8;
-
 // The gradients of a branch whose forward is `map`, of those that are asked for: sums += that of the weights, if
-// `sums`, and energy += its square; dx = that of x, or dx += it, if `packed`. dx may be x.
+// `sums`, and energy += its square; dx = that of x, or dx += it, if `packed`. dx may be x. Returns whether anything is
+// lost.
 template <class T>
-void fourier_backward(const ConvMap<T>& map, const DftTable<T>& table, int images, const T* x, const T* dy,
-                      const T* packed, bool accumulate, T* dx, T* sums, T* energy, T* scratch, T* probe) {
+bool fourier_backward(const ConvMap<T>& map, const DftTable<T>& table, int images, const T* x, const T* dy,
+                      const T* packed, bool accumulate, T* dx, T* sums, T* energy, T* scratch) {
   const int64_t step = spectrum_vectors(table.n) * kLanes<T>, at_once = groups_at_once(map);
   const int64_t taps = int64_t(map.k) * map.k;
   ConvMap<T> back = map;
@@ -416,7 +464,8 @@ void fourier_backward(const ConvMap<T>& map, const DftTable<T>& table, int image
   const int64_t group_size = packed_spectra_group(back, table.n);
   T* dy_spectra = scratch + at_once * map.in_group() * step;
   T* rest = dy_spectra + at_once * map.out_group() * step;
-  T most_energy = 0;
+  T most_energy = 0, probe[kLanes<T>] = {};
+  IVec<T> lost{};
   for (int64_t g = 0; g < map.groups; g += at_once) {
     const int64_t groups = least(at_once, map.groups - g);
     const int64_t in = groups * map.in_group(), out = groups * map.out_group();
@@ -438,12 +487,16 @@ void fourier_backward(const ConvMap<T>& map, const DftTable<T>& table, int image
     for (int64_t r = 0; r < groups; ++r) {
       multiply_spectra<T, false>(back, table.n, dy_spectra + r * map.out_group() * step, packed + (g + r) * group_size,
                                  scratch + r * map.in_group() * step);
-    }
-    for (int64_t i = 0; i < in; ++i) {
-      table.inverse_map(scratch + i * step, dx + (first_in + i) * map.channel, {accumulate, nullptr, probe});
+      Energies<T> energies;
+      for (int64_t i = r * map.in_group(); i < (r + 1) * map.in_group(); ++i) {
+        energies.add_spectrum(scratch + i * step, table.n);
+        table.inverse_map(scratch + i * step, dx + (first_in + i) * map.channel, {accumulate, nullptr, energies.maps});
+      }
+      lost |= energies.lost(map);
     }
   }
   if (sums) *energy += most_energy;
+  return any_lane<T>(lost | (load(probe) != load(probe)));
 }
 
 // Whether the weights' gradient of a branch, out of its sums, may be off by more than it should.
@@ -483,9 +536,7 @@ MFEF_INLINE int choose_spectrum(const BlockArgs& a, const Branch& b, bool backwa
   if (a.convolution == Convolution::kFourier) return table->n;
   const double pairs = double(b.out) * double(b.in / b.groups), side = double(a.height),
                bins = double(dft_bins(table->n));
-  // Pairs of a pixel and a tap that meet, along one side and over the map.
-  double line = 0;
-  for (int64_t d = -(b.k / 2); d <= b.k / 2; ++d) line += double(a.height - (d < 0 ? -d : d));
+  const double line = double(meeting(a.height, b.k));
   const bool clips = images_map<T>(b.in, b.out, b.groups, b.k, a.height, a.width).layout == kClip;
   const double products = line * (clips ? line : side * double(b.k));
   const double transform = bins * kTransformCost, multiply = pairs * bins * kMultiplyCost;

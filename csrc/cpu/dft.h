@@ -357,13 +357,13 @@ MFEF_INLINE void inverse_dft_row(const T* half, Vec<T> (&x)[kN]) {
 // Maps of kSide x kSide pixels are transformed in the corner of an n x n square. Kernels of k x k taps lie around its
 // origin, tap (r, r) on it, so that the products of spectra need no shift.
 
-// Where results of the inverse go: added to what is there, with a bias, if asked for. Lanes that got a value which is
-// not finite are marked in `probe`, which stays zero in the others.
+// Where results of the inverse go: added to what is there, with a bias, if asked for. `energy` gets their squares
+// added, lane by lane.
 template <class T>
 struct DftResult {
   bool accumulate;
   const T* bias;  // one value, or null
-  T* probe;       // one vector
+  T* energy;      // one vector
 };
 
 template <class T, int kN, int kSide>
@@ -379,7 +379,7 @@ void inverse_dft_map(const T* bins, T* y, const DftResult<T>& to) {
   constexpr int L = kLanes<T>;
   alignas(64) T half[kSide * kN * L];
   inverse_dft_columns<T, kN, kSide>(bins, half);
-  Vec<T> probe = load(to.probe);
+  Vec<T> energy = load(to.energy);
   const Vec<T> bias = splat(to.bias ? *to.bias : T(0));
   for (int64_t h = 0; h < kSide; ++h, y += kSide * L) {
     Vec<T> x[kN];
@@ -391,10 +391,10 @@ void inverse_dft_map(const T* bins, T* y, const DftResult<T>& to) {
     static_for<kSide>([&](auto i) {
       constexpr int j = decltype(i)::value;
       store(y + j * L, x[j]);
-      probe += x[j] * T(0);
+      energy += x[j] * x[j];
     });
   }
-  store(to.probe, probe);
+  store(to.energy, energy);
 }
 
 // taps: [k][k] vectors.
@@ -412,7 +412,8 @@ void dft_kernel(const T* taps, int k, T* bins) {
   dft_columns<T, kN, kN>(half, bins);
 }
 
-// taps += scale * the part of the inverse that a kernel covers.
+// taps += scale * the part of the inverse that a kernel covers. Lanes that got a value which is not finite are marked
+// in `probe`, which stays zero in the others.
 template <class T, int kN>
 void inverse_dft_kernel(const T* bins, int k, T scale, T* taps, T* probe) {
   constexpr int L = kLanes<T>;

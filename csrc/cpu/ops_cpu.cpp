@@ -190,12 +190,12 @@ class Call {
 
   // Runs the backward; the parameters' gradients are then read with write().
   void backward() {
-    int32_t not_finite = 0;
-    args.not_finite = &not_finite;
+    int32_t lost = 0;
+    args.lost = &lost;
     backward_once();
     // Spectra spread what is not finite over whole maps and kernels, and their errors with what is large; direct sums
     // leave both where they belong.
-    if (!not_finite && !(args.need_parameters && args.batch > 0 && kernels().doubtful(args))) return;
+    if (!lost && !(args.need_parameters && args.batch > 0 && kernels().doubtful(args))) return;
     args.convolution = Convolution::kDirect;
     backward_once();
   }
