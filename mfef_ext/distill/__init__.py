@@ -4,12 +4,12 @@
 and logits by role. Nothing here knows a file, a data set or a device.
 """
 
-from . import ce, mfef
+from . import ab, ce, dml, ffl, kd, kdcl, mfef, mimic, okddip, one
 from .distiller import Distilled, OnlineDistiller
-from .method import METHODS, Method, register
+from .method import METHODS, Batch, Method, register
 from .ramp import ramp_up
 
-__all__ = ["METHODS", "Distilled", "Method", "OnlineDistiller", "ramp_up", "register"]
+__all__ = ["METHODS", "Batch", "Distilled", "Method", "OnlineDistiller", "ramp_up", "register"]
 
 # Importing a method's file registers it; this is the list of the built-in ones.
-_BUILT_IN = (ce, mfef)
+_BUILT_IN = (ab, ce, dml, ffl, kd, kdcl, mfef, mimic, okddip, one)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .method import Method, StudentShape, label_losses, register
+from .method import Batch, Method, StudentShape, label_losses, register
 
 
 @register("ce")
@@ -16,11 +16,5 @@ class CrossEntropy(Method):
     def __init__(self, shapes: Sequence[StudentShape], num_classes: int) -> None:
         super().__init__()
 
-    def forward(
-        self,
-        logits: Sequence[Tensor],
-        maps: Sequence[Tensor],
-        labels: Tensor | None,
-        epoch: float,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return {}, {} if labels is None else label_losses(logits, labels)
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {}, {} if batch.labels is None else label_losses(batch.logits, batch.labels)

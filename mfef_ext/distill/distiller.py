@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .method import METHODS, Method, StudentShape
+from .method import METHODS, Batch, Method
+from .tap import forward_with_map, probe
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,7 @@ def method_options(method: str) -> tuple[str, ...]:
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; use one of {', '.join(sorted(METHODS))}")
     parameters = inspect.signature(METHODS[method]).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-
-
-def _forward_with_map(student: nn.Module, tap: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The student's logits, and the output of its layer ``tap``.
-
-    The hook lives for one call: the student is left as it was, can be copied, saved and deployed.
-    """
-    seen: list[Tensor] = []
-    hook = student.get_submodule(tap).register_forward_hook(lambda *a: seen.append(a[2]))
-    try:
-        logits = student(x)
-    finally:
-        hook.remove()
-    if len(seen) != 1:
-        raise ValueError(
-            f"tap={tap!r} ran {len(seen)} times in one forward of {type(student).__name__}; "
-            "name a layer that runs once"
-        )
-    return logits, seen[0]
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "input_shape")
 
 
 class OnlineDistiller(nn.Module):
@@ -116,60 +98,43 @@ class OnlineDistiller(nn.Module):
         self.students = nn.ModuleList(students)
         self.taps = taps
         shapes = [
-            self._probe(i, student, taps[i], input_shape, num_classes)
+            probe(student, taps[i], input_shape, num_classes, f"student {i}")
             for i, student in enumerate(students)
         ]
+        if "input_shape" in inspect.signature(METHODS[method]).parameters:
+            options["input_shape"] = input_shape
         self.method: Method = METHODS[method](shapes, num_classes, **options)
 
-    @staticmethod
-    def _probe(
-        i: int, student: nn.Module, tap: str, input_shape: tuple[int, int, int], num_classes: int
-    ) -> StudentShape:
-        if not tap or tap not in dict(student.named_modules()):
+    def _students(
+        self, x: Tensor | Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """What each student sees, its logits and its last map."""
+        images = [x] * len(self.students) if isinstance(x, Tensor) else list(x)
+        if len(images) != len(self.students):
             raise ValueError(
-                f"tap={tap!r} is no layer of student {i} ({type(student).__name__}); its layers "
-                f"are {', '.join(name for name, _ in student.named_children())}"
+                f"x holds {len(images)} batches of images for {len(self.students)} students: "
+                "give one tensor for all or one each"
             )
-        like = next(student.parameters())
-        image = torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
-        was_training = {module: module.training for module in student.modules()}
-        student.eval()  # running statistics stay as they are
-        try:
-            with torch.no_grad():
-                logits, last_map = _forward_with_map(student, tap, image)
-        finally:
-            for module, training in was_training.items():
-                module.training = training
-        if logits.shape != (1, num_classes):
-            raise ValueError(
-                f"student {i} gives {tuple(logits.shape)} for one image, but num_classes="
-                f"{num_classes} asks for (1, {num_classes}); change its last layer or num_classes"
-            )
-        if not isinstance(last_map, Tensor) or last_map.dim() != 4:
-            what = tuple(last_map.shape) if isinstance(last_map, Tensor) else type(last_map)
-            raise ValueError(
-                f"tap={tap!r} of student {i} gives {what}, not a map (N, C, H, W); "
-                "name the last layer before global pooling"
-            )
-        return StudentShape(*last_map.shape[1:])
-
-    def _students(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         pairs = [
-            _forward_with_map(s, tap, x) for s, tap in zip(self.students, self.taps, strict=True)
+            forward_with_map(s, tap, x)
+            for s, tap, x in zip(self.students, self.taps, images, strict=True)
         ]
-        return [logits for logits, _ in pairs], [last_map for _, last_map in pairs]
+        return images, [logits for logits, _ in pairs], [last_map for _, last_map in pairs]
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, epoch: float = 0.0) -> Distilled:
-        """x: (N, C, H, W). labels: (N,) int64 or None. epoch: epochs trained so far."""
-        logits, maps = self._students(x)
-        added, losses = self.method(logits, maps, labels, epoch)
+    def forward(
+        self, x: Tensor | Sequence[Tensor], labels: Tensor | None = None, epoch: float = 0.0
+    ) -> Distilled:
+        """x: (N, C, H, W), or one such tensor per student where each sees the images in an
+        augmentation of its own. labels: (N,) int64 or None. epoch: epochs trained so far."""
+        images, logits, maps = self._students(x)
+        added, losses = self.method(Batch(images, logits, maps, labels, epoch))
         roles = {f"student{i}": z for i, z in enumerate(logits)}
         roles["ensemble"] = torch.stack(logits).mean(0)
         return Distilled(roles | added, losses)
 
     def spatial_gates(self, x: Tensor) -> list[Tensor]:
         """One spatial gate (N, H_i, W_i) per student for the images x, or [] without gates."""
-        return self.method.spatial_gates(self._students(x)[1])
+        return self.method.spatial_gates(self._students(x)[2])
 
     def parameter_groups(self) -> list[dict]:
         """Groups for one optimiser, named ``student0``, ..., and ``method`` for its own layers."""
@@ -177,5 +142,5 @@ class OnlineDistiller(nn.Module):
             {"name": f"student{i}", "params": list(s.parameters())}
             for i, s in enumerate(self.students)
         ]
-        own = list(self.method.parameters())
+        own = [p for p in self.method.parameters() if p.requires_grad]  # not a frozen teacher's
         return groups + ([{"name": "method", "params": own}] if own else [])

@@ -21,26 +21,41 @@ class StudentShape:
     width: int
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What the students made of one batch.
+
+    images: what each student was shown, (N, C, H, W); one and the same tensor unless the method has
+    ``views``. logits: (N, num_classes) per student. maps: the last maps, (N, C_i, H_i, W_i).
+    labels: (N,) int64, or None where only logits are wanted. epoch: epochs trained so far,
+    fractions included.
+    """
+
+    images: Sequence[Tensor]
+    logits: Sequence[Tensor]
+    maps: Sequence[Tensor]
+    labels: Tensor | None
+    epoch: float
+
+
 class Method(nn.Module):
     """What a method adds to the students: layers that only training needs, and loss terms.
 
     A subclass's constructor takes ``(shapes, num_classes, *, options)``, where ``shapes`` holds one
     :class:`StudentShape` per student; its keyword-only options are those a user may set.
-
-    In :meth:`forward`, ``logits`` holds one (N, num_classes) tensor per student, ``maps`` one
-    (N, C_i, H_i, W_i) tensor per student, ``labels`` is (N,) int64, or None where only logits are
-    wanted, and ``epoch`` counts the epochs trained so far, fractions included.
     """
 
-    def forward(
-        self,
-        logits: Sequence[Tensor],
-        maps: Sequence[Tensor],
-        labels: Tensor | None,
-        epoch: float,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    views = False
+    """Whether each student is to see the images in an augmentation of its own."""
+    held_out = False
+    """Whether :meth:`calibrate` is to be called after every epoch."""
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(further logits by role, weighted loss terms by name); no terms without labels."""
         raise NotImplementedError
+
+    def calibrate(self, logits: Sequence[Tensor], labels: Tensor) -> None:
+        """Looks at the students' logits (M, num_classes) for images that are not trained on."""
 
     def kd_weight(self, epoch: float) -> float:
         """The weight of the distillation terms after ``epoch`` epochs, for logs; 0 if none."""
@@ -64,6 +79,12 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
         return cls
 
     return add
+
+
+def at_least_two(shapes: Sequence[StudentShape], method: str, why: str) -> None:
+    """ValueError unless there are students who can learn from one another."""
+    if len(shapes) < 2:
+        raise ValueError(f"method={method!r} needs at least two students: {why}; got {len(shapes)}")
 
 
 def label_losses(logits: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:

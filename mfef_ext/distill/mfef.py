@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import kd_loss
-from ..modules import FeatureFusion, MFEFBlock
-from .method import Method, StudentShape, label_losses, register
-from .ramp import ramp_up
+from ..modules import MFEFBlock, MultiScaleConv2d
+from .ffl import FeatureFusionLearning
+from .method import StudentShape, register
 
 
 @register("mfef")
-class MFEF(Method):
+class MFEF(FeatureFusionLearning):
     """Every student's last map goes through an MFEFBlock; their fusion teaches the students.
 
     With students' logits z_i and maps X_i, ``F_i = MFEFBlock_i(X_i)``, ``U = FeatureFusion(F_i)``,
@@ -34,6 +32,9 @@ class MFEF(Method):
         ramp_epochs: length of the ramp-up w(t), in epochs; 80 goes with the papers' 300.
         detach_features: keeps the fused loss from reaching the students through their maps; their
             logits carry its knowledge all the same.
+        multi_scale: False makes all kernels 3x3, in as many branches and groups.
+        channel_attention, spatial_attention: False leaves that gate out.
+        fusion: False classifies each F_i by itself; z_f is the mean of these logits.
         backend: the blocks' backend; None to choose automatically.
     """
 
@@ -45,9 +46,19 @@ class MFEF(Method):
         temperature: float = 3.0,
         ramp_epochs: float = 80.0,
         detach_features: bool = False,
+        multi_scale: bool = True,
+        channel_attention: bool = True,
+        spatial_attention: bool = True,
+        fusion: bool = True,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            shapes,
+            num_classes,
+            temperature=temperature,
+            ramp_epochs=ramp_epochs,
+            detach_features=detach_features,
+        )
         for i, shape in enumerate(shapes):
             if shape.height == shape.width == 1:
                 warnings.warn(
@@ -55,42 +66,71 @@ class MFEF(Method):
                     "above 1x1 do nothing; tap an earlier layer or use smaller strides",
                     stacklevel=2,
                 )
-        # "auto" is 1, 4, 8, 16 wherever these divide, and serves every other width too.
-        self.blocks = nn.ModuleList(
-            MFEFBlock(shape.channels, groups="auto", backend=backend) for shape in shapes
-        )
-        width = shapes[0].channels
-        self.fusion = FeatureFusion([shape.channels for shape in shapes], width)
-        self.classifier = nn.Linear(width, num_classes)
-        self.temperature = temperature
-        self.ramp_epochs = ramp_epochs
-        self.detach_features = detach_features
+        if not fusion:
+            self.head = SeparateHeads(shapes, num_classes)
+        self.blocks = nn.ModuleList()
+        for shape in shapes:
+            # "auto" is 1, 4, 8, 16 wherever these divide, and serves every other width too.
+            groups = MultiScaleConv2d(shape.channels, groups="auto", device="meta").groups
+            scales: dict[str, Any] = {"groups": groups, "backend": backend}
+            if not multi_scale:
+                scales["kernel_sizes"] = (3, 3, 3, 3)
+            if channel_attention and spatial_attention:
+                self.blocks.append(MFEFBlock(shape.channels, **scales))
+                continue
+            block = nn.Sequential(MultiScaleConv2d(shape.channels, **scales))
+            if channel_attention:
+                block.append(ChannelAttention(shape.channels))
+            if spatial_attention:
+                block.append(SpatialAttention())
+            self.blocks.append(block)
 
-    def forward(
-        self,
-        logits: Sequence[Tensor],
-        maps: Sequence[Tensor],
-        labels: Tensor | None,
-        epoch: float,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        if self.detach_features:
-            maps = [x.detach() for x in maps]
-        features = [block(x) for block, x in zip(self.blocks, maps, strict=True)]
-        fused = self.classifier(self.fusion(features).mean((2, 3)))
-        if labels is None:
-            return {"fused": fused}, {}
-        ensemble = torch.stack(list(logits)).mean(0)
-        weight = self.kd_weight(epoch)
-        terms = label_losses(logits, labels)
-        terms["ce/fused"] = F.cross_entropy(fused.float(), labels)
-        for i, z in enumerate(logits):
-            terms[f"kd/student{i}"] = weight * kd_loss(z, fused, self.temperature)
-        terms["kd/fused"] = weight * kd_loss(fused, ensemble, self.temperature)
-        return {"fused": fused}, terms
-
-    def kd_weight(self, epoch: float) -> float:
-        return ramp_up(epoch, self.ramp_epochs)
+    def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        maps = super().features(maps)
+        return [block(x) for block, x in zip(self.blocks, maps, strict=True)]
 
     def spatial_gates(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        if not all(isinstance(block, MFEFBlock) for block in self.blocks):
+            return []
         blocks = cast("list[MFEFBlock]", list(self.blocks))
         return [block.gates(x)[1] for block, x in zip(blocks, maps, strict=True)]
+
+
+class SeparateHeads(nn.Module):
+    """A classifier per map: maps (N, C_i, H_i, W_i) -> the mean of the logits (N, num_classes)."""
+
+    def __init__(self, shapes: Sequence[StudentShape], num_classes: int) -> None:
+        super().__init__()
+        self.classifiers = nn.ModuleList(nn.Linear(s.channels, num_classes) for s in shapes)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        pairs = zip(self.classifiers, maps, strict=True)
+        return torch.stack([classify(x.mean((2, 3))) for classify, x in pairs]).mean(0)
+
+
+class ChannelAttention(nn.Module):
+    """CBAM's channel gate alone (Woo 2018, equation 2): (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        hidden = max(channels // reduction, 1)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels)
+        )
+
+    def forward(self, y: Tensor) -> Tensor:
+        flat = y.flatten(2)
+        gate = torch.sigmoid(self.mlp(flat.mean(2)) + self.mlp(flat.max(2).values))
+        return y * gate[:, :, None, None]
+
+
+class SpatialAttention(nn.Module):
+    """CBAM's spatial gate alone (Woo 2018, equation 3): (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, kernel_size: int = 7) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(self, y: Tensor) -> Tensor:
+        pooled = torch.stack([y.max(1).values, y.mean(1)], dim=1)
+        return y * torch.sigmoid(self.conv(pooled))

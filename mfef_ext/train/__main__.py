@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _without_extras()
     import tyro
 
+    from .checkpoint import CheckpointError
     from .config import TrainConfig
 
     config = tyro.cli(TrainConfig, prog="mfef train", args=argv)
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _train_and_report(config)
     except UsageError as error:
         return _refuse(str(error), USAGE)
+    except CheckpointError as error:  # of a teacher
+        return _refuse(str(error), FILES)
     except OSError as error:  # a full disk has no file name; the last checkpoint is whole
         return _refuse(f"a file could not be written ({error}); make room and try again", FILES)
     except NotFiniteError as error:

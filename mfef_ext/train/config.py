@@ -5,19 +5,35 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..backends import BACKEND_NAMES
 from ..distill import METHODS
+from ..distill.distiller import method_options
 from . import UsageError
 from .data import DATASETS
 from .models import STUDENTS
 
 LARGEST = 1e38  # about what float32 holds
+# Options that only some methods take.
+METHOD_OPTIONS = (
+    "temperature",
+    "alpha",
+    "variant",
+    "teacher",
+    "boundary_epochs",
+    "ramp_epochs",
+    "detach_features",
+    "multi_scale",
+    "channel_attention",
+    "spatial_attention",
+    "fusion",
+)
 MOST_THREADS = 1024  # far more are a segmentation fault in the thread library
 
 
@@ -29,7 +45,8 @@ class TrainConfig:
     """
 
     method: str = "mfef"
-    """How the students learn: mfef, or ce for the same students without distillation."""
+    """How the students learn: mfef; ce for the same students without distillation; dml, ffl, one,
+    okddip, kdcl from one another; kd, mimic, ab from a --teacher."""
     dataset: str = "digits"
     """What they learn: digits (scikit-learn's, 8x8, bundled), or fake and fake32 (drawn, 16x16 and
     32x32, for trials and timings)."""
@@ -47,13 +64,29 @@ class TrainConfig:
     """Nesterov momentum."""
     weight_decay: float = 5e-4
     """L2 penalty, on all parameters."""
-    temperature: float = 3.0
-    """Temperature T of the distillation terms."""
+    temperature: float | None = None
+    """Temperature T of the distillation terms; None: the method's own, 3 for most."""
+    alpha: float | None = None
+    """Share (kd, ab, kdcl) or weight (mimic) of the distillation terms; None: the method's own."""
+    variant: str | None = None
+    """How kdcl combines the students: naive, linear, minlogit or general; None: linear."""
+    teacher: Path | None = None
+    """The network that kd, mimic and ab learn from: student<i>.safetensors of a run folder."""
+    boundary_epochs: float | None = None
+    """Epochs in which ab learns activation boundaries; None: a third of all."""
     ramp_epochs: float | None = None
     """Epochs until the distillation terms have their full weight; None: 80 of 300 epochs, in
     proportion."""
     detach_features: bool = False
     """Keep the fused loss from reaching the students through their feature maps."""
+    multi_scale: bool = True
+    """Ablation of mfef: without, all kernels of its blocks are 3x3."""
+    channel_attention: bool = True
+    """Ablation of mfef: without, its blocks have no channel gate."""
+    spatial_attention: bool = True
+    """Ablation of mfef: without, its blocks have no spatial gate."""
+    fusion: bool = True
+    """Ablation of mfef: without, each student's features are classified by themselves."""
     validation: float = 0.1
     """Share of the training images held out to choose the best epoch; 0: the test set chooses."""
     seed: int = 0
@@ -66,6 +99,28 @@ class TrainConfig:
     """Where to train: cpu, cuda or cuda:N."""
     out: Path | None = None
     """A new or empty folder for the results; None: the next free runs/METHOD-DATASET-NNN."""
+
+    def method_options(self) -> dict[str, Any]:
+        """What the method is built with, less the teacher: all that is given, or has a length.
+
+        Raises UsageError for an option that the method does not take.
+        """
+        accepted = method_options(self.method)
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in METHOD_OPTIONS}
+        for f in fields(self):
+            if f.name in given and f.name not in accepted and given[f.name] != f.default:
+                takers = [m for m in sorted(METHODS) if f.name in method_options(m)]
+                value = given[f.name]
+                flag = f"--{'no-' * (value is False)}{f.name.replace('_', '-')}"
+                raise UsageError(
+                    f"{flag}{'' if isinstance(value, bool) else f'={value}'} means nothing to "
+                    f"--method {self.method}; it is for {', '.join(takers)}"
+                )
+        given["ramp_epochs"] = self.ramp_length
+        if self.boundary_epochs is None:
+            given["boundary_epochs"] = self.epochs / 3
+        options = given | {"backend": self.backend, "teacher": None}
+        return {k: v for k, v in options.items() if k in accepted and v is not None}
 
     @property
     def ramp_length(self) -> float:
@@ -112,8 +167,25 @@ class TrainConfig:
         )
         _check(0 <= self.seed < 2**31, "--seed", self.seed, "must be from 0 to 2147483647")
         _check(0 < self.lr <= LARGEST, "--lr", self.lr, "must be positive and at most 1e38")
+        self.method_options()
+        if "teacher" in method_options(self.method) and self.teacher is None:
+            raise UsageError(
+                f"--method {self.method} needs a --teacher: student<i>.safetensors of a run folder"
+            )
         _check(
-            1e-3 <= self.temperature <= 1000,
+            self.alpha is None or 0 <= self.alpha <= LARGEST,
+            "--alpha",
+            self.alpha,
+            "must be 0 or more",
+        )
+        _check(
+            self.boundary_epochs is None or 0 <= self.boundary_epochs < math.inf,
+            "--boundary-epochs",
+            self.boundary_epochs,
+            "must be 0 or more, or None",
+        )
+        _check(
+            self.temperature is None or 1e-3 <= self.temperature <= 1000,
             "--temperature",
             self.temperature,
             "must be positive, from 0.001 to 1000",

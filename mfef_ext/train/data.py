@@ -139,11 +139,12 @@ def load(name: str, validation: float) -> Dataset:
 
 
 def training_batches(
-    dataset: Dataset, batch_size: int, seed: int, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every training image once, shuffled and shifted, as a function of (seed, epoch) alone.
+    dataset: Dataset, batch_size: int, seed: int, epoch: int, views: int = 1
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """(images, labels): every training image once, shuffled, as a function of (seed, epoch) alone.
 
-    The last batch is smaller where the sizes ask for it: no image is left out.
+    The images come in ``views`` versions, each shifted in its own way. The last batch is smaller
+    where the sizes ask for it: no image is left out.
     """
     # torch's CPU generator heeds 32 bits of its seed: hash both numbers into these.
     mixed = np.random.SeedSequence([seed, epoch]).generate_state(1)
@@ -151,7 +152,7 @@ def training_batches(
     for index in torch.randperm(len(dataset.train), generator=draw).split(batch_size):
         x = dataset.train.x[index.to(dataset.train.x.device)]
         yield (
-            shifted(x, dataset.shift, draw),
+            [shifted(x, dataset.shift, draw) for _ in range(views)],
             dataset.train.y[index.to(dataset.train.y.device)],
         )
 

@@ -42,7 +42,15 @@ class Run:
     @property
     def resolved(self) -> dict[str, Any]:
         """The configuration with everything left open filled in, as plain values."""
-        return asdict(self.config) | {
+        method = self.distiller.method
+        chosen = {
+            name: getattr(method, name)
+            for name in method_options(self.config.method)
+            if isinstance(getattr(method, name, None), int | float | str)
+        }
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.config).items()}
+        return plain | {
+            **chosen,
             "ramp_epochs": self.config.ramp_length,
             "threads": torch.get_num_threads(),
             "out": str(self.path),
@@ -87,15 +95,27 @@ def prepare(config: TrainConfig) -> Run:
     channels, height, _ = dataset.shape
     classes = len(dataset.classes)
     specs = [StudentSpec(s, channels, classes, strides_for(height)) for s in config.students]
-    values = asdict(config) | {"ramp_epochs": config.ramp_length}
-    distiller = OnlineDistiller(
-        [spec.build() for spec in specs],
-        config.method,
-        num_classes=classes,
-        tap=LAST_MAP,
-        input_shape=dataset.shape,
-        **{name: values[name] for name in method_options(config.method)},
-    ).to(device)
+    options = config.method_options()
+    if config.teacher is not None:
+        options["teacher"] = _teacher(config.teacher, dataset)
+        if "teacher_tap" in method_options(config.method):
+            options["teacher_tap"] = LAST_MAP
+    try:
+        distiller = OnlineDistiller(
+            [spec.build() for spec in specs],
+            config.method,
+            num_classes=classes,
+            tap=LAST_MAP,
+            input_shape=dataset.shape,
+            **options,
+        ).to(device)
+    except ValueError as error:  # too few students, an unknown variant
+        raise UsageError(str(error)) from error
+    if distiller.method.held_out and not len(dataset.validation):
+        raise UsageError(
+            f"--method {config.method} --variant {config.variant} weighs the students on held-out "
+            "images; give --validation a share of the training images, such as 0.1"
+        )
     try:
         with torch.no_grad():
             distiller.eval()(dataset.test.x[:2], dataset.test.y[:2])
@@ -114,6 +134,21 @@ def prepare(config: TrainConfig) -> Run:
     )
     path = folder.create(config.out, f"{config.method}-{config.dataset}")
     return Run(config, path, dataset, specs, distiller, optimizer)
+
+
+def _teacher(path: Path, dataset: data.Dataset) -> nn.Module:
+    """The trained network in ``path``; UsageError unless it knows the images and classes."""
+    network, about = checkpoint.load_student(path)
+    for what, learnt, here in (
+        ("classes", about["classes"], dataset.classes),
+        ("images of shape", about["input_shape"], dataset.shape),
+    ):
+        if list(learnt) != list(here):
+            raise UsageError(
+                f"--teacher={path} was trained for {what} {tuple(learnt)}, but {dataset.name} has "
+                f"{tuple(here)}; train it on this data set"
+            )
+    return network
 
 
 def train(config: TrainConfig, display: Display) -> Run:
@@ -167,6 +202,8 @@ def _one_epoch(
         if len(images):
             scores = accuracy(run.distiller, images)
             row |= {f"{split}/{role}": value for role, value in scores.items()}
+    if run.distiller.method.held_out:
+        _calibrate(run.distiller, run.dataset.validation)
     rate = len(run.dataset.train) / seconds
     timing = {"epoch": epoch + 1, "train_seconds": seconds, "method_seconds": clock.seconds}
     run.rows.append(row)
@@ -195,9 +232,10 @@ def _steps(
     run.distiller.train()
     steps = math.ceil(images / config.batch_size)
     sums: dict[str, float] = {}
-    batches = data.training_batches(run.dataset, config.batch_size, config.seed, epoch)
+    views = len(run.distiller.students) if run.distiller.method.views else 1
+    batches = data.training_batches(run.dataset, config.batch_size, config.seed, epoch, views)
     for step, (x, y) in enumerate(batches):
-        out = run.distiller(x, y, epoch + step / steps)
+        out = run.distiller(x if views > 1 else x[0], y, epoch + step / steps)
         values = torch.stack([term.detach() for term in out.losses.values()]).tolist()
         for name, value in zip(out.losses, values, strict=True):
             if not math.isfinite(value):
@@ -222,6 +260,15 @@ def _check_finite_state(distiller: nn.Module, epoch: int) -> None:
     for name, tensor in distiller.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NotFiniteError(f"epoch {epoch + 1}, after the last step: {name} is not finite")
+
+
+@torch.no_grad()
+def _calibrate(distiller: OnlineDistiller, images: data.Images) -> None:
+    """Shows the method what the students make of images that are not trained on."""
+    distiller.eval()
+    logits = [distiller(x).logits for x in images.x.split(512)]
+    roles = [f"student{i}" for i in range(len(distiller.students))]
+    distiller.method.calibrate([torch.cat([z[r] for z in logits]) for r in roles], images.y)
 
 
 def accuracy(distiller: OnlineDistiller, images: data.Images) -> dict[str, float]:

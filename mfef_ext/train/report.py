@@ -61,8 +61,8 @@ def draw_curves(run: Run, path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in run.rows]
-    for name in (k for k in run.rows[0] if k.startswith(("ce/", "kd/"))):
-        style = "--" if name.startswith("kd/") else "-"
+    for name in (k for k in run.rows[0] if "/" in k and not k.startswith(("validation", "test"))):
+        style = "-" if name.startswith("ce/") else "--"
         left.plot(epochs, [row[name] for row in run.rows], style, label=name)
     left.set(title="loss terms, weights included", xlabel="epoch", ylabel="loss", yscale="log")
     for role in scores(run.rows[0], "test"):

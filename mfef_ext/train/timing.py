@@ -5,7 +5,9 @@ from __future__ import annotations
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from ..distill.method import Batch
 
 
 class HeadClock:
@@ -38,10 +40,10 @@ class HeadClock:
         self._backward_started = self.now()
 
     def _enter(self, method: nn.Module, arguments: tuple) -> None:
-        logits: list[Tensor] = arguments[0]
+        batch: Batch = arguments[0]
         if not method.training:
             return
-        for z in logits:
+        for z in batch.logits:
             if z.grad_fn is not None:
                 z.grad_fn.register_prehook(self._students_begin)
         self._entered = self.now()

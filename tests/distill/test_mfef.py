@@ -3,65 +3,23 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from mfef_ext.distill import OnlineDistiller
 from mfef_ext.distill.method import StudentShape
 from mfef_ext.distill.mfef import MFEF
+from tests.distill import by_hand
+from tests.distill.by_hand import CLASSES, N, arrays, cross_entropy, named, reached
 
-N, CLASSES, T = 6, 5, 2.5
-
-
-def softmax(z):
-    e = np.exp(z - z.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
-
-
-def cross_entropy(z, y):
-    return -np.log(softmax(z)[np.arange(len(y)), y]).mean()
-
-
-def kd(student, target):
-    p, q = softmax(target / T), softmax(student / T)
-    # Summed over the classes, averaged over the batch alone.
-    return T**2 * (p * (np.log(p) - np.log(q))).sum() / len(p)
-
-
-class Net(nn.Module):
-    """A student whose last map is (N, width, 4, 4)."""
-
-    def __init__(self, width=16):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU())
-        self.fc = nn.Linear(width, CLASSES)
-
-    def forward(self, x):
-        return self.fc(self.features(x).mean((2, 3)))
+T = 2.5
 
 
 def distiller(**options):
-    torch.manual_seed(0)
-    return OnlineDistiller(
-        [Net(), Net(24)],
-        "mfef",
-        num_classes=CLASSES,
-        tap="features",
-        input_shape=(3, 8, 8),
-        temperature=T,
-        **options,
-    )
-
-
-@pytest.fixture
-def batch():
-    draw = torch.Generator().manual_seed(1)
-    return torch.randn(N, 3, 8, 8, generator=draw), torch.tensor([0, 1, 2, 3, 4, 0])
+    return by_hand.distiller("mfef", temperature=T, **options)
 
 
 def test_terms_by_hand(batch):
     x, y = batch
     out = distiller(ramp_epochs=10)(x, y, 4.0)
-    z = {role: t.detach().double().numpy() for role, t in out.logits.items()}
+    z = arrays(out.logits)
     w = np.exp(-5 * (1 - 0.4) ** 2)
     ensemble = (z["student0"] + z["student1"]) / 2
     np.testing.assert_allclose(z["ensemble"], ensemble, rtol=1e-6)
@@ -69,9 +27,9 @@ def test_terms_by_hand(batch):
         "ce/student0": cross_entropy(z["student0"], y.numpy()),
         "ce/student1": cross_entropy(z["student1"], y.numpy()),
         "ce/fused": cross_entropy(z["fused"], y.numpy()),
-        "kd/student0": w * kd(z["student0"], z["fused"]),
-        "kd/student1": w * kd(z["student1"], z["fused"]),
-        "kd/fused": w * kd(z["fused"], ensemble),
+        "kd/student0": w * by_hand.kd(z["student0"], z["fused"], T),
+        "kd/student1": w * by_hand.kd(z["student1"], z["fused"], T),
+        "kd/fused": w * by_hand.kd(z["fused"], ensemble, T),
     }
     assert set(out.losses) == set(expected)
     for name, value in expected.items():
@@ -84,20 +42,9 @@ def test_fused_logits_are_classifier_of_pooled_fusion(batch):
     with torch.no_grad():
         maps = [s.features(batch[0]) for s in d.students]
         m = d.method
-        u = m.fusion([m.blocks[0](maps[0]), m.blocks[1](maps[1])])
-        expected = m.classifier(u.flatten(2).mean(2))
+        u = m.head.fusion([m.blocks[0](maps[0]), m.blocks[1](maps[1])])
+        expected = m.head.classifier(u.flatten(2).mean(2))
         torch.testing.assert_close(d(batch[0]).logits["fused"], expected)
-
-
-def reached(d, term):
-    """The parameters that ``term`` has a gradient for, by name."""
-    names, parameters = zip(*d.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(term, parameters, allow_unused=True, retain_graph=True)
-    return {n for n, g in zip(names, gradients, strict=True) if g is not None}
-
-
-def named(d, *prefixes):
-    return {n for n, _ in d.named_parameters() if n.startswith(prefixes)}
 
 
 @pytest.mark.parametrize("detach", [False, True])
@@ -127,3 +74,58 @@ def test_gates_are_the_blocks(batch):
         gates = d.spatial_gates(batch[0])
     assert [g.shape for g in gates] == [(N, 4, 4), (N, 4, 4)]
     assert all(g.min() > 0 and g.max() < 1 for g in gates)
+
+
+@pytest.mark.parametrize(
+    ("option", "gone", "added"),
+    [
+        ("multi_scale", (), ()),
+        ("channel_attention", ("attention.fc1_weight", "0.mlp"), ("1.conv",)),
+        ("spatial_attention", ("attention.spatial_weight",), ("1.mlp",)),
+        ("fusion", ("head.fusion",), ("head.classifiers.1",)),
+    ],
+)
+def test_ablations(batch, option, gone, added):
+    """Each leaves out what it names, and all that is left learns."""
+    d = distiller(**{option: False})
+    out = d(*batch, 100.0)
+    names = named(d, "method")
+    assert not [n for n in names for part in gone if part in n]
+    assert all(any(part in n for n in names) for part in added)
+    assert reached(d, out.losses["ce/fused"]) >= names
+    assert set(out.losses) == set(distiller()(*batch, 100.0).losses)
+
+
+def test_without_multi_scale_all_kernels_are_3x3():
+    d = distiller(multi_scale=False)
+    assert {w.shape[-1] for w in d.method.blocks[0].conv.weights} == {3}
+    assert d.method.blocks[0].conv.groups == distiller().method.blocks[0].conv.groups
+
+
+def test_gates_alone_are_those_of_the_block(batch):
+    """With the other gate at 1, which a sigmoid is from 40 on, the block does the same."""
+    block = distiller().method.blocks[0]
+    attention = block.attention
+    y = block.conv(torch.randn(3, 16, 4, 4)).detach()
+    for option, silent in (("spatial", "channel"), ("channel", "spatial")):
+        d = distiller(**{f"{silent}_attention": False})
+        part = d.method.blocks[0][1]
+        with torch.no_grad():
+            if option == "spatial":
+                part.conv.weight.copy_(attention.spatial_weight)
+            else:
+                for layer, name in ((part.mlp[0], "fc1"), (part.mlp[2], "fc2")):
+                    layer.weight.copy_(getattr(attention, f"{name}_weight"))
+                    layer.bias.copy_(getattr(attention, f"{name}_bias"))
+            got = part(y)
+            saved = {n: p.clone() for n, p in attention.named_parameters()}
+            if option == "spatial":
+                attention.fc2_weight.zero_()
+                attention.fc2_bias.fill_(40.0)
+                wanted = attention(y)
+            else:
+                channel_gate, _ = attention.gates(y)
+                wanted = y * channel_gate[:, :, None, None]
+            for n, p in attention.named_parameters():
+                p.copy_(saved[n])
+        torch.testing.assert_close(got, wanted)

@@ -25,7 +25,18 @@ def refused(options, capsys, *words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--method", "mfeg"], ["--method=mfeg", "did you mean mfef?", "ce, mfef"]),
+        (["--method", "mfeg"], ["--method=mfeg", "did you mean mfef?", "ab, ce, dml"]),
+        (["--method", "kd"], ["--method kd needs a --teacher"]),
+        (["--method", "dml", "--students", "resnet8"], ["at least two students", "got 1"]),
+        (["--method", "okddip"], ["at least three students", "leader"]),
+        (["--variant", "naive"], ["--variant=naive means nothing to --method mfef", "kdcl"]),
+        (["--method", "ce", "--no-fusion"], ["--no-fusion means nothing to --method ce", "mfef"]),
+        (["--method", "kdcl", "--variant", "lin"], ["variant='lin' is unknown", "'linear'"]),
+        (["--method", "kdcl", "--alpha", "2"], ["alpha=2.0 must be from 0 to 1"]),
+        (
+            ["--method", "kdcl", "--variant", "general", "--validation", "0"],
+            ["held-out images", "--validation"],
+        ),
         (["--dataset", "digit"], ["--dataset=digit", "did you mean digits?"]),
         (["--students", "resnet8", "resnet9"], ["--students=resnet9", "resnet8"]),
         (["--students"], ["--students= must name at least one"]),

@@ -38,13 +38,30 @@ def test_an_epoch_shows_every_image_once_and_depends_on_seed_and_epoch_alone():
     torch.rand(5)  # the global generator plays no part
     again = list(data.training_batches(d, 50, seed=3, epoch=1))
     for (x, y), (x_again, y_again) in zip(first, again, strict=True):
-        assert torch.equal(x, x_again) and torch.equal(y, y_again)
+        assert len(x) == 1 and torch.equal(x[0], x_again[0]) and torch.equal(y, y_again)
     labels = torch.cat([y for _, y in first])
     assert torch.equal(labels.sort().values, d.train.y.sort().values)
     assert [len(y) for _, y in first][:-1] == [50] * (len(first) - 1)
     for seed, epoch in ((3, 2), (4, 1)):
         other = torch.cat([y for _, y in data.training_batches(d, 50, seed, epoch)])
         assert not torch.equal(labels, other)
+
+
+def test_views_show_the_same_images_shifted_in_their_own_ways():
+    d = data.load("fake", 0.1)
+    for views, y in data.training_batches(d, 50, seed=3, epoch=1, views=3):
+        assert len(views) == 3 and all(x.shape == (len(y), 3, 16, 16) for x in views)
+        assert not torch.equal(views[0], views[1]) and not torch.equal(views[1], views[2])
+        # Every image is the same as in the other views, up to its borders.
+        middle = [x[:, :, 3:-3, 3:-3] for x in views]
+        for a, b in ((0, 1), (1, 2)):
+            shifts = [
+                views[b][:, :, 3 + i : 13 + i, 3 + j : 13 + j]
+                for i in range(-2, 3)
+                for j in range(-2, 3)
+            ]
+            same = torch.stack([(middle[a] == s).flatten(1).all(1) for s in shifts])
+            assert bool(same.any(0).all())
 
 
 def test_shifts_move_whole_images_and_repeat_the_border():

@@ -103,7 +103,7 @@ def test_last_checkpoint_holds_everything_and_student_files_nothing_of_the_metho
         "student1",
         "method",
     ]
-    assert any(k.startswith("method.fusion") for k in state["distiller"])
+    assert any(k.startswith("method.head.fusion") for k in state["distiller"])
     for i in (0, 1):
         weights = load_file(run_folder / f"student{i}.safetensors")
         prefix = f"students.{i}."

@@ -1,0 +1,39 @@
+"""``dml``: deep mutual learning, every student from every other (Zhang 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..functional import kd_loss
+from .method import Batch, Method, StudentShape, at_least_two, label_losses, register
+
+
+@register("dml")
+class MutualLearning(Method):
+    """``L = sum_i CE(z_i) + 1 / (m - 1) sum_{i != j} kd(z_i <- z_j)`` for m students.
+
+    Zhang 2018, equation 7, with all students updated in one step. Their T is 1.
+    """
+
+    def __init__(
+        self, shapes: Sequence[StudentShape], num_classes: int, *, temperature: float = 1.0
+    ) -> None:
+        super().__init__()
+        at_least_two(shapes, "dml", "they teach one another")
+        self.temperature = temperature
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if batch.labels is None:
+            return {}, {}
+        terms = label_losses(batch.logits, batch.labels)
+        peers = len(batch.logits) - 1
+        for i, z in enumerate(batch.logits):
+            lessons = [
+                kd_loss(z, other, self.temperature)
+                for j, other in enumerate(batch.logits)
+                if j != i
+            ]
+            terms[f"kd/student{i}"] = sum(lessons[1:], lessons[0]) / peers
+        return {}, terms

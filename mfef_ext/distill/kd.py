@@ -1,0 +1,49 @@
+"""``kd``: soft targets of a frozen teacher, classical distillation (Hinton 2015)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..functional import kd_loss
+from .method import Batch, StudentShape, label_losses, register
+from .teacher import TaughtByTeacher
+
+
+@register("kd")
+class SoftTargets(TaughtByTeacher):
+    """``L = sum_i (1 - a) CE(z_i) + a kd(z_i <- z_teacher)`` (Hinton 2015, section 2).
+
+    Args:
+        teacher: the trained network.
+        temperature: T of the kd terms.
+        alpha: a, the share of the soft targets, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[StudentShape],
+        num_classes: int,
+        *,
+        teacher: nn.Module | None = None,
+        temperature: float = 3.0,
+        alpha: float = 0.9,
+    ) -> None:
+        super().__init__("kd", teacher)
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha={alpha} must be from 0 to 1; 0.9 is usual")
+        self.temperature = temperature
+        self.alpha = alpha
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if batch.labels is None:
+            return {}, {}
+        labels = label_losses(batch.logits, batch.labels)
+        terms = {name: (1 - self.alpha) * loss for name, loss in labels.items()}
+        for i, (z, target) in enumerate(zip(batch.logits, self.taught(batch), strict=True)):
+            terms[f"kd/student{i}"] = self.alpha * kd_loss(z, target, self.temperature)
+        return {}, terms
+
+    def kd_weight(self, epoch: float) -> float:
+        return self.alpha

@@ -1,0 +1,128 @@
+"""``kdcl``: the students' logits, combined into one better teacher (Guo 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..functional import kd_loss
+from .method import Batch, Method, StudentShape, at_least_two, label_losses, register
+
+Variant = Literal["naive", "linear", "minlogit", "general"]
+
+
+@register("kdcl")
+class CollaborativeLearning(Method):
+    """``L = sum_i (1 - a) CE(z_i) + a kd(z_i <- z_t)``; each student sees its own augmentation.
+
+    Guo 2020, section 3. The teacher's logits z_t by ``variant``:
+
+    - naive: those of the student with the lowest cross-entropy, image by image;
+    - linear: ``sum_i w_i z_i`` with the weights on the simplex that minimise its cross-entropy,
+      image by image;
+    - minlogit: class by class the least ``z_i - z_i[label]`` of all students;
+    - general: ``sum_i w_i z_i``, w from the inverse correlation of the students' errors on held-out
+      images, renewed after every epoch; equal weights before the first.
+
+    The variants are written from memory of the paper's formulas, not from its code.
+
+    Args:
+        variant: see above.
+        temperature: T of the kd terms; theirs is 2.
+        alpha: a, the share of the distillation terms, 0 to 1.
+    """
+
+    views = True
+
+    def __init__(
+        self,
+        shapes: Sequence[StudentShape],
+        num_classes: int,
+        *,
+        variant: Variant = "linear",
+        temperature: float = 2.0,
+        alpha: float = 0.5,
+    ) -> None:
+        super().__init__()
+        at_least_two(shapes, "kdcl", "their logits are combined")
+        if variant not in get_args(Variant):
+            raise ValueError(f"variant={variant!r} is unknown; use one of {get_args(Variant)}")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha={alpha} must be from 0 to 1; 0.5 is the default")
+        self.variant = variant
+        self.temperature = temperature
+        self.alpha = alpha
+        self.held_out = variant == "general"
+        self.weights: Tensor
+        self.register_buffer("weights", torch.full((len(shapes),), 1 / len(shapes)))
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if batch.labels is None:
+            return {}, {}
+        target = self.target(torch.stack([z.detach() for z in batch.logits]).float(), batch.labels)
+        labels = label_losses(batch.logits, batch.labels)
+        terms = {name: (1 - self.alpha) * loss for name, loss in labels.items()}
+        for i, z in enumerate(batch.logits):
+            terms[f"kd/student{i}"] = self.alpha * kd_loss(z, target, self.temperature)
+        return {}, terms
+
+    def target(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """z_t (N, num_classes) out of the students' (students, N, num_classes)."""
+        if self.variant == "general":
+            return torch.einsum("i,inc->nc", self.weights, logits)
+        if self.variant == "minlogit":
+            own = labels.expand(len(logits), -1)[..., None]
+            return (logits - logits.gather(2, own)).amin(0)
+        if self.variant == "linear":
+            return torch.einsum("in,inc->nc", simplex_weights(logits, labels), logits)
+        losses = torch.stack([F.cross_entropy(z, labels, reduction="none") for z in logits])
+        return logits[losses.argmin(0), torch.arange(len(labels), device=logits.device)]
+
+    def calibrate(self, logits: Sequence[Tensor], labels: Tensor) -> None:
+        """The weights that minimise the squared error of the combined probabilities, if errors are
+        as correlated as on these images: ``w = C^-1 1 / (1' C^-1 1)``."""
+        one_hot = F.one_hot(labels, logits[0].shape[1]).double()
+        errors = torch.stack([(z.double().softmax(1) - one_hot).flatten() for z in logits])
+        correlation = errors @ errors.T / max(len(labels), 1)
+        # Students that agree to rounding make it singular; the least-norm solution shares evenly.
+        solved = torch.linalg.pinv(correlation, hermitian=True).sum(1)
+        if bool(solved.sum() > 0):
+            self.weights.copy_(solved / solved.sum())
+
+    def kd_weight(self, epoch: float) -> float:
+        return self.alpha
+
+
+def simplex_weights(
+    logits: Tensor, labels: Tensor, *, sweeps: int = 4, halvings: int = 20
+) -> Tensor:
+    """Weights (students, N) under which ``sum_i w_i z_i`` has the least cross-entropy, image by
+    image; none is negative and they add up to 1.
+
+    The problem is convex. Pair by pair, weight moves from one student to the other until the
+    derivative vanishes or one has none left; for two students one pair is all there is.
+    logits: (students, N, classes). labels: (N,).
+    """
+    students, n, _ = logits.shape
+    weights = logits.new_full((students, n), 1 / students)
+    own = labels[:, None]
+    pairs = [(i, j) for i in range(students) for j in range(i + 1, students)]
+    for _ in range(sweeps if len(pairs) > 1 else 1):
+        for i, j in pairs:
+            direction = logits[j] - logits[i]
+            base = torch.einsum("in,inc->nc", weights, logits)
+            low, high = -weights[j], weights[i]
+            for _ in range(halvings):
+                middle = (low + high) / 2
+                p = (base + middle[:, None] * direction).softmax(1)
+                slope = ((p * direction).sum(1, keepdim=True) - direction.gather(1, own))[:, 0]
+                more = slope < 0
+                low, high = torch.where(more, middle, low), torch.where(more, high, middle)
+            moved = (low + high) / 2
+            weights[i] -= moved
+            weights[j] += moved
+    return weights

@@ -1,0 +1,47 @@
+"""``mimic``: regression to the logits of a frozen teacher (Bucilua 2006, Ba & Caruana 2014)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .method import Batch, StudentShape, label_losses, register
+from .teacher import TaughtByTeacher
+
+
+@register("mimic")
+class LogitRegression(TaughtByTeacher):
+    """``L = sum_i CE(z_i) + a mean (z_i - z_teacher)^2``, mean over batch and classes.
+
+    Ba & Caruana 2014, equation 1, beside the labels' loss.
+
+    Args:
+        teacher: the trained network.
+        alpha: a, the weight of the regression.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[StudentShape],
+        num_classes: int,
+        *,
+        teacher: nn.Module | None = None,
+        alpha: float = 0.9,
+    ) -> None:
+        super().__init__("mimic", teacher)
+        if not alpha >= 0:
+            raise ValueError(f"alpha={alpha} must be 0 or more; 0.9 is the default")
+        self.alpha = alpha
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if batch.labels is None:
+            return {}, {}
+        terms = label_losses(batch.logits, batch.labels)
+        for i, (z, target) in enumerate(zip(batch.logits, self.taught(batch), strict=True)):
+            terms[f"mse/student{i}"] = self.alpha * F.mse_loss(z.float(), target.float())
+        return {}, terms
+
+    def kd_weight(self, epoch: float) -> float:
+        return self.alpha
