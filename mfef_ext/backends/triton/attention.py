@@ -692,13 +692,13 @@ def spatial_backward_kernel(
         tl.store(gate_parts + t * whole_c + c, tl.sum(d, 1), mask=c < C)
 
     # Who counts last sees what all have stored, by the memory model of PTX:
-    # - The barrier orders the stores of all threads before the atomic of the one thread that counts,
-    #   whose release is cumulative: it covers them, for the whole GPU.
+    # - The barrier orders the stores of all threads before the atomic of the one thread that
+    #   counts, whose release is cumulative: it covers them, for the whole GPU.
     # - Counting is a chain of read-modify-writes, each acquiring what the one before released.
-    # - The barrier behind orders the loads of all threads after it. Triton has one there to hand the
-    #   count to all threads; ours does not depend on how it does that. The acquire empties this
-    #   multiprocessor's L1 (sm_80: MEMBAR.ALL.GPU, ATOMG.STRONG.GPU, CCTL.IVALL), and .cg reads
-    #   past it.
+    # - The barrier behind orders the loads of all threads after it. Triton has one there to hand
+    #   the count to all threads; ours does not depend on how it does that. The acquire empties
+    #   this multiprocessor's L1 (on sm_80 MEMBAR.ALL.GPU, ATOMG.STRONG.GPU, CCTL.IVALL), and .cg
+    #   reads past it.
     # - finished is set to zero by the launch before, in every replay of a CUDA graph too.
     # Barrier and atomic have effects on memory, so no pass of the compiler moves loads past them.
     tl.debug_barrier()
@@ -1289,13 +1289,14 @@ def forward(
     spatial_weight: Tensor,
     statistics: tuple[Tensor, Tensor, Tensor] | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, mean, max, max_index, spatial_gate, channel_index of reference.dual_attention.
+) -> tuple[Tensor, ...]:
+    """out of reference.dual_attention; with ``save`` also mean, max, max_index, spatial_gate and
+    channel_index.
 
     y: (N, C, H, W), any strides. statistics: sum, max (N, C, T) float32 and place of the max
     (N, C, T) int32 per tile of pixels, contiguous, from the convolution; None: computed here.
     out is like y; mean and max (N, C) and spatial_gate (N, H, W) are float32, max_index (N, C) and
-    channel_index (N, H, W) int32; all five have N = 0 without ``save``.
+    channel_index (N, H, W) int32.
     """
     shape, real = y.shape, torch.float32
     n, c, h, w = shape
@@ -1305,21 +1306,27 @@ def forward(
         0 if statistics is None else statistics[0].shape[2], save,
         usual(y.dtype, y, *parameters) and (statistics is None or usual(real, *statistics[:2])),
     )  # fmt: skip
-    saved = n if save else 0
     out = y.new_empty_strided(*call.result)
-    mean = y.new_empty((saved, c), dtype=real)
-    max = y.new_empty((saved, c), dtype=real)
-    max_index = y.new_empty((saved, c), dtype=torch.int32)
-    spatial_gate = y.new_empty((saved, h, w), dtype=real)
-    channel_index = y.new_empty((saved, h, w), dtype=torch.int32)
-    results = out, mean, max, max_index, spatial_gate, channel_index
+    work = y.new_empty(call.work, dtype=real)
+    # Pointers that SAVE rules out are never used.
+    mean = max = max_index = spatial_gate = channel_index = work
+    results: tuple[Tensor, ...] = (out,)
+    if save:
+        mean = y.new_empty((n, c), dtype=real)
+        max = y.new_empty((n, c), dtype=real)
+        max_index = y.new_empty((n, c), dtype=torch.int32)
+        spatial_gate = y.new_empty((n, h, w), dtype=real)
+        channel_index = y.new_empty((n, h, w), dtype=torch.int32)
+        results = out, mean, max, max_index, spatial_gate, channel_index
     if n == 0:
         return results
-    work = y.new_empty(call.work, dtype=real)
     mlp = _mlp(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if call.image:
-        of_tiles = statistics or (work, work, max_index)
-        call.launches[0](y, out, *mlp, spatial_weight, *of_tiles, *results[1:], work)
+        of_tiles = statistics or (work, work, work)
+        call.launches[0](
+            y, out, *mlp, spatial_weight, *of_tiles,
+            mean, max, max_index, spatial_gate, channel_index, work,
+        )  # fmt: skip
         return results
     if statistics is None:
         statistics = (
