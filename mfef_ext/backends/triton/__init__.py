@@ -28,6 +28,32 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def installed() -> bool:
+    """Whether there is a Triton to import; nothing is imported to find out."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # whoever keeps it from being imported may also refuse to look
+        return False
+
+
+def state() -> str:
+    """A sentence for people: which Triton there is, and how its kernels would run here."""
+    if not installed():
+        return "not installed (pip install triton); everything else works without it"
+    try:
+        import triton
+    except Exception as error:
+        return f"cannot be imported ({error}); everything else works without it"
+    if interpreted():
+        how = "TRITON_INTERPRET=1 has its kernels interpreted, on CPU tensors"
+    elif torch.cuda.is_available():
+        how = "kernels are compiled for a GPU at their first call"
+    else:
+        how = "no GPU to compile kernels for; TRITON_INTERPRET=1 interprets them on CPU tensors"
+    verified = "" if BACKEND.verified else "; not yet run on hardware, so only where it is forced"
+    return f"{triton.__version__}, {how}{verified}"
+
+
 def _capability(problem: Problem) -> tuple[int, int] | None:
     """Of an NVIDIA device; None for any other."""
     if problem.device.type != "cuda" or torch.version.cuda is None:
@@ -93,7 +119,7 @@ BACKEND = Backend(
             ),
         ),
         Condition(
-            lambda p: importlib.util.find_spec("triton") is not None,
+            lambda p: installed(),
             lambda p: "Triton is not installed (pip install triton)",
         ),
         Condition(

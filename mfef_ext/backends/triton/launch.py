@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+# What is said of a tile: constants of kernels, in words.
+TILE = {"IMAGES": "images", "PIXELS": "pixels", "BLOCK_C": "channels", "BLOCK_P": "pixels"}
+
 
 def usual(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     """Whether all tensors have the dtype and begin at multiples of 16 bytes, as torch allocates."""
@@ -79,6 +82,12 @@ class Launch:
                 self._run = code[self.grid]
 
     def __str__(self) -> str:
-        """For people: name, tile, programs, warps."""
+        """For people: name, grid, tile, warps."""
         name = self.kernel.__name__.strip("_").removesuffix("_kernel")
-        return f"{name}: {self.grid[0]} program(s) of {self.options['num_warps']} warps"
+        tile = " x ".join(
+            f"{self.constants[size]} {what}"
+            for size, what in TILE.items()
+            if self.constants.get(size, 1) > 1
+        )
+        of = f" of {tile}" if tile else ""
+        return f"{name}: {self.grid[0]} program(s){of}, {self.options['num_warps']} warps"

@@ -105,7 +105,6 @@ with torch.no_grad():
     weights, groups = list(block.conv.weights), list(block.conv.groups)
     y, _ = conv.forward(x, weights, groups, True, None, False)
     assert names() == again() == ["_convolve"]  # no statistics
-    conv.forward(x.double(), weights, groups, True, None, False)
     assert not launch.usual(torch.float64, x.double(), *weights)
 
     # The same shapes on another device have their own code, which is loaded there.
