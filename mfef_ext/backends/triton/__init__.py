@@ -20,6 +20,7 @@ from ...problem import Problem
 from .. import Backend, Condition
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOSSES = ("kd_loss", "kd_losses")
 LEAST_CAPABILITY = (8, 0)  # bfloat16 arithmetic and asynchronous copies
 
 
@@ -91,6 +92,10 @@ class _Operators(Mapping[str, Callable]):
             from .kd import kd_loss
 
             return kd_loss
+        if op == "kd_losses":
+            from .kd import kd_losses
+
+            return kd_losses
         if op not in FUSED:
             raise KeyError(op)
         from .ops import OPERATORS
@@ -98,13 +103,13 @@ class _Operators(Mapping[str, Callable]):
         return OPERATORS[op]
 
     def __contains__(self, op: object) -> bool:
-        return op == "kd_loss" or op in FUSED
+        return op in LOSSES or op in FUSED
 
     def __iter__(self) -> Iterator[str]:
-        return iter((*FUSED, "kd_loss"))
+        return iter((*FUSED, *LOSSES))
 
     def __len__(self) -> int:
-        return len(FUSED) + 1
+        return len(FUSED) + len(LOSSES)
 
 
 BACKEND = Backend(

@@ -11,10 +11,11 @@ import mfef_ext
 from mfef_ext import inspection
 from mfef_ext.modules import DualAttention, MFEFBlock, MultiScaleConv2d
 
+SIZES = {"kernel_sizes": (3, 5), "groups": "auto", "backend": "triton"}
 LAYERS = {
-    "block": lambda: MFEFBlock(8, kernel_sizes=(3, 5), groups="auto", backend="triton"),
-    "pyramid": lambda: MFEFBlock(8, kernel_sizes=(3, 5), groups="auto", mode="pyramid", backend="triton"),
-    "convolution": lambda: MultiScaleConv2d(8, kernel_sizes=(3, 5), groups="auto", backend="triton"),
+    "block": lambda: MFEFBlock(8, **SIZES),
+    "pyramid": lambda: MFEFBlock(8, mode="pyramid", **SIZES),
+    "convolution": lambda: MultiScaleConv2d(8, **SIZES),
     "attention": lambda: DualAttention(8, backend="triton"),
 }
 
