@@ -120,6 +120,10 @@ for backend in $backends; do
     --seconds 50 --backend "$backend" --out "$out/bench_fusion-$backend"
 done
 
+case " $backends " in
+  *" triton "*) part bench_host 20 "$PYTHON" benchmarks/bench_host.py --rounds 20 ;;
+esac
+
 # --- compute-sanitizer ------------------------------------------------------------------------
 
 sanitizer=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin command -v compute-sanitizer)
