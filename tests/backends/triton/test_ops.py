@@ -15,7 +15,7 @@ from tests.accuracy import check_block, make_case, run_block
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(),
-    reason="Triton is not interpreted beside a GPU; test_gpu.py is for it",
+    reason="Triton is not interpreted beside a GPU",
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
