@@ -57,16 +57,15 @@ SHAPES = [(3, 8, 5, 4), (2, 8, 17, 19)]
 # --- numbers ----------------------------------------------------------------------------------
 
 
+@GPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("split", [True, False], ids=["split", "pyramid"])
-def test_block_obeys_the_rule(device, dtype, layout, split, monkeypatch):
-    """The rule, on small odd maps; contiguous ones on the CPU are in test_ops.py."""
-    if device == "cpu" and (layout == torch.contiguous_format or dtype == torch.float16):
-        pytest.skip("in test_ops.py")
+def test_block_obeys_the_rule(dtype, layout, split, monkeypatch):
+    """On small odd maps; without a GPU test_ops.py, test_conv.py and test_attention.py do that."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     check_block(
-        dtype, layout, backend="triton", device=device,
+        dtype, layout, backend="triton", device="cuda",
         shape=(2, 12, 4, 5), kernel_sizes=(3, 5), split=split, biases=split,
     )  # fmt: skip
 
@@ -83,6 +82,8 @@ def test_blocks_of_the_paper_and_large_maps(dtype, layout, shape, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_repeats_are_bit_identical(device, shape, layout):
+    if device == "cpu" and shape == SHAPES[1]:
+        pytest.skip("minutes in the interpreter; test_attention.py repeats that plan")
     block = block_on(device)
     x = torch.randn(shape, device=device).contiguous(memory_format=layout)
     first = gradients(block, x)
