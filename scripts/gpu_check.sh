@@ -93,7 +93,10 @@ part doctor 30 "$PYTHON" -c "from mfef_ext.inspection import doctor; print(docto
 # --- tests ------------------------------------------------------------------------------------
 
 pytest=("$PYTHON" -m pytest -p no:cacheprovider -m gpu "${GPU_TESTS[@]}")
-part tests 130 "${pytest[@]}" --junitxml "$out/tests.xml"
+# Compilers, graphs and tensors of gigabytes by themselves: they must not take the others' time.
+used=tests/backends/triton/test_gpu.py
+part tests 130 "${pytest[@]}" --ignore "$used" --junitxml "$out/tests.xml"
+part tests-as-used 60 "$PYTHON" -m pytest -p no:cacheprovider -m gpu "$used" --junitxml "$out/tests-as-used.xml"
 
 # --- benchmark --------------------------------------------------------------------------------
 
