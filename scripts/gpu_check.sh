@@ -93,7 +93,10 @@ part doctor 30 "$PYTHON" -c "from mfef_ext.inspection import doctor; print(docto
 # --- tests ------------------------------------------------------------------------------------
 
 pytest=("$PYTHON" -m pytest -p no:cacheprovider -m gpu "${GPU_TESTS[@]}")
-part tests 130 "${pytest[@]}" --junitxml "$out/tests.xml"
+# Compilers, graphs and tensors of gigabytes by themselves: they must not take the others' time.
+used=tests/backends/triton/test_gpu.py
+part tests 130 "${pytest[@]}" --ignore "$used" --junitxml "$out/tests.xml"
+part tests-as-used 60 "$PYTHON" -m pytest -p no:cacheprovider -m gpu "$used" --junitxml "$out/tests-as-used.xml"
 
 # --- benchmark --------------------------------------------------------------------------------
 
@@ -119,6 +122,10 @@ for backend in $backends; do
   part "bench_fusion-$backend" 75 "$PYTHON" benchmarks/bench_fusion.py --device cuda --quick \
     --seconds 50 --backend "$backend" --out "$out/bench_fusion-$backend"
 done
+
+case " $backends " in
+  *" triton "*) part bench_host 20 "$PYTHON" benchmarks/bench_host.py --rounds 20 ;;
+esac
 
 # --- compute-sanitizer ------------------------------------------------------------------------
 

@@ -344,7 +344,7 @@ def _kd_loss(
             1.0 / temperature, temperature * temperature / images,
             STUDENTS=len(students), TARGETS=len(targets),
             IMAGES=c.images, CLASSES=c.classes, WHOLE=c.whole,
-            num_warps=c.num_warps, num_stages=c.num_stages,
+            num_warps=c.num_warps, num_stages=c.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         return partial.view(count) if in_slices == 1 else partial.sum(1)
 
@@ -373,7 +373,7 @@ def _kd_loss_backward(
             images, classes, 1.0 / temperature, temperature / images,
             STUDENTS=len(students), TARGETS=len(targets),
             IMAGES=c.images, CLASSES=c.classes, WHOLE=c.whole,
-            num_warps=c.num_warps, num_stages=c.num_stages,
+            num_warps=c.num_warps, num_stages=c.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return student_grads, target_grads
 
