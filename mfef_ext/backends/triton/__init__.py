@@ -43,7 +43,9 @@ def _capable(problem: Problem) -> bool:
 def device_of(x: Tensor) -> AbstractContextManager:
     """For launches: Triton launches on the current device, which need not be that of ``x``."""
     if x.is_cuda:
-        return torch.cuda.device(x.device)
+        # To go to a device and back takes longer than to ask which it is, and mostly it is that.
+        here = x.get_device() == torch.cuda.current_device()
+        return nullcontext() if here else torch.cuda.device(x.device)
     if not interpreted():
         raise RuntimeError(
             f"torch.ops.mfef_triton was called with tensors on {x.device}; move them to a CUDA "

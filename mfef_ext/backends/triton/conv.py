@@ -47,6 +47,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launch, like, usual
+
 WIDE = 8  # channels per group from which tl.dot pays: below, most of its block is padding
 WIDE_GRADIENT = 2  # the same for the weight gradient on tensor cores: its columns are always full
 LARGE_MAP = 1024  # pixels from which a tile has 128 of them: fewer partial statistics, more reuse
@@ -820,7 +822,7 @@ def _plan_gradient(
 
 
 def _key(weights: Sequence[Tensor]) -> _Weights:
-    return tuple([(tuple(w.shape), w.stride()) for w in weights])
+    return tuple([(w.shape, w.stride()) for w in weights])
 
 
 def _arithmetic(dtype: torch.dtype) -> str:
@@ -865,32 +867,135 @@ def _map_like(x: Tensor, channels: int) -> Tensor:
     return x.new_empty((n, channels, h, w))
 
 
-# --- what operators call ----------------------------------------------------------------------
+# --- calls ------------------------------------------------------------------------------------
+#
+# A call is a plan for given maps: whatever is known before there are pointers, kept by all that
+# compiled code depends on. `reuse` is usual() of the tensors.
 
 
-def _launch_convolution(
-    src: Tensor,
-    dst: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    statistics: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
-    plan: _Plan,
-    summed: bool,
+class _Convolution(NamedTuple):
+    """A call of _convolve."""
+
+    result: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+    statistics: tuple[int, ...]  # shape
+    launch: Launch
+
+
+class _WeightGradient(NamedTuple):
+    """A call of _weight_partials and _weight_sums."""
+
+    partial: tuple[int, int]  # shape
+    launches: tuple[Launch, Launch]
+
+
+@lru_cache(maxsize=1024)
+def _convolution(
+    src_shape: tuple[int, ...],
+    src_strides: tuple[int, ...],
+    x_shape: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: _Weights,
+    groups: tuple[int, ...],
+    split: bool,
+    backwards: bool,
+    has_bias: bool,
+    has_statistics: bool,
     products: str,
-) -> None:
-    n, _, h, w = src.shape
-    if n == 0:
-        return
-    from_strides, to_strides = src.stride(), dst.stride()
-    configuration = plan.configuration
-    _convolve[(-(-n // plan.images) * plan.maps * plan.tiles,)](
-        src, dst, tuple(weights), bias, *statistics, n, h, w, *from_strides, *to_strides,
-        BRANCHES=plan.branches, COUNT=len(plan.branches), TILES=plan.tiles, TOTAL=plan.total,
-        SUMMED=summed, SRC_FLAT=_is_flat(src, from_strides), DST_FLAT=_is_flat(dst, to_strides),
-        IMAGES=plan.images, PIXELS=plan.pixels, PRECISION=_precision(products), WIDEN=_WIDEN,
-        INDEX=_index(plan, src, dst),
-        num_warps=configuration.warps, num_stages=configuration.stages,
-    )  # fmt: skip
+    reuse: bool,
+) -> _Convolution:
+    """``x`` is what the result looks like."""
+    src, x = like(src_shape, src_strides), like(x_shape, x_strides)
+    n, _, h, w = x_shape
+    plan = _plan_convolution(weights, groups, split, backwards, h, w, products)
+    dst = _map_like(x, plan.total)
+    constants = {
+        "BRANCHES": plan.branches,
+        "COUNT": len(plan.branches),
+        "TILES": plan.tiles,
+        "TOTAL": plan.total,
+        "SUMMED": backwards and not split,
+        "SRC_FLAT": _is_flat(src, src_strides),
+        "DST_FLAT": _is_flat(dst, dst.stride()),
+        "IMAGES": plan.images,
+        "PIXELS": plan.pixels,
+        "PRECISION": _precision(products),
+        "WIDEN": _WIDEN,
+        "INDEX": _index(plan, src, dst),
+    }
+    launch = Launch(
+        _convolve,
+        -(-n // plan.images) * plan.maps * plan.tiles,
+        (n, h, w, *src_strides, *dst.stride()),
+        constants,
+        plan.configuration.warps,
+        plan.configuration.stages,
+        reuse,
+    )
+    return _Convolution((dst.shape, dst.stride()), (n, plan.total, plan.maps), launch)
+
+
+def _slices(plan: _Plan, blocks: int) -> tuple[int, int]:
+    """Slices of the images, and blocks of pixels in each. Depends on shapes only."""
+    wanted = min(-(-PROGRAMS // plan.tiles), max(blocks // 4, 1))
+    per_slice = max(-(-blocks // wanted), 1)
+    return -(-blocks // per_slice), per_slice
+
+
+@lru_cache(maxsize=1024)
+def _weight_gradient(
+    grad_strides: tuple[int, ...],
+    x_shape: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: _Weights,
+    groups: tuple[int, ...],
+    split: bool,
+    products: str,
+    reuse: bool,
+) -> _WeightGradient:
+    n, _, h, w = x_shape
+    results = tuple([torch.empty_like(like(*weight)).stride() for weight in weights])
+    plan = _plan_gradient(weights, results, groups, split, h, w, products)
+    outputs = sum(shape[0] for shape, _ in weights)
+    grad, x = like((n, outputs, h, w), grad_strides), like(x_shape, x_strides)
+    blocks = -(-n // plan.images) * plan.maps
+    slices, per_slice = _slices(plan, blocks)
+    constants = {
+        "BRANCHES": plan.branches,
+        "COUNT": len(plan.branches),
+        "TILES": plan.tiles,
+        "TOTAL": plan.total,
+        "GRAD_FLAT": _is_flat(grad, grad_strides),
+        "X_FLAT": _is_flat(x, x_strides),
+        "IMAGES": plan.images,
+        "PIXELS": plan.pixels,
+        "PRECISION": _precision(products),
+        "WIDEN": _WIDEN,
+        "INDEX": _index(plan, grad, x),
+    }
+    partials = Launch(
+        _weight_partials,
+        plan.tiles * slices,
+        (n, h, w, blocks, per_slice, *grad_strides, *x_strides),
+        constants,
+        plan.configuration.warps,
+        plan.configuration.stages,
+        reuse,
+    )
+    constants = {
+        "BRANCHES": plan.sums,
+        "COUNT": len(plan.sums),
+        "TOTAL": plan.total,
+        "BLOCK": SUMS,
+    }
+    sums = Launch(_weight_sums, plan.programs, (slices,), constants, 4, 3, reuse)
+    return _WeightGradient((slices, plan.total), (partials, sums))
+
+
+# --- what operators call ----------------------------------------------------------------------
 
 
 def forward(
@@ -908,77 +1013,52 @@ def forward(
     tiles of pixels: the sum and the maximum (N, Cout, T) in float32, and the index h * W + w
     of the first maximum (N, Cout, T) in int32. They are taken before y is rounded to its dtype.
     """
-    n, _, h, w = x.shape
-    products = _arithmetic(x.dtype)
-    plan = _plan_convolution(_key(weights), tuple(groups), split, False, h, w, products)
-    y = _map_like(x, plan.total)
-    per_tile = None
-    if statistics:
-        shape = (n, plan.total, plan.maps)
-        per_tile = (
-            torch.empty(shape, dtype=torch.float32, device=x.device),
-            torch.empty(shape, dtype=torch.float32, device=x.device),
-            torch.empty(shape, dtype=torch.int32, device=x.device),
-        )
+    shape, strides, dtype = x.shape, x.stride(), x.dtype
     if bias is not None:
         bias = bias.contiguous()
-    _launch_convolution(
-        x, y, weights, bias, per_tile or (None, None, None), plan, False, products
+    call = _convolution(
+        shape, strides, shape, strides, x.device, dtype, _key(weights), tuple(groups), split,
+        False, bias is not None, statistics, _arithmetic(dtype), usual(dtype, x, bias, *weights),
     )  # fmt: skip
-    return y, per_tile
+    y = x.new_empty_strided(*call.result)
+    if not statistics:
+        call.launch(x, y, tuple(weights), bias, None, None, None)
+        return y, None
+    sums = x.new_empty(call.statistics, dtype=torch.float32)
+    maxima = x.new_empty(call.statistics, dtype=torch.float32)
+    indices = x.new_empty(call.statistics, dtype=torch.int32)
+    call.launch(x, y, tuple(weights), bias, sums, maxima, indices)
+    return y, (sums, maxima, indices)
 
 
 def data_gradient(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], groups: Sequence[int], split: bool
 ) -> Tensor:
     """The gradient with respect to x (N, C, H, W), in its layout; grad: (N, Cout, H, W)."""
-    products = _arithmetic(x.dtype)
-    plan = _plan_convolution(
-        _key(weights), tuple(groups), split, True, x.shape[2], x.shape[3], products
-    )
-    grad_x = _map_like(x, plan.total)
-    _launch_convolution(
-        grad, grad_x, weights, None, (None, None, None), plan, not split, products
+    dtype = x.dtype
+    call = _convolution(
+        grad.shape, grad.stride(), x.shape, x.stride(), x.device, dtype, _key(weights),
+        tuple(groups), split, True, False, False, _arithmetic(dtype), usual(dtype, grad, *weights),
     )  # fmt: skip
+    grad_x = x.new_empty_strided(*call.result)
+    call.launch(grad, grad_x, tuple(weights), None, None, None, None)
     return grad_x
-
-
-def _slices(plan: _Plan, blocks: int) -> tuple[int, int]:
-    """Slices of the images, and blocks of pixels in each. Depends on shapes only."""
-    wanted = min(-(-PROGRAMS // plan.tiles), max(blocks // 4, 1))
-    per_slice = max(-(-blocks // wanted), 1)
-    return -(-blocks // per_slice), per_slice
 
 
 def weight_gradient(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], groups: Sequence[int], split: bool
 ) -> list[Tensor]:
     """The gradients of the weights, in their dtype and strides; grad: (N, Cout, H, W)."""
-    results = [torch.empty_like(w) for w in weights]
-    n, _, h, w = x.shape
-    products = _arithmetic(x.dtype)
-    plan = _plan_gradient(
-        _key(weights), tuple([r.stride() for r in results]), tuple(groups), split, h, w, products
-    )
-    blocks = -(-n // plan.images) * plan.maps
-    slices, per_slice = _slices(plan, blocks)
-    partial = torch.empty((slices, plan.total), dtype=torch.float32, device=x.device)
-    count, configuration = len(results), plan.configuration
-    if slices > 0:
-        grad_strides, x_strides = grad.stride(), x.stride()
-        _weight_partials[(plan.tiles * slices,)](
-            grad, x, partial, n, h, w, blocks, per_slice, *grad_strides, *x_strides,
-            BRANCHES=plan.branches, COUNT=count, TILES=plan.tiles, TOTAL=plan.total,
-            GRAD_FLAT=_is_flat(grad, grad_strides), X_FLAT=_is_flat(x, x_strides),
-            IMAGES=plan.images, PIXELS=plan.pixels, PRECISION=_precision(products), WIDEN=_WIDEN,
-            INDEX=_index(plan, grad, x),
-            num_warps=configuration.warps, num_stages=configuration.stages,
-        )  # fmt: skip
-    _weight_sums[(plan.programs,)](
-        partial, tuple(results), slices,
-        BRANCHES=plan.sums, COUNT=count, TOTAL=plan.total, BLOCK=SUMS,
-        num_warps=4,
+    dtype = x.dtype
+    call = _weight_gradient(
+        grad.stride(), x.shape, x.stride(), x.device, dtype, _key(weights), tuple(groups), split,
+        _arithmetic(dtype), usual(dtype, grad, x, *weights),
     )  # fmt: skip
+    results = [torch.empty_like(w) for w in weights]
+    partial = x.new_empty(call.partial, dtype=torch.float32)
+    partials, sums = call.launches
+    partials(grad, x, partial)
+    sums(partial, tuple(results))
     return results
 
 

@@ -54,14 +54,18 @@ def force(attention, monkeypatch):
     """Sets the tile, and with it the plan, by its name: maps can then be small, the interpreter
     being slow."""
 
+    def forget() -> None:
+        for calls in (attention._forward_call, attention._backward_call):
+            calls.cache_clear()
+
     def to(name: str) -> None:
         image = name in attention.IMAGE_TILES
         tile = (attention.IMAGE_TILES if image else attention.PIXEL_TILES)[name]
         monkeypatch.setattr(attention, "choose", lambda *_: (image, tile))
-        attention.plan_for.cache_clear()
+        forget()
 
     yield to
-    attention.plan_for.cache_clear()
+    forget()
 
 
 @pytest.fixture(params=["small", "few channels"])
