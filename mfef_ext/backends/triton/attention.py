@@ -29,7 +29,7 @@ partial results in the order of their tiles. The only atomic counts finished til
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -690,8 +690,8 @@ def spatial_backward_kernel(
         tl.store(gate_parts + t * whole_c + c, tl.sum(d, 1), mask=c < C)
 
     # Who counts last sees what all have stored, by the memory model of PTX:
-    # - The barrier orders the stores of all threads before the atomic of the one thread that counts,
-    #   whose release is cumulative: it covers them, for the whole GPU.
+    # - The barrier orders the stores of all threads before the atomic of the one thread that
+    #   counts, whose release is cumulative: it covers them, for the whole GPU.
     # - Counting is a chain of read-modify-writes, each acquiring what the one before released.
     # - The barrier behind orders the loads of all threads after it. Triton has one there to hand the
     #   count to all threads; ours does not depend on how it does that. The acquire empties this

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+REGISTERS = 255  # of a thread: as many as NVIDIA's instructions can name
+
 
 def usual(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     """Whether all tensors have the dtype and begin at multiples of 16 bytes, as torch allocates."""
@@ -64,6 +66,10 @@ class Launch:
         self.rest = (*numbers, *self.constants.values())
         # Named, since 3.10 contracts a multiplication and an addition only where it is asked to.
         self.options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        if torch.version.hip is None:
+            # Without a bound ptxas may spill some bytes so that one more block fits: see
+            # docs/decisions.md.
+            self.options["maxnreg"] = REGISTERS
         # Elsewhere the code depends on the sizes of the storages, too.
         self.reuse = reuse and torch.version.hip is None
         self._run: Any = None
