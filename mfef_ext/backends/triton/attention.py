@@ -693,8 +693,8 @@ def spatial_backward_kernel(
     # - The barrier orders the stores of all threads before the atomic of the one thread that
     #   counts, whose release is cumulative: it covers them, for the whole GPU.
     # - Counting is a chain of read-modify-writes, each acquiring what the one before released.
-    # - The barrier behind orders the loads of all threads after it. Triton has one there to hand the
-    #   count to all threads; ours does not depend on how it does that. The acquire empties this
+    # - The barrier behind orders the loads of all threads after it. Triton has one there to hand
+    #   the count to all threads; ours does not depend on how it does that. The acquire empties this
     #   multiprocessor's L1 (sm_80: MEMBAR.ALL.GPU, ATOMG.STRONG.GPU, CCTL.IVALL), and .cg reads
     #   past it.
     # - finished is set to zero by the launch before, in every replay of a CUDA graph too.

@@ -154,6 +154,7 @@ def test_spills_and_shared_memory_are_complained_about():
     assert spills == f"{what} spills 16 bytes per thread."
     assert shared == f"{what} takes 102400 bytes of shared memory."
     assert aot.table(rows, (80, 90)).splitlines()[-1] == (
-        "| some_kernel | a case | C=8, not S, 2 warps, 1 stage | 40 / 255 | 0 / 16 | 1024 / 102400 |"
+        "| some_kernel | a case | C=8, not S, 2 warps, 1 stage | 40 / 255 | 0 / 16 "
+        "| 1024 / 102400 |"
     )
     assert aot.complaints([(one, [aot.Usage(40, 0, 99 * 1024)])], (80,)) == []
