@@ -28,9 +28,7 @@ partial results in the order of their tiles. The only atomic counts finished til
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
-from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -1408,94 +1406,3 @@ def backward(
             if g is not own:
                 g.copy_(own)
     return (grad_y, *grads)
-
-
-# --- what is compiled ahead of time -----------------------------------------------------------
-
-Specialisation = tuple[str, Any, dict[str, str], dict[str, Any], int, int]
-
-_STRIDES = [f"{t}_{axis}" for t in ("y", "out", "grad") for axis in "nchw"]
-_INTS = {"C", "H", "W", "HW", "HIDDEN", "N", "tiles", "taps", "work_n", *_STRIDES}
-_INTS |= {"weight_c", "weight_h", "weight_w"}
-_FLOAT_POINTERS = {"sums", "maxima", "mean", "max", "spatial_gate", "work"}
-_INT_POINTERS = {"places", "max_index", "channel_index", "finished"}
-
-
-# Multiples of 16 in maps such as 64 x 56 x 56 and 256 x 8 x 8. The others are never, or not known.
-_MULTIPLES_OF_16 = {"C", "HW", "work_n", *_STRIDES}
-
-
-def _type_of(argument: str, dtype: str) -> str:
-    if argument in _INTS:
-        return "i32:16" if argument in _MULTIPLES_OF_16 else "i32"
-    if argument in _INT_POINTERS:
-        return "*i32"
-    return "*fp32" if argument in _FLOAT_POINTERS else f"*{dtype}"
-
-
-def specialisations() -> Iterator[Specialisation]:
-    """(name, kernel, argument types, constants, warps, stages) of what there is to compile.
-
-    Every kernel in every configuration, and in both layouts where one configuration serves both.
-    dtypes take turns, since nothing but loads and stores depends on them.
-    """
-    turns = cycle(("fp32", "bf16", "fp16"))
-
-    def one(kernel: Any, what: str, warps: int, *constants: dict[str, Any]) -> Specialisation:
-        together = {name: value for some in constants for name, value in some.items()}
-        dtype = next(turns)
-        names = kernel.arg_names
-        together = {name: value for name, value in together.items() if name in names}
-        types = {name: _type_of(name, dtype) for name in names if name not in together}
-        return f"{kernel.__name__}, {what}", kernel, types, together, warps, STAGES
-
-    flags = dict.fromkeys(
-        ("FLAT", "SAVE", "HAS_FC1_BIAS", "HAS_FC2_BIAS", "NEED_Y", "PARAMETERS"), True
-    )
-    taps = {"K": 7, "BLOCK_K": 8}
-    gather = {"BLOCK_S": GATHER_CHANNELS, "BLOCK_T": GATHER_TILES[1]}
-    mlps = [{"BLOCK_H": units, "BLOCK_M": channels} for units, channels in MLP_TILES.values()]
-    fastest = {
-        layout: {f"{t}_{axis}": 1 for t in ("y", "out", "grad")}
-        for layout, axis in (("contiguous", "w"), ("channels_last", "c"))
-    }
-    for tile_name, tile in IMAGE_TILES.items():
-        blocks = {"BLOCK_C": tile.block_c, "BLOCK_P": tile.block_p}
-        for layout, strides in fastest.items():
-            statistics = {"HAS_STATISTICS": layout == "contiguous"}
-            for kernel in (image_forward_kernel, image_backward_kernel):
-                what = f"{tile_name}, {layout}"
-                yield one(
-                    kernel, what, tile.num_warps,
-                    flags, taps, gather, statistics, mlps[1], strides, blocks,
-                )  # fmt: skip
-    pixel_kernels = (
-        statistics_kernel,
-        pool_kernel,
-        output_kernel,
-        pool_backward_kernel,
-        spatial_backward_kernel,
-        input_gradient_kernel,
-    )
-    for tile_name, tile in PIXEL_TILES.items():
-        next(turns)  # six kernels, three dtypes: another one for each next time
-        strides = fastest["channels_last" if "channels" in tile_name else "contiguous"]
-        blocks = {"BLOCK_C": tile.block_c, "BLOCK_P": tile.block_p}
-        blocks["PIXELS"] = CHUNK_TILES * tile.block_p
-        for kernel in pixel_kernels:
-            yield one(
-                kernel, tile_name, tile.num_warps, flags, taps, gather, mlps[1], strides, blocks
-            )
-    tile = PIXEL_TILES["rows"]
-    blocks = {"BLOCK_C": tile.block_c, "BLOCK_P": tile.block_p, "FLAT": False}
-    yield one(
-        spatial_backward_kernel, "rows, any strides", tile.num_warps,
-        flags, taps, gather, mlps[2], blocks,
-    )  # fmt: skip
-    for mlp in mlps:
-        for way in ("forward", "backward"):
-            what = f"{mlp['BLOCK_H']} hidden units, {way}"
-            yield one(
-                gate_kernel, what, GATE_WARPS, flags, gather, mlp, {"BACKWARD": way != "forward"}
-            )
-    yield one(parameter_gradient_kernel, "all", PARAMETER_WARPS, flags, taps, PARAMETER_BLOCKS)

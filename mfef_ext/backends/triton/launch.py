@@ -21,6 +21,7 @@ from triton.compiler import CompiledKernel
 
 # What is said of a tile: constants of kernels, in words.
 TILE = {"IMAGES": "images", "PIXELS": "pixels", "BLOCK_C": "channels", "BLOCK_P": "pixels"}
+REGISTERS = 255  # of a thread: as many as NVIDIA's instructions can name
 
 
 def usual(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
@@ -49,6 +50,8 @@ class Launch:
         constants: at least all compile-time arguments, which are the last ones, by name.
         warps, stages: of the kernel.
         reuse: whether to remember the compiled code. False if tensors may be at odd addresses.
+        registers: the most that a thread may have. With None ptxas decides, and may spill some
+            bytes so that one more block fits: see docs/decisions.md.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Launch:
         warps: int,
         stages: int,
         reuse: bool,
+        registers: int | None = REGISTERS,
     ) -> None:
         self.kernel = kernel
         self.grid = (programs, 1, 1)
@@ -67,6 +71,8 @@ class Launch:
         self.rest = (*numbers, *self.constants.values())
         # Named, since 3.10 contracts a multiplication and an addition only where it is asked to.
         self.options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        if registers is not None and torch.version.hip is None:
+            self.options["maxnreg"] = registers
         # Elsewhere the code depends on the sizes of the storages, too.
         self.reuse = reuse and torch.version.hip is None
         self._run: Any = None

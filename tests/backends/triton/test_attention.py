@@ -282,17 +282,6 @@ def test_the_choice_by_shape(attention):
         assert attention.choose(c, hw, channels_last) == (image, tiles[name])
 
 
-def test_both_plans_have_all_tiles_compiled(attention):
-    """What is compiled ahead of time names every kernel of the file and every tile."""
-    listed = list(attention.specialisations())
-    kernels = {n for n in vars(attention) if n.endswith("_kernel")}
-    assert {name.split(",")[0] for name, *_ in listed} == kernels
-    tiles = {(c["BLOCK_C"], c["BLOCK_P"], w) for _, _, _, c, w, _ in listed if "BLOCK_P" in c}
-    assert tiles == {*attention.IMAGE_TILES.values(), *attention.PIXEL_TILES.values()}
-    for name, kernel, types, constants, _, _ in listed:
-        assert sorted([*types, *constants]) == sorted(kernel.arg_names), name
-
-
 @pytest.mark.parametrize(
     ("shape", "k"),
     [((2, 5, 1, 1), 7), ((2, 6, 3, 4), 21), ((1, 4, 2, 20), 35), ((1, 6, 16, 17), 3)],
