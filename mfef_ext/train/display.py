@@ -41,6 +41,10 @@ class Display:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
+    def say(self, line: str) -> None:
+        """A line of text, at once."""
+        self._progress.console.print(line, highlight=False, soft_wrap=True)
+
     def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
         """After every step; ``epoch`` and ``step`` count from 1."""
         done, total = (epoch - 1) * steps + step, self._epochs * steps
@@ -50,5 +54,6 @@ class Display:
         """After every epoch, with its row of metrics."""
         number = f"{row['epoch']:>{len(str(self._epochs))}}/{self._epochs}"
         line = score_line(row, "validation") or score_line(row, "test")
-        line = f"epoch {number}  loss {row['loss']:.3f}  {line}  ({images_per_second:.0f} images/s)"
-        self._progress.console.print(line, highlight=False, soft_wrap=True)
+        self.say(
+            f"epoch {number}  loss {row['loss']:.3f}  {line}  ({images_per_second:.0f} images/s)"
+        )
