@@ -123,6 +123,12 @@ for backend in $backends; do
     --seconds 50 --backend "$backend" --out "$out/bench_fusion-$backend"
 done
 
+if [ -n "$backends" ]; then
+  # shellcheck disable=SC2086 # a list of words
+  part bench_training 45 "$PYTHON" benchmarks/bench_training.py --device cuda --seconds 20 \
+    --backends $backends reference --out "$out/bench_training"
+fi
+
 case " $backends " in
   *" triton "*) part bench_host 20 "$PYTHON" benchmarks/bench_host.py --rounds 20 ;;
 esac
