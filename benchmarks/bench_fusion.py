@@ -12,6 +12,7 @@ place of the largest magnitude. Wrong numbers give the exit status 1, wrong opti
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import math
 import multiprocessing
@@ -540,6 +541,11 @@ def parser() -> argparse.ArgumentParser:
         "\nmore of it lets more torch.compile baselines be compiled; they are kept on disk",
     )
     p.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    p.add_argument(
+        "--convolution",
+        choices=("direct", "fourier"),
+        help="force this way of the CPU kernels wherever there is one, to judge it",
+    )
     p.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     p.add_argument("--out", type=Path, help="folder; default: benchmarks/out/<device>-<number>")
     p.add_argument(
@@ -602,6 +608,8 @@ def main(arguments: list[str] | None = None) -> int:
     if problem_with_options:
         print(f"bench_fusion: {problem_with_options}", file=sys.stderr)
         return 2
+    if options.convolution:
+        importlib.import_module("mfef_ext._C").force_cpu_convolution(options.convolution)
     try:
         result = run(options)
     except KeyboardInterrupt:

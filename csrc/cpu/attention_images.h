@@ -31,6 +31,30 @@ MFEF_INLINE IVec<T> beats(Vec<T> v, Vec<T> m) {
   return ~(v <= m) & (m == m);
 }
 
+// A running maximum and its first place. kSlack: values are right to `slack` only, since by way of spectra equal sums
+// come out different, and are equal where their slacks meet. The place then goes on only to what beats the value there
+// by more, so that it ends at the first of those that are equal to the maximum.
+template <class T, bool kSlack>
+struct Maximum {
+  Vec<T> value, edge;  // edge: the value at the place and its slack
+  IVec<T> place{};
+
+  void begin(Vec<T> first, Vec<T> slack) {
+    value = first;
+    edge = first + slack;
+  }
+  void meet(Vec<T> v, int64_t p, Vec<T> slack) {
+    const IVec<T> better = beats<T>(v, kSlack ? edge + slack : value);
+    place = better ? isplat<T>(p) : place;
+    if constexpr (kSlack) {
+      edge = better ? v + slack : edge;
+      value = beats<T>(v, value) ? v : value;
+    } else {
+      value = better ? v : value;
+    }
+  }
+};
+
 // to[j] = (init ? scale * init[j] : 0) + sum_i weights[j * row + i * col] * v[i], lane-wise.
 template <class T>
 void dense_layer(const T* weights, int64_t rows, int64_t cols, int64_t row, int64_t col, const T* v, const T* init,
@@ -119,7 +143,7 @@ struct AttentionImages {
   int64_t step;  // from channel to channel of a map, in elements
   ConvMap<T> spatial, spatial_back;
   // Per channel.
-  T *mean, *max, *gate;
+  T *mean, *max, *gate, *slack;
   typename IntOf<T>::type* max_index;
   // Per hidden unit: before the ReLU for the mean and the maximum; after it, their sum.
   T *hidden_mean, *hidden_max, *hidden_sum;
@@ -141,6 +165,7 @@ struct AttentionImages {
     mean = carver.take<T>(channels * L);
     max = carver.take<T>(channels * L);
     gate = carver.take<T>(channels * L);
+    slack = carver.take<T>(backward ? 0 : channels * L);
     max_index = carver.take<typename IntOf<T>::type>(channels * L);
     hidden_mean = carver.take<T>(a.hidden * L);
     hidden_max = carver.take<T>(a.hidden * L);
@@ -164,20 +189,25 @@ struct AttentionImages {
     spatial_sums = carver.take<T>(weight_grad_elements(spatial));
   }
 
-  // Sum, maximum and its first place over the pixels of channels [begin, end).
+  // Sum, maximum and its first place over the pixels of channels [begin, end). by_spectra: `slack` of these channels
+  // has been set.
+  void pool_pixels(const T* y, int64_t begin, int64_t end, bool by_spectra) {
+    if (by_spectra) return pool_pixels<true>(y, begin, end);
+    for (int64_t c = begin; c < end; ++c) store(slack + c * kLanes<T>, Vec<T>{});
+    pool_pixels<false>(y, begin, end);
+  }
+  template <bool kSlack>
   void pool_pixels(const T* y, int64_t begin, int64_t end) {
     constexpr int L = kLanes<T>;
     auto block = [&](int64_t c, auto count) {
       constexpr int kCount = decltype(count)::value;
-      Vec<T> sum[kCount], top[kCount];
-      IVec<T> at[kCount];
+      Vec<T> sum[kCount] = {}, gap[kCount];
+      Maximum<T, kSlack> top[kCount];
       const T* map[kCount];
       static_for<kCount>([&](auto j) {
-        constexpr int j_ = decltype(j)::value;
-        map[j_] = y + (c + j_) * step;
-        sum[j_] = Vec<T>{};
-        top[j_] = load(map[j_]);
-        at[j_] = IVec<T>{};
+        map[decltype(j)::value] = y + (c + decltype(j)::value) * step;
+        gap[decltype(j)::value] = load(slack + (c + decltype(j)::value) * L);
+        top[decltype(j)::value].begin(load(map[decltype(j)::value]), gap[decltype(j)::value]);
       });
       for (int64_t p0 = 0; p0 < pixels; p0 += kRun) {
         Vec<T> part[kCount] = {};
@@ -187,9 +217,7 @@ struct AttentionImages {
             constexpr int j_ = decltype(j)::value;
             Vec<T> v = load(map[j_] + p * L);
             part[j_] += v;
-            IVec<T> better = beats<T>(v, top[j_]);
-            top[j_] = better ? v : top[j_];
-            at[j_] = better ? isplat<T>(p) : at[j_];
+            top[j_].meet(v, p, gap[j_]);
           });
         }
         static_for<kCount>([&](auto j) { sum[decltype(j)::value] += part[decltype(j)::value]; });
@@ -197,8 +225,8 @@ struct AttentionImages {
       static_for<kCount>([&](auto j) {
         constexpr int j_ = decltype(j)::value;
         store(mean + (c + j_) * L, sum[j_] / splat(T(pixels)));
-        store(max + (c + j_) * L, top[j_]);
-        __builtin_memcpy(max_index + (c + j_) * L, &at[j_], sizeof(at[j_]));
+        store(max + (c + j_) * L, top[j_].value);
+        __builtin_memcpy(max_index + (c + j_) * L, &top[j_].place, sizeof(IVec<T>));
       });
     };
     int64_t c = begin;
@@ -230,39 +258,35 @@ struct AttentionImages {
   }
 
   // Maximum (and its lowest channel) and mean over channels of z = y * gate, for each pixel.
+  template <bool kSlack>
   void pool_channels(const T* y) {
     constexpr int L = kLanes<T>;
     auto block = [&](int64_t p, auto count) {
       constexpr int kCount = decltype(count)::value;
-      Vec<T> sum[kCount], top[kCount];
-      IVec<T> at[kCount];
+      Vec<T> sum[kCount] = {};
+      Maximum<T, kSlack> top[kCount];
       static_for<kCount>([&](auto j) {
-        constexpr int j_ = decltype(j)::value;
-        sum[j_] = Vec<T>{};
-        top[j_] = load(y + (p + j_) * L) * load(gate);
-        at[j_] = IVec<T>{};
+        top[decltype(j)::value].begin(load(y + (p + decltype(j)::value) * L) * load(gate), load(slack) * load(gate));
       });
       for (int64_t c0 = 0; c0 < channels; c0 += kRun) {
         Vec<T> part[kCount] = {};
         const int64_t end = least(c0 + kRun, channels);
         for (int64_t c = c0; c < end; ++c) {
-          Vec<T> g = load(gate + c * L);
+          Vec<T> g = load(gate + c * L), gap = kSlack ? load(slack + c * L) * g : Vec<T>{};
           static_for<kCount>([&](auto j) {
             constexpr int j_ = decltype(j)::value;
             Vec<T> z = load(y + c * step + (p + j_) * L) * g;
             part[j_] += z;
-            IVec<T> better = beats<T>(z, top[j_]);
-            top[j_] = better ? z : top[j_];
-            at[j_] = better ? isplat<T>(c) : at[j_];
+            top[j_].meet(z, c, gap);
           });
         }
         static_for<kCount>([&](auto j) { sum[decltype(j)::value] += part[decltype(j)::value]; });
       }
       static_for<kCount>([&](auto j) {
         constexpr int j_ = decltype(j)::value;
-        store(pooled + (p + j_) * L, top[j_]);
+        store(pooled + (p + j_) * L, top[j_].value);
         store(pooled + step + (p + j_) * L, sum[j_] / splat(T(channels)));
-        __builtin_memcpy(channel_index + (p + j_) * L, &at[j_], sizeof(at[j_]));
+        __builtin_memcpy(channel_index + (p + j_) * L, &top[j_].place, sizeof(IVec<T>));
       });
     };
     int64_t p = 0;
@@ -285,9 +309,13 @@ struct AttentionImages {
   }
 
   // After pool_pixels() of all channels.
-  void forward(const T* y) {
+  void forward(const T* y, bool any_spectra) {
     channel_gate();
-    pool_channels(y);
+    if (any_spectra) {
+      pool_channels<true>(y);
+    } else {
+      pool_channels<false>(y);
+    }
     spatial_gates();
   }
 

@@ -87,8 +87,8 @@ struct BlockImages {
     if (at_step != kWhole && at_step != kAttention) return;
     if (!branchwise) unpack_y<E>(image, images, 0, args.out);
     if (!args.hidden) return;
-    if (args.branch_count == 0) attention.pool_pixels(y, 0, args.out);
-    attention.forward(y);
+    if (args.branch_count == 0) attention.pool_pixels(y, 0, args.out, false);
+    attention.forward(y, any_spectra());
     if (args.save) attention.save(image, images);
     unpack_images<E, T>(args.result, image, images, 0, args.out, args.height, args.width, [&](int64_t c, int64_t p) {
       return load(y + c * step + p * L) * load(attention.gate + c * L) * load(attention.spatial_gate + p * L);
@@ -104,7 +104,8 @@ struct BlockImages {
     const T* packed = static_cast<const T*>(args.packed) + b.packed_first;
     T* to = y + b.out_first * step;
     if (b.spectrum) {
-      const IVec<T> lost = fourier_forward(map, table(b), input, packed, bias, to, sums);
+      T* slack = args.hidden ? attention.slack + b.out_first * kLanes<T> : nullptr;
+      const IVec<T> lost = fourier_forward(map, table(b), input, packed, bias, to, slack, sums);
       if (any_lane<T>(lost)) {
         direct_lanes(map, input, static_cast<const E*>(b.weights), b.full_k, b.weight_stride, bias, lost, to);
       }
@@ -113,7 +114,7 @@ struct BlockImages {
     }
     // While the branch's y is still near.
     if (branchwise) unpack_y<E>(image, images, b.out_first, b.out);
-    if (args.hidden) attention.pool_pixels(y, b.out_first, b.out_first + b.out);
+    if (args.hidden) attention.pool_pixels(y, b.out_first, b.out_first + b.out, b.spectrum != 0);
   }
 
   // The convolution's output to where it is wanted: saved for the backward, or the result itself.
@@ -227,6 +228,13 @@ struct BlockImages {
                          partials ? partials + args.partial.energy + (&b - args.branches) : nullptr, sums);
     if (lost) __atomic_store_n(args.lost, 1, __ATOMIC_RELAXED);
     if (data && branchwise) unpack_grad_x<E>(image, images, b.in_first, b.in);
+  }
+
+  bool any_spectra() const {
+    for (int i = 0; i < args.branch_count; ++i) {
+      if (args.branches[i].spectrum) return true;
+    }
+    return false;
   }
 
   const DftTable<T>& table(const Branch& b) { return *dft_table<T>(args.height, b.k); }
