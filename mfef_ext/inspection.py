@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C, backends, ops
+from .backends import cuda
 from .modules import DualAttention, MFEFBlock, MultiScaleConv2d
 from .problem import (
     Problem,
@@ -92,19 +93,7 @@ def cpu_plan(problem: Problem) -> dict[str, object]:
     spectra (for each branch the side of its spectra, or 0 where it is convolved directly) and
     scratch_bytes (a thread).
     """
-    return _C.cpu_plan(
-        batch=problem.batch,
-        channels=problem.channels,
-        height=problem.height,
-        width=problem.width,
-        branches=[
-            (b.in_channels, b.out_channels, b.groups, b.kernel_size) for b in problem.branches
-        ],
-        split=problem.split,
-        hidden=problem.hidden,
-        spatial_k=problem.spatial_kernel_size,
-        dtype=str(problem.dtype).removeprefix("torch."),
-    )
+    return _C.cpu_plan(**problem.sizes(), dtype=str(problem.dtype).removeprefix("torch."))
 
 
 _PLAN_TEXT = {
@@ -128,6 +117,24 @@ def _explain_convolutions(problem: Problem, plan: dict[str, object]) -> list[str
     return lines
 
 
+def _explain_cuda(plan: dict[str, object]) -> list[str]:
+    def kib(direction: str) -> str:
+        return f"{int(str(plan[f'{direction}_shared_bytes'])) / 1024:,.0f} KiB"
+
+    text = (
+        "    small-map plan: {blocks} thread block(s) of {threads} threads, {images} image(s) each; "
+        f"shared memory forward {kib('forward')}, backward {kib('backward')}"
+    ).format(**plan)
+    if not plan["weight_gradient_tiles"]:
+        return [text]
+    return [
+        text,
+        "    convolutions in {forward_stages} stage(s) of weights, backward {backward_stages}; weight "
+        "gradient in {weight_gradient_tiles} tile(s) times {weight_gradient_slices} slice(s) of the "
+        "batch".format(**plan),
+    ]
+
+
 def _explain_problem(problem: Problem, forced: str | None) -> list[str]:
     shape = (problem.batch, problem.channels, problem.height, problem.width)
     dtype = str(problem.dtype).removeprefix("torch.")
@@ -144,6 +151,8 @@ def _explain_problem(problem: Problem, forced: str | None) -> list[str]:
         text = _PLAN_TEXT[str(plan["plan"])].format(**plan)
         lines.append(f"    {plan['isa']}, {text}; scratch {kept:,.0f} KiB a thread")
         lines += _explain_convolutions(problem, plan)
+    if chosen.name == "cuda":
+        lines += _explain_cuda(cuda.plan(problem))
     for name in backends.BACKEND_NAMES:
         if name == chosen.name:
             continue
@@ -202,8 +211,9 @@ def doctor() -> str:
         order = " -> ".join(b.name for b in backends.order(device_type))
         lines.append(f"backends for {device_type} tensors, in order: {order}")
     for name in backends.BACKEND_NAMES:
-        operators = backends.by_name(name).operators
-        lines.append(f"  {name}: {', '.join(sorted(operators)) or 'no operator yet'}")
+        backend = backends.by_name(name)
+        unverified = "" if backend.verified else "; not run on hardware yet, runs only if forced"
+        lines.append(f"  {name}: {', '.join(sorted(backend.operators))}{unverified}")
     missing = [
         extra
         for extra in ("torchvision", "sklearn", "rich", "tyro", "safetensors", "matplotlib")

@@ -86,18 +86,16 @@ MFEF_DEVICE void convolve_item(const ConvTask& task, const float* source, float*
         }
         const int last = h + kRows - 1 + ky - kHalf;
         if (last >= 0 && last < height) load_row<kRow>(from + last * kRow, rows[kRows - 1]);
-        float w[kOut][K];
-        MFEF_UNROLL
+MFEF_UNROLL
         for (int c = 0; c < kOut; ++c) {
+          float w[K];
           MFEF_UNROLL
-          for (int kx = 0; kx < K; ++kx) w[c][kx] = taps[kx * tap_step + c * per_group];
-        }
-        MFEF_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          const int at = h + r + ky - kHalf;
-          if (at < 0 || at >= height) continue;
+          for (int kx = 0; kx < K; ++kx) w[kx] = taps[kx * tap_step + c * per_group];
           MFEF_UNROLL
-          for (int c = 0; c < kOut; ++c) add_row_of_taps<K, kRow>(w[c], rows[r], acc[c][r]);
+          for (int r = 0; r < kRows; ++r) {
+            const int at = h + r + ky - kHalf;
+            if (at >= 0 && at < height) add_row_of_taps<K, kRow>(w, rows[r], acc[c][r]);
+          }
         }
       }
     }
