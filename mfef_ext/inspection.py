@@ -117,22 +117,19 @@ def _explain_convolutions(problem: Problem, plan: dict[str, object]) -> list[str
     return lines
 
 
-def _explain_cuda(plan: dict[str, object]) -> list[str]:
-    def kib(direction: str) -> str:
-        return f"{int(str(plan[f'{direction}_shared_bytes'])) / 1024:,.0f} KiB"
+_CUDA_TEXT = (
+    "    small-map plan: {blocks} thread block(s) of {threads} threads, {images} image(s) each; "
+    "shared memory {forward_shared_bytes:,} bytes, backward {backward_shared_bytes:,}"
+)
+_CUDA_CONVOLUTION_TEXT = (
+    "    weights in {forward_stages} stage(s), backward {backward_stages}; their gradient in "
+    "{weight_gradient_tiles} tile(s) by {weight_gradient_slices} slice(s) of the batch"
+)
 
-    text = (
-        "    small-map plan: {blocks} thread block(s) of {threads} threads, {images} image(s) each; "
-        f"shared memory forward {kib('forward')}, backward {kib('backward')}"
-    ).format(**plan)
-    if not plan["weight_gradient_tiles"]:
-        return [text]
-    return [
-        text,
-        "    convolutions in {forward_stages} stage(s) of weights, backward {backward_stages}; weight "
-        "gradient in {weight_gradient_tiles} tile(s) times {weight_gradient_slices} slice(s) of the "
-        "batch".format(**plan),
-    ]
+
+def _explain_cuda(plan: dict[str, object]) -> list[str]:
+    texts = [_CUDA_TEXT] + [_CUDA_CONVOLUTION_TEXT] * bool(plan["weight_gradient_tiles"])
+    return [text.format(**plan) for text in texts]
 
 
 def _explain_problem(problem: Problem, forced: str | None) -> list[str]:

@@ -86,7 +86,7 @@ MFEF_DEVICE void convolve_item(const ConvTask& task, const float* source, float*
         }
         const int last = h + kRows - 1 + ky - kHalf;
         if (last >= 0 && last < height) load_row<kRow>(from + last * kRow, rows[kRows - 1]);
-MFEF_UNROLL
+        MFEF_UNROLL
         for (int c = 0; c < kOut; ++c) {
           float w[K];
           MFEF_UNROLL

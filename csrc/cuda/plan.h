@@ -10,7 +10,9 @@
 namespace mfef::cuda {
 
 constexpr int kWidestMap = 16;  // a thread owns whole rows, in registers
-constexpr int kMostThreads = 512;
+// Of the forward and the backward: 170 registers each, so that the widest register tiles do not spill (at 512 threads,
+// with 128 registers, they did on sm_80).
+constexpr int kMostThreads = 384;
 // Products that one register accumulates before its sum is added to the map: longer chains round more.
 constexpr int kChain = 100;
 constexpr int kParts = 16;         // runs of channels that are summed side by side in the MLP

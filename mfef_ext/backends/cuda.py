@@ -1,4 +1,4 @@
-"""The CUDA C++ backend (csrc/cuda): the whole block in one launch where an image fits on the chip."""
+"""The CUDA C++ backend (csrc/cuda): the block in one launch where an image fits on the chip."""
 
 from __future__ import annotations
 
