@@ -101,8 +101,8 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
   if (int64_t(branches.size()) > kMaxBranches) throw std::invalid_argument("too many branches");
   int in_first = 0, out_first = 0;
   for (const auto& [in, out, groups, k] : branches) {
-    s.branches[s.branch_count++] = {split ? in_first : 0,        int(in), out_first, int(out), int(groups), int(k),
-                                    live_taps(k, height, width), {}};
+    s.branches[s.branch_count++] = {split ? in_first : 0,       int(in), out_first, int(out), int(groups), int(k),
+                                    live_taps(k, height, width)};
     in_first += int(in);
     out_first += int(out);
   }

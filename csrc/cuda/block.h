@@ -34,10 +34,10 @@ struct Branch {
   int groups;
   int full_k;  // taps per side in memory
   int k;       // of those, the ones around the centre that can meet a pixel
-  Parameter weights;
 
   MFEF_HD int in_per_group() const { return in / groups; }
   MFEF_HD int out_per_group() const { return out / groups; }
+  bool operator==(const Branch&) const = default;
 };
 
 // What the planner reads.
@@ -51,6 +51,7 @@ struct Sizes {
   int spatial_k, spatial_full;  // live taps per side of the spatial convolution, and all
 
   MFEF_HD int pixels() const { return height * width; }
+  bool operator==(const Sizes&) const = default;
 };
 
 // Taps per side of a k x k kernel that can meet a map: farther out there is no pixel, wherever it stands.

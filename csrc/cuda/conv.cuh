@@ -213,15 +213,16 @@ MFEF_DEVICE void convolve(const BlockArgs& a, bool backward, int stage, const fl
 
 // The weights of one branch in a stage to shared memory, read along the taps, which are neighbours in memory.
 template <int K>
-MFEF_DEVICE void load_branch_weights(const Branch& b, const Way& way, Element element, bool backward, int first,
-                                     int end, float* to, int thread, int threads) {
+MFEF_DEVICE void load_branch_weights(const Branch& b, const Parameter& weights, Element element, bool backward,
+                                     int first, int end, float* to, int thread, int threads) {
+  const Way way(b, backward);
   const int k = K ? K : way.k, taps = k * k, count = end - first, step = way.weight_step();
   const Quotient by_taps(taps), by_k(k), by_count(count), by_group(way.dest_per_group);
-  const int64_t so = b.weights.stride[0], si = b.weights.stride[1], sy = b.weights.stride[2], sx = b.weights.stride[3];
+  const int64_t so = weights.stride[0], si = weights.stride[1], sy = weights.stride[2], sx = weights.stride[3];
   const int skip = (b.full_k - k) / 2;
   with_element(element, [&](auto zero) {
     using T = decltype(zero);
-    const T* from = static_cast<const T*>(b.weights.data) + skip * (sy + sx);
+    const T* from = static_cast<const T*>(weights.data) + skip * (sy + sx);
     for (int e = thread; e < way.dest() * count * taps; e += threads) {
       const int pair = K ? e / taps : by_taps(e), tap = e - pair * taps;
       const int dest = by_count(pair), j = pair - dest * count;
@@ -246,19 +247,19 @@ MFEF_DEVICE void load_weights(const BlockArgs& a, bool backward, int stage, floa
     const Way way(b, backward);
     switch (way.k) {
       case 3:
-        load_branch_weights<3>(b, way, a.element, backward, first, end, to, thread, threads);
+        load_branch_weights<3>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
         break;
       case 5:
-        load_branch_weights<5>(b, way, a.element, backward, first, end, to, thread, threads);
+        load_branch_weights<5>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
         break;
       case 7:
-        load_branch_weights<7>(b, way, a.element, backward, first, end, to, thread, threads);
+        load_branch_weights<7>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
         break;
       case 9:
-        load_branch_weights<9>(b, way, a.element, backward, first, end, to, thread, threads);
+        load_branch_weights<9>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
         break;
       default:
-        load_branch_weights<0>(b, way, a.element, backward, first, end, to, thread, threads);
+        load_branch_weights<0>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
     }
     to += (end - first) * way.k * way.k * way.weight_step();
   }

@@ -324,6 +324,7 @@ inline Plan make_plan(const Sizes& s, int64_t limit) {
 struct BlockArgs {
   Element element;
   Sizes sizes;
+  Parameter conv_weights[kMaxBranches];                  // (out, in / groups, full_k, full_k)
   Parameter bias;                                        // (out)
   Parameter fc1_weight, fc1_bias, fc2_weight, fc2_bias;  // (hidden, out), (hidden), (out, hidden), (out)
   Parameter spatial_weight;                              // (1, 2, k, k), channels maximum and mean
