@@ -379,6 +379,18 @@ def test_what_does_not_fit_is_refused_by_the_operator(host):
         functional.dual_attention(wide, *parameters, backend="cuda")
 
 
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_wrong_indices_of_a_direct_call_stay_in_the_map(host, wrong):
+    y, parameters = tied_case(torch.float32)
+    arguments = [y.detach(), *(p.detach() for p in parameters)]
+    _, *saved = torch.ops.mfef_cuda_host.dual_attention(*arguments, True)
+    saved[2].fill_(wrong)
+    saved[4].fill_(wrong)
+    backward = torch.ops.mfef_cuda_host.dual_attention_backward
+    for grad in backward(torch.ones_like(y), *arguments, *saved, True, True):
+        assert grad.isfinite().all()
+
+
 # --- what only a GPU shows --------------------------------------------------------------------
 
 
