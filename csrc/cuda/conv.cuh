@@ -212,13 +212,11 @@ MFEF_DEVICE void convolve(const BlockArgs& a, bool backward, int stage, const fl
 }
 
 // The weights of one branch in a stage to shared memory, read in the order of memory.
-template <int K>
 MFEF_DEVICE void load_branch_weights(const Branch& b, const Parameter& weights, Element element, bool backward,
                                      int first, int end, float* to, int thread, int threads) {
   constexpr int kBatch = 8;  // read before any is written: their ways through memory overlap
   const Way way(b, backward);
-  const int k = K ? K : way.k, taps = k * k, count = end - first, step = way.weight_step(),
-            all = way.dest() * count * taps;
+  const int k = way.k, taps = k * k, count = end - first, step = way.weight_step(), all = way.dest() * count * taps;
   const int dests = way.dest_per_group, inputs = b.in_per_group();
   const Quotient by_taps(taps), by_k(k), by_count(count), by_dests(dests);
   const int64_t so = weights.stride[0], si = weights.stride[1], sy = weights.stride[2], sx = weights.stride[3];
@@ -230,7 +228,7 @@ MFEF_DEVICE void load_branch_weights(const Branch& b, const Parameter& weights, 
     int tap, dest, j, out, in;
   };
   auto weight_of = [&](int e) {
-    const int pair = K ? e / taps : by_taps(e), tap = e - pair * taps;
+    const int pair = by_taps(e), tap = e - pair * taps;
     if (!backward) {
       const int out = by_count(pair), j = pair - out * count;
       return Weight{tap, out, j, out, first + j};
@@ -252,7 +250,7 @@ MFEF_DEVICE void load_branch_weights(const Branch& b, const Parameter& weights, 
           values[i] = from[e];
         } else {
           const Weight w = weight_of(e);
-          const int ky = K ? w.tap / k : by_k(w.tap), kx = w.tap - ky * k;
+          const int ky = by_k(w.tap), kx = w.tap - ky * k;
           values[i] = from[w.out * so + w.in * si + ky * sy + kx * sx];
         }
       }
@@ -273,24 +271,8 @@ MFEF_DEVICE void load_weights(const BlockArgs& a, bool backward, int stage, floa
     int first, end;
     a.stages.channels(s, backward, stage, i, &first, &end);
     if (first == end) continue;
-    const Branch& b = s.branches[i];
-    const Way way(b, backward);
-    switch (way.k) {
-      case 3:
-        load_branch_weights<3>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
-        break;
-      case 5:
-        load_branch_weights<5>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
-        break;
-      case 7:
-        load_branch_weights<7>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
-        break;
-      case 9:
-        load_branch_weights<9>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
-        break;
-      default:
-        load_branch_weights<0>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
-    }
+    load_branch_weights(s.branches[i], a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
+    const Way way(s.branches[i], backward);
     to += (end - first) * way.k * way.k * way.weight_step();
   }
 }
