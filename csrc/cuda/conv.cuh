@@ -211,55 +211,27 @@ MFEF_DEVICE void convolve(const BlockArgs& a, bool backward, int stage, const fl
   }
 }
 
-// The weights of one branch in a stage to shared memory, read in the order of memory.
+// The weights of one branch in a stage to shared memory, read along the taps, which are neighbours in memory.
+template <int K>
 MFEF_DEVICE void load_branch_weights(const Branch& b, const Parameter& weights, Element element, bool backward,
                                      int first, int end, float* to, int thread, int threads) {
-  constexpr int kBatch = 8;  // read before any is written: their ways through memory overlap
   const Way way(b, backward);
-  const int k = way.k, taps = k * k, count = end - first, step = way.weight_step(), all = way.dest() * count * taps;
-  const int dests = way.dest_per_group, inputs = b.in_per_group();
-  const Quotient by_taps(taps), by_k(k), by_count(count), by_dests(dests);
+  const int k = K ? K : way.k, taps = k * k, count = end - first, step = way.weight_step();
+  const Quotient by_taps(taps), by_k(k), by_count(count), by_group(way.dest_per_group);
   const int64_t so = weights.stride[0], si = weights.stride[1], sy = weights.stride[2], sx = weights.stride[3];
   const int skip = (b.full_k - k) / 2;
-  // A whole branch as PyTorch makes it: the elements' numbers are their offsets.
-  const bool whole =
-      count == way.source_per_group && skip == 0 && sx == 1 && sy == k && si == taps && so == inputs * taps;
-  struct Weight {
-    int tap, dest, j, out, in;
-  };
-  auto weight_of = [&](int e) {
-    const int pair = by_taps(e), tap = e - pair * taps;
-    if (!backward) {
-      const int out = by_count(pair), j = pair - out * count;
-      return Weight{tap, out, j, out, first + j};
-    }
-    const int source = by_dests(pair), in = pair - source * dests, group = by_count(source), j = source - group * count;
-    return Weight{tap, group * dests + in, j, group * way.source_per_group + first + j, in};
-  };
   with_element(element, [&](auto zero) {
     using T = decltype(zero);
     const T* from = static_cast<const T*>(weights.data) + skip * (sy + sx);
-    MFEF_ROLLED
-    for (int begin = thread; begin < all; begin += kBatch * threads) {
-      T values[kBatch];
-      MFEF_UNROLL
-      for (int i = 0; i < kBatch; ++i) {
-        const int e = begin + i * threads;
-        if (e >= all) continue;
-        if (whole) {
-          values[i] = from[e];
-        } else {
-          const Weight w = weight_of(e);
-          const int ky = by_k(w.tap), kx = w.tap - ky * k;
-          values[i] = from[w.out * so + w.in * si + ky * sy + kx * sx];
-        }
-      }
-      MFEF_UNROLL
-      for (int i = 0; i < kBatch; ++i) {
-        if (begin + i * threads >= all) continue;
-        const Weight w = weight_of(begin + i * threads);
-        to[(w.j * taps + (backward ? taps - 1 - w.tap : w.tap)) * step + w.dest] = float(values[i]);
-      }
+    for (int e = thread; e < way.dest() * count * taps; e += threads) {
+      const int pair = K ? e / taps : by_taps(e), tap = e - pair * taps;
+      const int dest = by_count(pair), j = pair - dest * count;
+      const int ky = K ? tap / k : by_k(tap), kx = tap - ky * k;
+      const int group = by_group(dest), within = dest - group * way.dest_per_group;
+      const int64_t out = backward ? group * way.source_per_group + first + j : dest,
+                    in = backward ? within : first + j;
+      const int place = backward ? taps - 1 - tap : tap;
+      to[(j * taps + place) * step + dest] = float(from[out * so + in * si + ky * sy + kx * sx]);
     }
   });
 }
@@ -271,8 +243,24 @@ MFEF_DEVICE void load_weights(const BlockArgs& a, bool backward, int stage, floa
     int first, end;
     a.stages.channels(s, backward, stage, i, &first, &end);
     if (first == end) continue;
-    load_branch_weights(s.branches[i], a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
-    const Way way(s.branches[i], backward);
+    const Branch& b = s.branches[i];
+    const Way way(b, backward);
+    switch (way.k) {
+      case 3:
+        load_branch_weights<3>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
+        break;
+      case 5:
+        load_branch_weights<5>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
+        break;
+      case 7:
+        load_branch_weights<7>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
+        break;
+      case 9:
+        load_branch_weights<9>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
+        break;
+      default:
+        load_branch_weights<0>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
+    }
     to += (end - first) * way.k * way.k * way.weight_step();
   }
 }

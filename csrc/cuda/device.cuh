@@ -177,56 +177,44 @@ MFEF_DEVICE void store_row(float* to, const float (&row)[kRow]) {
   }
 }
 
-// An element, or four neighbours of a row, in memory (from the first image on) and in shared memory.
-struct Place {
-  int64_t offset;
-  int at, channel, image;
-  bool four;
-};
-
-// Calls read(i, place) and then write(i, place) for every element of `channels` channels of `images` images, in the
-// order of memory and four at a time where that is possible. kBatch elements are read, numbered by i, before any of
-// them is written: their ways through memory overlap.
-constexpr int kBatch = 4;
-template <int kRow, class Read, class Write>
+// Calls f(offset of an element in memory after the first image, place in shared memory, channel, image, count) for
+// every element of `channels` channels of `images` images, in the order of memory; count is 4 where four
+// neighbours of a row can be taken at once, else 1.
+template <int kRow, class F>
 MFEF_DEVICE void for_each_element(const Map& map, const Sizes& s, int element_size, int channels, int images, int step,
-                                  int thread, int threads, const Read& read, const Write& write) {
+                                  int thread, int threads, const F& f) {
   const int pixels = s.pixels(), image_floats = s.height * kRow, width = s.width;
   const int64_t sn = map.stride[0], sc = map.stride[1], sh = map.stride[2], sw = map.stride[3];
-  const bool rows = sw == 1 && sh == width && sc == pixels, channels_last = sc == 1 && !rows;
-  const bool four =
-      rows && width % 4 == 0 && sn % 4 == 0 && reinterpret_cast<uint64_t>(map.data) % uint64_t(4 * element_size) == 0;
-  const int per_pixel_run = four ? pixels / 4 : pixels, all = channels * per_pixel_run;
-  const int inner_count = channels_last ? channels : per_pixel_run;
-  const Quotient by_width(width), by_inner(inner_count);
+  const Quotient by_width(width), by_pixels(pixels), by_channels(channels);
+  const bool rows = sw == 1 && sh == width && sc == pixels;
+  if (rows && width % 4 == 0 && sn % 4 == 0 && reinterpret_cast<uint64_t>(map.data) % uint64_t(4 * element_size) == 0) {
+    const int quads = pixels / 4, all = channels * quads;
+    const Quotient by_quads(quads);
+    for (int image = 0; image < images; ++image) {
+      for (int e = thread; e < all; e += threads) {
+        const int channel = by_quads(e), pixel = (e - channel * quads) * 4, h = by_width(pixel);
+        f(image * sn + int64_t(e) * 4, channel * step + image * image_floats + h * kRow + pixel - h * width, channel,
+          image, 4);
+      }
+    }
+    return;
+  }
+  const int all = channels * pixels;
+  const bool channels_last = sc == 1 && !rows;
   for (int image = 0; image < images; ++image) {
-    auto place_of = [&](int e) {
-      const int outer = by_inner(e), inner = e - outer * inner_count;
-      const int channel = channels_last ? inner : outer;
-      const int pixel = channels_last ? outer : four ? inner * 4 : inner;
+    for (int e = thread; e < all; e += threads) {
+      const int outer = channels_last ? by_channels(e) : by_pixels(e);
+      const int inner = e - outer * (channels_last ? channels : pixels);
+      const int channel = channels_last ? inner : outer, pixel = channels_last ? outer : inner;
       const int h = by_width(pixel), w = pixel - h * width;
-      return Place{four ? image * sn + int64_t(e) * 4 : image * sn + channel * sc + h * sh + w * sw,
-                   channel * step + image * image_floats + h * kRow + w, channel, image, four};
-    };
-    MFEF_ROLLED
-    for (int first = thread; first < all; first += kBatch * threads) {
-      Place places[kBatch];
-      MFEF_UNROLL
-      for (int i = 0; i < kBatch; ++i) {
-        if (first + i * threads >= all) continue;
-        places[i] = place_of(first + i * threads);
-        read(i, places[i]);
-      }
-      MFEF_UNROLL
-      for (int i = 0; i < kBatch; ++i) {
-        if (first + i * threads < all) write(i, places[i]);
-      }
+      f(image * sn + channel * sc + h * sh + w * sw, channel * step + image * image_floats + h * kRow + w, channel,
+        image, 1);
     }
   }
 }
 
-// Images [first, first + images) of channels [channel, channel + channels) to shared memory, and zeros to
-// the columns beside the map.
+// Images [first, first + images) of channels [channel, channel + channels) to shared memory, with the columns beside
+// the map, and with zeros for images up to `places`.
 template <int kRow>
 MFEF_DEVICE void load_map(const Map& map, Element element, const Sizes& s, int64_t first, int images, int channel,
                           int channels, int step, float* to, int thread, int threads) {
@@ -243,26 +231,18 @@ MFEF_DEVICE void load_map(const Map& map, Element element, const Sizes& s, int64
     Map at = map;
     T* data = static_cast<T*>(map.data) + first * map.stride[0] + channel * map.stride[1];
     at.data = data;
-    Quad<T> values[kBatch];
-    for_each_element<kRow>(
-        at, s, sizeof(T), channels, images, step, thread, threads,
-        [&](int i, const Place& p) {
-          if (p.four) {
-            values[i] = *reinterpret_cast<const Quad<T>*>(data + p.offset);
-          } else {
-            values[i].value[0] = data[p.offset];
-          }
-        },
-        [&](int i, const Place& p) {
-          if (!p.four) {
-            to[p.at] = float(values[i].value[0]);
-            return;
-          }
-          float row[4];
-          MFEF_UNROLL
-          for (int w = 0; w < 4; ++w) row[w] = float(values[i].value[w]);
-          store_row<4>(to + p.at, row);
-        });
+    for_each_element<kRow>(at, s, sizeof(T), channels, images, step, thread, threads,
+                           [&](int64_t offset, int place, int, int, int count) {
+                             if (count == 4) {
+                               const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(data + offset);
+                               float row[4];
+                               MFEF_UNROLL
+                               for (int i = 0; i < 4; ++i) row[i] = float(quad.value[i]);
+                               store_row<4>(to + place, row);
+                             } else {
+                               to[place] = float(data[offset]);
+                             }
+                           });
   });
 }
 
@@ -275,18 +255,17 @@ MFEF_DEVICE void store_map(const Map& map, Element element, const Sizes& s, int6
     Map at = map;
     T* data = static_cast<T*>(map.data) + first * map.stride[0];
     at.data = data;
-    for_each_element<kRow>(
-        at, s, sizeof(T), channels, images, step, thread, threads, [](int, const Place&) {},
-        [&](int, const Place& p) {
-          if (!p.four) {
-            data[p.offset] = T(value(p.at, p.channel, p.image));
-            return;
-          }
-          Quad<T> quad;
-          MFEF_UNROLL
-          for (int w = 0; w < 4; ++w) quad.value[w] = T(value(p.at + w, p.channel, p.image));
-          *reinterpret_cast<Quad<T>*>(data + p.offset) = quad;
-        });
+    for_each_element<kRow>(at, s, sizeof(T), channels, images, step, thread, threads,
+                           [&](int64_t offset, int place, int channel, int image, int count) {
+                             if (count == 4) {
+                               Quad<T> quad;
+                               MFEF_UNROLL
+                               for (int i = 0; i < 4; ++i) quad.value[i] = T(value(place + i, channel, image));
+                               *reinterpret_cast<Quad<T>*>(data + offset) = quad;
+                             } else {
+                               data[offset] = T(value(place, channel, image));
+                             }
+                           });
   });
 }
 
