@@ -9,6 +9,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/pool.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 
@@ -80,6 +81,51 @@ py::dict cpu_plan(int64_t batch, int64_t channels, int64_t height, int64_t width
   return plan;
 }
 
+// How CUDA would run a problem where a thread block may have `shared_limit` bytes of shared memory. Sizes as for
+// cpu_plan; here "reason" says why not where "fits" is false, and then there is no more.
+py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                   const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>& branches, bool split,
+                   int64_t hidden, int64_t spatial_k, int64_t shared_limit) {
+  using namespace mfef::cuda;
+  // What no thread block could hold must not wrap around before the planner refuses it.
+  if (channels >= int64_t(1) << 30 || hidden >= int64_t(1) << 30) throw std::invalid_argument("too many channels");
+  Sizes s{};
+  s.batch = batch;
+  s.in = s.out = int(channels);
+  s.height = int(height);
+  s.width = int(width);
+  s.split = split;
+  s.hidden = int(hidden);
+  s.spatial_full = int(spatial_k);
+  s.spatial_k = hidden ? live_taps(spatial_k, height, width) : 0;
+  if (int64_t(branches.size()) > kMaxBranches) throw std::invalid_argument("too many branches");
+  int in_first = 0, out_first = 0;
+  for (const auto& [in, out, groups, k] : branches) {
+    s.branches[s.branch_count++] = {split ? in_first : 0,       int(in), out_first, int(out), int(groups), int(k),
+                                    live_taps(k, height, width)};
+    in_first += int(in);
+    out_first += int(out);
+  }
+  if (s.branch_count) s.out = out_first;
+  const mfef::cuda::Plan p = make_plan(s, shared_limit);
+  py::dict plan;
+  plan["fits"] = p.fits;
+  plan["reason"] = p.reason;
+  if (!p.fits) return plan;
+  plan["images"] = p.images;
+  plan["blocks"] = (batch + p.images - 1) / p.images;
+  plan["threads"] = p.threads;
+  plan["row"] = p.row;
+  plan["forward_stages"] = s.branch_count ? p.stages.total(s) : 0;
+  plan["backward_stages"] = s.branch_count ? p.stages_backward.total(s) : 0;
+  plan["forward_shared_bytes"] = p.shared;
+  plan["backward_shared_bytes"] = p.shared_backward;
+  plan["weight_gradient_tiles"] = p.tiles;
+  plan["weight_gradient_slices"] = p.slices;
+  plan["weight_gradient_shared_bytes"] = p.shared_weights;
+  return plan;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -93,6 +139,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_cpu_convolution", &mfef::cpu::force_convolution, py::arg("name"));
   m.def("cpu_plan", &cpu_plan, py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"),
         py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("dtype"));
+  m.def("cuda_plan", &cuda_plan, py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"),
+        py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("shared_limit"));
   m.def(
       "poison_buffers", [](bool on) { mfef::cpu::poison_buffers = on; }, py::arg("on"),
       "For tests: fills every buffer of the kernels with NaN before use.");

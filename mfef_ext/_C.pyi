@@ -16,5 +16,16 @@ def cpu_plan(
     spatial_k: int,
     dtype: str,
 ) -> dict: ...
+def cuda_plan(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    branches: list[tuple[int, int, int, int]],
+    split: bool,
+    hidden: int,
+    spatial_k: int,
+    shared_limit: int,
+) -> dict: ...
 def fma_chain(iterations: int) -> int: ...
 def poison_buffers(on: bool) -> None: ...

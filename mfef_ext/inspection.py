@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C, backends, ops
-from .backends import triton
+from .backends import cuda, triton
 from .modules import DualAttention, MFEFBlock, MultiScaleConv2d
 from .problem import (
     Problem,
@@ -93,19 +93,7 @@ def cpu_plan(problem: Problem) -> dict[str, object]:
     spectra (for each branch the side of its spectra, or 0 where it is convolved directly) and
     scratch_bytes (a thread).
     """
-    return _C.cpu_plan(
-        batch=problem.batch,
-        channels=problem.channels,
-        height=problem.height,
-        width=problem.width,
-        branches=[
-            (b.in_channels, b.out_channels, b.groups, b.kernel_size) for b in problem.branches
-        ],
-        split=problem.split,
-        hidden=problem.hidden,
-        spatial_k=problem.spatial_kernel_size,
-        dtype=str(problem.dtype).removeprefix("torch."),
-    )
+    return _C.cpu_plan(**problem.sizes(), dtype=str(problem.dtype).removeprefix("torch."))
 
 
 _PLAN_TEXT = {
@@ -144,6 +132,21 @@ def _explain_launches(problem: Problem, channels_last: bool) -> list[str]:
     return lines
 
 
+_CUDA_TEXT = (
+    "    small-map plan: {blocks} thread block(s) of {threads} threads, {images} image(s) each; "
+    "shared memory {forward_shared_bytes:,} bytes, backward {backward_shared_bytes:,}"
+)
+_CUDA_CONVOLUTION_TEXT = (
+    "    weights in {forward_stages} stage(s), backward {backward_stages}; their gradient in "
+    "{weight_gradient_tiles} tile(s) by {weight_gradient_slices} slice(s) of the batch"
+)
+
+
+def _explain_cuda(plan: dict[str, object]) -> list[str]:
+    texts = [_CUDA_TEXT] + [_CUDA_CONVOLUTION_TEXT] * bool(plan["weight_gradient_tiles"])
+    return [text.format(**plan) for text in texts]
+
+
 def _explain_problem(problem: Problem, forced: str | None, channels_last: bool) -> list[str]:
     shape = (problem.batch, problem.channels, problem.height, problem.width)
     dtype = str(problem.dtype).removeprefix("torch.")
@@ -162,6 +165,8 @@ def _explain_problem(problem: Problem, forced: str | None, channels_last: bool) 
         lines += _explain_convolutions(problem, plan)
     if chosen.name == "triton":
         lines += _explain_launches(problem, channels_last)
+    if chosen.name == "cuda":
+        lines += _explain_cuda(cuda.plan(problem))
     for name in backends.BACKEND_NAMES:
         if name == chosen.name:
             continue
@@ -223,8 +228,9 @@ def doctor() -> str:
         order = " -> ".join(b.name for b in backends.order(device_type))
         lines.append(f"backends for {device_type} tensors, in order: {order}")
     for name in backends.BACKEND_NAMES:
-        operators = backends.by_name(name).operators
-        lines.append(f"  {name}: {', '.join(sorted(operators)) or 'no operator yet'}")
+        backend = backends.by_name(name)
+        unverified = "" if backend.verified else "; not run on hardware yet, runs only if forced"
+        lines.append(f"  {name}: {', '.join(sorted(backend.operators))}{unverified}")
     missing = [
         extra
         for extra in ("torchvision", "sklearn", "rich", "tyro", "safetensors", "matplotlib")

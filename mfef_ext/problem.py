@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,21 @@ class Problem:
     @property
     def out_channels(self) -> int:
         return sum(b.out_channels for b in self.branches) if self.branches else self.channels
+
+    def sizes(self) -> dict[str, Any]:
+        """What the native planners are asked with."""
+        return {
+            "batch": self.batch,
+            "channels": self.channels,
+            "height": self.height,
+            "width": self.width,
+            "branches": [
+                (b.in_channels, b.out_channels, b.groups, b.kernel_size) for b in self.branches
+            ],
+            "split": self.split,
+            "hidden": self.hidden,
+            "spatial_k": self.spatial_kernel_size,
+        }
 
 
 def _kind(value: object) -> str:

@@ -190,4 +190,64 @@ inline Tensor empty_map_like(const Tensor& x, int64_t channels) {
   return empty_strided({n, channels, h, w}, {channels * h * w, 1, channels * w, channels}, x.scalar_type(), x);
 }
 
+inline Tensor nothing(const Tensor& like) { return empty_dense({0}, like.scalar_type(), like); }
+inline Tensor like_or_nothing(const std::optional<Tensor>& t, const Tensor& like) {
+  return t ? empty_like(*t) : nothing(like);
+}
+
+inline std::vector<Tensor> weight_grads(const std::vector<Tensor>& weights, bool need) {
+  std::vector<Tensor> grads;
+  for (size_t i = 0; need && i < weights.size(); ++i) grads.push_back(empty_like(weights[i]));
+  return grads;
+}
+
+inline void check_grad(const Tensor& grad, const Tensor& x, const MapSize& size, int64_t channels) {
+  check_like("grad", grad, x);
+  check_shape("grad", grad, {size.n, channels, size.h, size.w});
+}
+
+// What the attention saves for its backward: (N, C) three times and (N, H, W) twice, N = 0 where it is not to be
+// saved; reals in the compute type, indices in int32.
+struct Saved {
+  Tensor mean, max, max_index, spatial_gate, channel_index;
+
+  Saved(const Tensor& x, const MapSize& size, int64_t channels, ScalarType real, bool save)
+      : mean(empty_dense({save ? size.n : 0, channels}, real, x)),
+        max(empty_dense({save ? size.n : 0, channels}, real, x)),
+        max_index(empty_dense({save ? size.n : 0, channels}, ScalarType::Int, x)),
+        spatial_gate(empty_dense({save ? size.n : 0, size.h, size.w}, real, x)),
+        channel_index(empty_dense({save ? size.n : 0, size.h, size.w}, ScalarType::Int, x)) {}
+
+  Saved(const Tensor& mean, const Tensor& max, const Tensor& max_index, const Tensor& spatial_gate,
+        const Tensor& channel_index)
+      : mean(mean), max(max), max_index(max_index), spatial_gate(spatial_gate), channel_index(channel_index) {}
+
+  void check(const Tensor& x, const MapSize& size, int64_t channels, ScalarType real) const {
+    auto one = [&](const char* name, const Tensor& t, ScalarType dtype, bool per_channel) {
+      STD_TORCH_CHECK(t.scalar_type() == dtype && t.device() == x.device() && t.is_contiguous(), "mfef: ", name,
+                      " is not what the forward saved");
+      check_memory(t);
+      check_shape(name, t,
+                  per_channel ? std::vector<int64_t>{size.n, channels} : std::vector<int64_t>{size.n, size.h, size.w});
+    };
+    one("mean", mean, real, true);
+    one("max", max, real, true);
+    one("max_index", max_index, ScalarType::Int, true);
+    one("spatial_gate", spatial_gate, real, false);
+    one("channel_index", channel_index, ScalarType::Int, false);
+  }
+};
+
+// The gradients of the attention's parameters; zero-sized where not needed or absent.
+struct AttentionGrads {
+  Tensor fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight;
+
+  AttentionGrads(const AttentionParameters& p, bool need, const Tensor& like)
+      : fc1_weight(need ? empty_like(p.fc1_weight) : nothing(like)),
+        fc1_bias(need ? like_or_nothing(p.fc1_bias, like) : nothing(like)),
+        fc2_weight(need ? empty_like(p.fc2_weight) : nothing(like)),
+        fc2_bias(need ? like_or_nothing(p.fc2_bias, like) : nothing(like)),
+        spatial_weight(need ? empty_like(p.spatial_weight) : nothing(like)) {}
+};
+
 }  // namespace mfef

@@ -349,83 +349,27 @@ class Call {
   std::vector<Pool::Piece> memory_;
 };
 
-Tensor nothing(const Tensor& like) { return empty_dense({0}, like.scalar_type(), like); }
-Tensor like_or_nothing(const std::optional<Tensor>& t, const Tensor& like) {
-  return t ? empty_like(*t) : nothing(like);
+// What the attention saves, entered into the call.
+void enter(const Saved& s, BlockArgs& a) {
+  a.mean = s.mean.data_ptr();
+  a.max = s.max.data_ptr();
+  a.max_index = static_cast<int32_t*>(s.max_index.data_ptr());
+  a.spatial_gate = s.spatial_gate.data_ptr();
+  a.channel_index = static_cast<int32_t*>(s.channel_index.data_ptr());
 }
 
-// What the attention saves for its backward, allocated and entered into the call.
-struct Saved {
-  Tensor mean, max, max_index, spatial_gate, channel_index;
-
-  static Saved empty(const Tensor& x, const BlockArgs& a, bool save) {
-    const int64_t n = save ? a.batch : 0;
-    const ScalarType real = compute_type(a.element), index = ScalarType::Int;
-    return {empty_dense({n, a.out}, real, x), empty_dense({n, a.out}, real, x), empty_dense({n, a.out}, index, x),
-            empty_dense({n, a.height, a.width}, real, x), empty_dense({n, a.height, a.width}, index, x)};
-  }
-
-  void check(const Tensor& x, const BlockArgs& a) const {
-    auto one = [&](const char* name, const Tensor& t, ScalarType dtype, bool per_channel) {
-      STD_TORCH_CHECK(t.scalar_type() == dtype && t.device() == x.device() && t.is_contiguous(), "mfef: ", name,
-                      " is not what the forward saved");
-      check_memory(t);
-      check_shape(
-          name, t,
-          per_channel ? std::vector<int64_t>{a.batch, a.out} : std::vector<int64_t>{a.batch, a.height, a.width});
-    };
-    const ScalarType real = compute_type(a.element), index = ScalarType::Int;
-    one("mean", mean, real, true);
-    one("max", max, real, true);
-    one("max_index", max_index, index, true);
-    one("spatial_gate", spatial_gate, real, false);
-    one("channel_index", channel_index, index, false);
-  }
-
-  void enter(BlockArgs& a) const {
-    a.mean = mean.data_ptr();
-    a.max = max.data_ptr();
-    a.max_index = static_cast<int32_t*>(max_index.data_ptr());
-    a.spatial_gate = spatial_gate.data_ptr();
-    a.channel_index = static_cast<int32_t*>(channel_index.data_ptr());
-  }
-};
-
-// The gradients of the attention's parameters; zero-sized where not needed or absent.
-struct AttentionGrads {
-  Tensor fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight;
-
-  AttentionGrads(const AttentionParameters& p, bool need, const Tensor& like)
-      : fc1_weight(need ? empty_like(p.fc1_weight) : nothing(like)),
-        fc1_bias(need ? like_or_nothing(p.fc1_bias, like) : nothing(like)),
-        fc2_weight(need ? empty_like(p.fc2_weight) : nothing(like)),
-        fc2_bias(need ? like_or_nothing(p.fc2_bias, like) : nothing(like)),
-        spatial_weight(need ? empty_like(p.spatial_weight) : nothing(like)) {}
-
-  void write(Call& call, const AttentionParameters& p) const {
-    call.write(fc1_weight, call.args.partial.fc1_weight);
-    if (p.fc1_bias) call.write(fc1_bias, call.args.partial.fc1_bias);
-    call.write_fc2(fc2_weight);
-    if (p.fc2_bias) call.write(fc2_bias, call.args.partial.fc2_bias);
-    call.write(spatial_weight, call.args.partial.spatial);
-  }
-};
-
-std::vector<Tensor> weight_grads(const std::vector<Tensor>& weights, bool need) {
-  std::vector<Tensor> grads;
-  for (size_t i = 0; need && i < weights.size(); ++i) grads.push_back(empty_like(weights[i]));
-  return grads;
+void write(Call& call, const AttentionGrads& grads, const AttentionParameters& p) {
+  call.write(grads.fc1_weight, call.args.partial.fc1_weight);
+  if (p.fc1_bias) call.write(grads.fc1_bias, call.args.partial.fc1_bias);
+  call.write_fc2(grads.fc2_weight);
+  if (p.fc2_bias) call.write(grads.fc2_bias, call.args.partial.fc2_bias);
+  call.write(grads.spatial_weight, call.args.partial.spatial);
 }
 
 void write_weight_grads(Call& call, const std::vector<Tensor>& grads) {
   for (size_t i = 0; i < grads.size(); ++i) {
     call.write_weights(grads[i], int(i));
   }
-}
-
-void check_grad(const Tensor& grad, const Tensor& x, const BlockArgs& a) {
-  check_like("grad", grad, x);
-  check_shape("grad", grad, {a.batch, a.out, a.height, a.width});
 }
 
 // --- operators -------------------------------------------------------------------------------
@@ -460,7 +404,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> multi_scale_conv2d_backward(
   }
   Call call(x, size);
   call.convolution(branches, weights, bias, split, out);
-  check_grad(grad, x, call.args);
+  check_grad(grad, x, size, out);
   Tensor grad_x = need_x ? empty_map_like(x, size.c) : nothing(x);
   Tensor grad_bias = need_parameters ? like_or_nothing(bias, x) : nothing(x);
   std::vector<Tensor> grads = weight_grads(weights, need_parameters);
@@ -485,8 +429,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention(const 
   Call call(y, size);
   call.attention(p);
   Tensor result = empty_map_like(y, size.c);
-  const Saved s = Saved::empty(y, call.args, save);
-  s.enter(call.args);
+  const Saved s(y, size, size.c, compute_type(call.args.element), save);
+  enter(s, call.args);
   call.args.save = save;
   call.args.x = map_of(y);
   call.args.result = map_of(result);
@@ -504,10 +448,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention_backwa
   p.check(y, size.c);
   Call call(y, size);
   call.attention(p);
-  check_grad(grad, y, call.args);
+  check_grad(grad, y, size, size.c);
   const Saved s{mean, max, max_index, spatial_gate, channel_index};
-  s.check(y, call.args);
-  s.enter(call.args);
+  s.check(y, size, size.c, compute_type(call.args.element));
+  enter(s, call.args);
   Tensor grad_y = need_x ? empty_map_like(y, size.c) : nothing(y);
   const AttentionGrads grads(p, need_parameters, y);
   call.args.need_parameters = need_parameters;
@@ -515,7 +459,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention_backwa
   call.args.grad_result = map_of(grad);
   if (need_x) call.args.grad_x = map_of(grad_y);
   call.backward();
-  if (need_parameters) grads.write(call, p);
+  if (need_parameters) write(call, grads, p);
   return {grad_y, grads.fc1_weight, grads.fc1_bias, grads.fc2_weight, grads.fc2_bias, grads.spatial_weight};
 }
 
@@ -533,8 +477,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block(
   call.attention(p);
   Tensor result = empty_map_like(x, out);
   Tensor y = save ? empty_map_like(x, out) : nothing(x);
-  const Saved s = Saved::empty(x, call.args, save);
-  s.enter(call.args);
+  const Saved s(x, size, out, compute_type(call.args.element), save);
+  enter(s, call.args);
   call.args.save = save;
   call.args.x = map_of(x);
   if (save) call.args.y = map_of(y);
@@ -557,12 +501,12 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> 
   Call call(x, size);
   call.convolution(branches, conv_weights, std::nullopt, split, out);
   call.attention(p);
-  check_grad(grad, x, call.args);
+  check_grad(grad, x, size, out);
   check_like("y", y, x);
   check_shape("y", y, {size.n, out, size.h, size.w});
   const Saved s{mean, max, max_index, spatial_gate, channel_index};
-  s.check(x, call.args);
-  s.enter(call.args);
+  s.check(x, size, out, compute_type(call.args.element));
+  enter(s, call.args);
   Tensor grad_x = need_x ? empty_map_like(x, size.c) : nothing(x);
   std::vector<Tensor> conv_grads = weight_grads(conv_weights, need_parameters);
   const AttentionGrads grads(p, need_parameters, x);
@@ -573,7 +517,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> 
   if (need_x) call.args.grad_x = map_of(grad_x);
   call.backward();
   write_weight_grads(call, conv_grads);
-  if (need_parameters) grads.write(call, p);
+  if (need_parameters) write(call, grads, p);
   return {grad_x, conv_grads, grads.fc1_weight, grads.fc1_bias, grads.fc2_weight, grads.fc2_bias, grads.spatial_weight};
 }
 

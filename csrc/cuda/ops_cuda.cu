@@ -1,15 +1,382 @@
-// The CUDA side of the operators. Their schemas are in csrc/ops.cpp, which _C registers first.
-// No kernel of the operators is here yet: cuda_build_info is what proves that the compiler, the
-// static CUDA runtime, the stable ABI and the loading in Python work together.
-
+// The operators on CUDA tensors: from checked tensors to BlockArgs, a plan, launches, and back. Their schemas are in
+// csrc/ops.cpp, which _C registers first.
+//
+// A C++ compiler takes this file too: tests/backends/cuda/host.cpp, which runs the same kernels on CPU tensors.
+#ifdef __CUDACC__
 #include <cuda_runtime.h>
-
-#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
 
 #include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/problem.h"
+#include "launch.h"
 
 namespace mfef::cuda {
+
+// --- the device -------------------------------------------------------------------------------
+
+#ifdef __CUDACC__
+
+// The device of a tensor is the current one while this lives, and `stream` its current stream.
+struct Device {
+  explicit Device(const Tensor& x) : guard_(x.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  }
+  // Bytes of shared memory that a thread block may have.
+  int64_t shared_limit() const {
+    int device = 0, bytes = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+  }
+  void* stream = nullptr;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+#else
+
+extern int64_t host_shared_limit;
+
+struct Device {
+  explicit Device(const Tensor&) {}
+  int64_t shared_limit() const { return host_shared_limit; }
+  void* stream = nullptr;
+};
+
+#endif
+
 namespace {
+
+// --- one call --------------------------------------------------------------------------------
+
+Element element_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Element::kFloat;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kHalf;
+    default:
+      STD_TORCH_CHECK(false, "mfef: the CUDA kernels take float32, bfloat16 and float16 only");
+  }
+}
+
+Map map_of(const Tensor& t) {
+  check_memory(t);
+  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+}
+
+// Null for a tensor without elements: one that is not there, or not wanted.
+Parameter parameter(const Tensor& t) {
+  check_memory(t);
+  Parameter p{};
+  if (t.numel() == 0) return p;
+  p.data = t.data_ptr();
+  for (int64_t d = 0; d < t.dim(); ++d) p.stride[d] = t.stride(d);
+  return p;
+}
+Parameter parameter(const std::optional<Tensor>& t) { return t ? parameter(*t) : Parameter{}; }
+
+float* floats(const Tensor& t) { return t.numel() ? static_cast<float*>(t.data_ptr()) : nullptr; }
+int32_t* indices(const Tensor& t) { return t.numel() ? static_cast<int32_t*>(t.data_ptr()) : nullptr; }
+
+// BlockArgs with the scratch that it points to.
+class Call {
+ public:
+  Call(const Tensor& x, const MapSize& size) : device_(x), x_(x) {
+    args.element = element_of(x);
+    // Sizes that no thread block could hold must not wrap around before the planner refuses them.
+    constexpr int64_t kMost = int64_t(1) << 30;
+    STD_TORCH_CHECK(size.c < kMost, "mfef: the CUDA kernels take fewer than 2^30 channels, got ", size.c);
+    args.sizes.batch = size.n;
+    args.sizes.in = args.sizes.out = int(size.c);
+    args.sizes.height = int(size.h);
+    args.sizes.width = int(size.w);
+    args.x = map_of(x);
+  }
+
+  void convolution(const std::vector<BranchSize>& branches, const std::vector<Tensor>& weights, bool split,
+                   int64_t out_channels) {
+    Sizes& s = args.sizes;
+    STD_TORCH_CHECK(out_channels < int64_t(1) << 30, "mfef: the CUDA kernels take fewer than 2^30 channels, got ",
+                    out_channels);
+    s.split = split;
+    s.out = int(out_channels);
+    int in = 0, out = 0;
+    for (size_t i = 0; i < branches.size(); ++i) {
+      const BranchSize& b = branches[i];
+      s.branches[s.branch_count++] = {
+          split ? in : 0, int(b.in), out, int(b.out), int(b.groups), int(b.k), live_taps(b.k, s.height, s.width)};
+      args.conv_weights[i] = parameter(weights[i]);
+      in += int(b.in);
+      out += int(b.out);
+    }
+  }
+
+  void attention(const AttentionParameters& p) {
+    Sizes& s = args.sizes;
+    STD_TORCH_CHECK(p.fc1_weight.size(0) < int64_t(1) << 30, "mfef: fc1_weight has too many hidden units");
+    s.hidden = int(p.fc1_weight.size(0));
+    s.spatial_full = int(p.spatial_weight.size(2));
+    s.spatial_k = live_taps(s.spatial_full, s.height, s.width);
+    args.fc1_weight = parameter(p.fc1_weight);
+    args.fc1_bias = parameter(p.fc1_bias);
+    args.fc2_weight = parameter(p.fc2_weight);
+    args.fc2_bias = parameter(p.fc2_bias);
+    args.spatial_weight = parameter(p.spatial_weight);
+  }
+
+  void saved(const Saved& s) {
+    args.mean = floats(s.mean);
+    args.max = floats(s.max);
+    args.max_index = indices(s.max_index);
+    args.spatial_gate = floats(s.spatial_gate);
+    args.channel_index = indices(s.channel_index);
+  }
+
+  void forward() {
+    plan();
+    args.stages = plan_.stages;
+    args.weights = plan_.weights;
+    if (args.blocks) run(launch_forward);
+  }
+
+  // Whether anything but the parameters' gradients is wanted is in args.grad_x; where they go, in args.grads.
+  void backward(bool need_parameters) {
+    plan();
+    Sizes& s = args.sizes;
+    Gradients& g = args.grads;
+    const int64_t n = s.batch;
+    if (need_parameters) {
+      if (s.hidden) {
+        g.logit = room(n * s.out);
+        g.hidden_sum = room(n * s.hidden);
+        g.hidden_mean = room(n * s.hidden);
+        g.hidden_max = room(n * s.hidden);
+        g.spatial = room(args.blocks * 2 * s.spatial_k * s.spatial_k);
+        if (s.branch_count) g.dy = room(n * s.out * s.pixels());
+      }
+      if (g.bias.data) g.channel_sums = room(n * s.out);
+      if (s.branch_count) g.weights = room(plan_.slices * first_sum(s, s.branch_count));
+    }
+    args.stages = plan_.stages_backward;
+    args.weights = plan_.weights_backward;
+    if (args.blocks && (s.hidden || args.grad_x.data || g.channel_sums)) run(launch_backward);
+    if (!need_parameters) return;
+    if (s.branch_count && n) {
+      args.step = plan_.tile_step;
+      run(launch_weight_gradient);
+    }
+    run(launch_sums);
+  }
+
+  // Where the gradient of a parameter goes; one more output of the last launch.
+  Parameter output(const Tensor& grad) {
+    args.outputs += grad.numel();
+    return parameter(grad);
+  }
+  void outputs(const std::vector<Tensor>& grads) {
+    for (size_t i = 0; i < grads.size(); ++i) args.grads.branches[i] = output(grads[i]);
+  }
+  void outputs(const AttentionGrads& grads) {
+    args.grads.fc1_weight = output(grads.fc1_weight);
+    args.grads.fc1_bias = output(grads.fc1_bias);
+    args.grads.fc2_weight = output(grads.fc2_weight);
+    args.grads.fc2_bias = output(grads.fc2_bias);
+    args.grads.spatial_weight = output(grads.spatial_weight);
+  }
+
+  BlockArgs args{};
+
+ private:
+  void plan() {
+    // A plan takes from 4 to 70 microseconds to make, and one follows its like: of the same layer, or its backward.
+    thread_local Sizes last_sizes;
+    thread_local int64_t last_limit = -1;
+    thread_local Plan last_plan;
+    const int64_t limit = device_.shared_limit();
+    if (last_limit != limit || !(last_sizes == args.sizes)) {
+      last_plan = make_plan(args.sizes, limit);
+      last_sizes = args.sizes;
+      last_limit = limit;
+    }
+    plan_ = last_plan;
+    STD_TORCH_CHECK(plan_.fits, "mfef: no CUDA kernel for this call: ", plan_.reason);
+    args.images = plan_.images;
+    args.step = plan_.step;
+    args.blocks = (args.sizes.batch + plan_.images - 1) / plan_.images;
+    args.tiles = plan_.tiles;
+    args.slices = plan_.slices;
+    args.slice_images = plan_.slice_images;
+    args.pass_images = plan_.pass_images;
+  }
+
+  void run(Launch launch) {
+    const char* error = launch(args, plan_, device_.stream);
+    STD_TORCH_CHECK(!error, "mfef: a CUDA kernel could not be launched: ", error);
+  }
+
+  // Scratch for this call; the allocator gives it to nobody before the stream is done with it.
+  float* room(int64_t count) {
+    memory_.push_back(empty_dense({count > 0 ? count : 1}, ScalarType::Float, x_));
+    return floats(memory_.back());
+  }
+
+  Device device_;
+  Tensor x_;
+  Plan plan_;
+  std::vector<Tensor> memory_;
+};
+
+// --- operators -------------------------------------------------------------------------------
+
+void check_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t channels) {
+  if (!bias) return;
+  check_like("bias", *bias, x);
+  check_shape("bias", *bias, {channels});
+}
+
+Tensor multi_scale_conv2d(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& groups,
+                          bool split, const std::optional<Tensor>& bias) {
+  int64_t out;
+  const MapSize size = check_map("x", x);
+  const auto branches = check_branches(x, weights, groups, split, kMaxBranches, &out);
+  check_bias(bias, x, out);
+  Call call(x, size);
+  call.convolution(branches, weights, split, out);
+  call.args.bias = parameter(bias);
+  Tensor result = empty_map_like(x, out);
+  call.args.result = map_of(result);
+  call.forward();
+  return result;
+}
+
+std::tuple<Tensor, std::vector<Tensor>, Tensor> multi_scale_conv2d_backward(
+    const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& groups,
+    bool split, const std::optional<Tensor>& bias, bool need_x, bool need_parameters) {
+  int64_t out;
+  const MapSize size = check_map("x", x);
+  const auto branches = check_branches(x, weights, groups, split, kMaxBranches, &out);
+  check_bias(bias, x, out);
+  check_grad(grad, x, size, out);
+  Call call(x, size);
+  call.convolution(branches, weights, split, out);
+  Tensor grad_x = need_x ? empty_map_like(x, size.c) : nothing(x);
+  Tensor grad_bias = need_parameters ? like_or_nothing(bias, x) : nothing(x);
+  std::vector<Tensor> grads = weight_grads(weights, need_parameters);
+  call.args.grad_result = map_of(grad);
+  if (need_x) call.args.grad_x = map_of(grad_x);
+  call.outputs(grads);
+  call.args.grads.bias = call.output(grad_bias);
+  call.backward(need_parameters);
+  return {grad_x, grads, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention(const Tensor& y, const Tensor& fc1_weight,
+                                                                          const std::optional<Tensor>& fc1_bias,
+                                                                          const Tensor& fc2_weight,
+                                                                          const std::optional<Tensor>& fc2_bias,
+                                                                          const Tensor& spatial_weight, bool save) {
+  const MapSize size = check_map("y", y);
+  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
+  p.check(y, size.c);
+  Call call(y, size);
+  call.attention(p);
+  Tensor result = empty_map_like(y, size.c);
+  const Saved s(y, size, size.c, ScalarType::Float, save);
+  call.saved(s);
+  call.args.result = map_of(result);
+  call.forward();
+  return {result, s.mean, s.max, s.max_index, s.spatial_gate, s.channel_index};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention_backward(
+    const Tensor& grad, const Tensor& y, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias,
+    const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, const Tensor& mean,
+    const Tensor& max, const Tensor& max_index, const Tensor& spatial_gate, const Tensor& channel_index, bool need_x,
+    bool need_parameters) {
+  const MapSize size = check_map("y", y);
+  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
+  p.check(y, size.c);
+  check_grad(grad, y, size, size.c);
+  const Saved s(mean, max, max_index, spatial_gate, channel_index);
+  s.check(y, size, size.c, ScalarType::Float);
+  Call call(y, size);
+  call.attention(p);
+  call.saved(s);
+  Tensor grad_y = need_x ? empty_map_like(y, size.c) : nothing(y);
+  const AttentionGrads grads(p, need_parameters, y);
+  call.args.y = map_of(y);
+  call.args.grad_result = map_of(grad);
+  if (need_x) call.args.grad_x = map_of(grad_y);
+  call.outputs(grads);
+  call.backward(need_parameters);
+  return {grad_y, grads.fc1_weight, grads.fc1_bias, grads.fc2_weight, grads.fc2_bias, grads.spatial_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block(
+    const Tensor& x, const std::vector<Tensor>& conv_weights, const std::vector<int64_t>& groups, bool split,
+    const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
+    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, bool save) {
+  int64_t out;
+  const MapSize size = check_map("x", x);
+  const auto branches = check_branches(x, conv_weights, groups, split, kMaxBranches, &out);
+  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
+  p.check(x, out);
+  Call call(x, size);
+  call.convolution(branches, conv_weights, split, out);
+  call.attention(p);
+  Tensor result = empty_map_like(x, out);
+  Tensor y = save ? empty_map_like(x, out) : nothing(x);
+  const Saved s(x, size, out, ScalarType::Float, save);
+  call.saved(s);
+  if (save) call.args.y = map_of(y);
+  call.args.result = map_of(result);
+  call.forward();
+  return {result, y, s.mean, s.max, s.max_index, s.spatial_gate, s.channel_index};
+}
+
+std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block_backward(
+    const Tensor& grad, const Tensor& x, const std::vector<Tensor>& conv_weights, const std::vector<int64_t>& groups,
+    bool split, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
+    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, const Tensor& y, const Tensor& mean,
+    const Tensor& max, const Tensor& max_index, const Tensor& spatial_gate, const Tensor& channel_index, bool need_x,
+    bool need_parameters) {
+  int64_t out;
+  const MapSize size = check_map("x", x);
+  const auto branches = check_branches(x, conv_weights, groups, split, kMaxBranches, &out);
+  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
+  p.check(x, out);
+  check_grad(grad, x, size, out);
+  check_like("y", y, x);
+  check_shape("y", y, {size.n, out, size.h, size.w});
+  const Saved s(mean, max, max_index, spatial_gate, channel_index);
+  s.check(x, size, out, ScalarType::Float);
+  Call call(x, size);
+  call.convolution(branches, conv_weights, split, out);
+  call.attention(p);
+  call.saved(s);
+  Tensor grad_x = need_x ? empty_map_like(x, size.c) : nothing(x);
+  std::vector<Tensor> conv_grads = weight_grads(conv_weights, need_parameters);
+  const AttentionGrads grads(p, need_parameters, x);
+  call.args.y = map_of(y);
+  call.args.grad_result = map_of(grad);
+  if (need_x) call.args.grad_x = map_of(grad_x);
+  call.outputs(conv_grads);
+  call.outputs(grads);
+  call.backward(need_parameters);
+  return {grad_x, conv_grads, grads.fc1_weight, grads.fc1_bias, grads.fc2_weight, grads.fc2_bias, grads.spatial_weight};
+}
+
+// --- the library ------------------------------------------------------------------------------
+
+#ifdef __CUDACC__
 
 // CUDA writes 13020 for 13.2.
 std::string dotted(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
@@ -32,9 +399,23 @@ std::string cuda_build_info() {
   return info;
 }
 
+#endif
+
 }  // namespace
 }  // namespace mfef::cuda
 
+#ifdef __CUDACC__
 STABLE_TORCH_LIBRARY_IMPL(mfef, CompositeExplicitAutograd, m) {
   m.impl("cuda_build_info", TORCH_BOX(&mfef::cuda::cuda_build_info));
+}
+STABLE_TORCH_LIBRARY_IMPL(mfef, CUDA, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(mfef_cuda_host, CPU, m) {
+#endif
+  m.impl("multi_scale_conv2d", TORCH_BOX(&mfef::cuda::multi_scale_conv2d));
+  m.impl("multi_scale_conv2d_backward", TORCH_BOX(&mfef::cuda::multi_scale_conv2d_backward));
+  m.impl("dual_attention", TORCH_BOX(&mfef::cuda::dual_attention));
+  m.impl("dual_attention_backward", TORCH_BOX(&mfef::cuda::dual_attention_backward));
+  m.impl("mfef_block", TORCH_BOX(&mfef::cuda::mfef_block));
+  m.impl("mfef_block_backward", TORCH_BOX(&mfef::cuda::mfef_block_backward));
 }

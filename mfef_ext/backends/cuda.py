@@ -1,6 +1,40 @@
-"""The CUDA C++ backend. No operator of it exists yet: it says so and the next one is asked."""
+"""The CUDA C++ backend (csrc/cuda): the block in one launch where an image fits on the chip."""
 
+from __future__ import annotations
+
+import torch
+
+from .. import _C, ops
+from ..problem import Problem
 from . import Backend, Condition
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST_CAPABILITY = (8, 0)  # the oldest that is compiled for
+MOST_BRANCHES = 16  # kMaxBranches in csrc/cuda/block.h
+
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a thread block may have on a CUDA device."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def plan(problem: Problem, limit: int | None = None) -> dict[str, object]:
+    """How the kernels would run a problem, with ``limit`` bytes of shared memory per thread block.
+
+    ``limit`` is the device's if not given. Keys: fits; reason (why not, else ""); where it fits
+    images (per thread block), blocks, threads, row (floats of a map's row in shared memory),
+    weight_gradient_tiles, weight_gradient_slices (of the batch), and for ``forward_``,
+    ``backward_`` and ``weight_gradient_``: shared_bytes; for the first two: stages.
+    """
+    limit = shared_limit(problem.device) if limit is None else limit
+    return _C.cuda_plan(**problem.sizes(), shared_limit=limit)
+
+
+def _fits(problem: Problem) -> bool:
+    # torch.compile can trace neither the planner nor sizes that are symbols; then the operator,
+    # which plans for itself, refuses what does not fit.
+    return torch.compiler.is_compiling() or bool(plan(problem)["fits"])
+
 
 BACKEND = Backend(
     "cuda",
@@ -9,6 +43,27 @@ BACKEND = Backend(
             lambda p: p.device.type == "cuda",
             lambda p: f"its tensors must be on a CUDA device, not on {p.device}",
         ),
+        Condition(
+            lambda p: ops.CUDA_LOADED,
+            lambda p: f"its library is not loaded ({_C.build_info()['cuda']})",
+        ),
+        Condition(
+            lambda p: torch.cuda.get_device_capability(p.device) >= LEAST_CAPABILITY,
+            lambda p: (
+                f"{p.device} has compute capability "
+                f"{torch.cuda.get_device_capability(p.device)}, below 8.0"
+            ),
+        ),
+        Condition(
+            lambda p: p.dtype in DTYPES,
+            lambda p: f"dtype {p.dtype} is not one of float32, bfloat16, float16",
+        ),
+        Condition(
+            lambda p: len(p.branches) <= MOST_BRANCHES,
+            lambda p: f"{len(p.branches)} branches are more than {MOST_BRANCHES}",
+        ),
+        Condition(_fits, lambda p: str(plan(p)["reason"])),
     ),
-    {},
+    ops.NATIVE,
+    verified=False,
 )

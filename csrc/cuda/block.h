@@ -1,0 +1,77 @@
+// One call of an operator on CUDA as plain data: what ops_cuda.cu fills in from checked tensors, what the
+// planner reads and what the kernels get as their parameter. No tensors, no CUDA: module.cpp plans with it too.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MFEF_HD __host__ __device__ __forceinline__
+#else
+#define MFEF_HD inline
+#endif
+
+namespace mfef::cuda {
+
+enum class Element : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
+
+constexpr int kMaxBranches = 16;  // kernel parameters are copied for every launch
+
+// A 4-D map in memory; strides in elements, in the order n, c, h, w. Null data: absent.
+struct Map {
+  void* data;
+  int64_t stride[4];
+};
+
+// A parameter with up to four dimensions, of the input's dtype. Null data: absent.
+struct Parameter {
+  const void* data;
+  int64_t stride[4];
+};
+
+struct Branch {
+  int in_first, in;    // channel range of x
+  int out_first, out;  // channel range of y
+  int groups;
+  int full_k;  // taps per side in memory
+  int k;       // of those, the ones around the centre that can meet a pixel
+
+  MFEF_HD int in_per_group() const { return in / groups; }
+  MFEF_HD int out_per_group() const { return out / groups; }
+  bool operator==(const Branch&) const = default;
+};
+
+// What the planner reads.
+struct Sizes {
+  int64_t batch;
+  int in, out, height, width;
+  bool split;
+  int branch_count;  // 0: no convolution, and in == out
+  Branch branches[kMaxBranches];
+  int hidden;                   // 0: no attention
+  int spatial_k, spatial_full;  // live taps per side of the spatial convolution, and all
+
+  MFEF_HD int pixels() const { return height * width; }
+  bool operator==(const Sizes&) const = default;
+};
+
+// Taps per side of a k x k kernel that can meet a map: farther out there is no pixel, wherever it stands.
+MFEF_HD int live_taps(int64_t k, int64_t height, int64_t width) {
+  const int64_t side = height > width ? height : width;
+  return int(k > 2 * side - 1 ? 2 * side - 1 : k);
+}
+
+MFEF_HD int ceil_div(int a, int b) { return (a + b - 1) / b; }
+MFEF_HD int least(int a, int b) { return a < b ? a : b; }
+MFEF_HD int most(int a, int b) { return a > b ? a : b; }
+
+// What a backward leaves for its last launch, and that launch writes. All in float32; null data: not wanted.
+struct Gradients {
+  float* dy;  // (N, out, H * W): what the weight gradient reads where the gradient of y is not given
+  float *logit, *hidden_sum, *hidden_mean, *hidden_max;  // (N, out), (N, hidden) three times
+  float* spatial;                                        // (blocks of images, 2, live taps)
+  float* channel_sums;                                   // (N, out), for the gradient of the bias
+  float* weights;                                        // (slices, live taps of all branches)
+  Parameter branches[kMaxBranches], bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight;
+};
+
+}  // namespace mfef::cuda

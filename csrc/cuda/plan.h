@@ -1,0 +1,349 @@
+// The planner of the small-map kernels: whether one thread block can hold an image from the first load to the
+// last store, how its shared memory is laid out, and how the launches are divided. Plain C++: module.cpp shows its
+// answers to Python, the operators follow them.
+#pragma once
+
+#include <string>
+
+#include "block.h"
+
+namespace mfef::cuda {
+
+constexpr int kWidestMap = 16;  // a thread owns whole rows, in registers
+// Of the forward and the backward: 170 registers each, so that the widest register tiles do not spill (at 512 threads,
+// with 128 registers, they did on sm_80).
+constexpr int kMostThreads = 384;
+// Products that one register accumulates before its sum is added to the map: longer chains round more.
+constexpr int kChain = 100;
+constexpr int kParts = 16;         // runs of channels that are summed side by side in the MLP
+constexpr int kPixelParts = 8;     // and per pixel
+constexpr int kTileThreads = 128;  // of the weight gradient: a thread owns up to 3 rows of taps of one weight
+constexpr int kTileRows = 3;
+constexpr int kTileChannels = 32;  // output channels side by side in it
+// The weight gradient is divided into tiles times slices of the batch; slices are made until there are about as
+// many blocks as this. A constant: the order of sums must not depend on the GPU.
+constexpr int kTileBlocks = 512;
+constexpr int kMostSlices = 64;
+
+// The convolution of a block runs in stages: the weights of a stage are in shared memory, those of the next
+// take their place. A stage has of every branch an equal share of its chains.
+
+// Input channels of a group that a stage reduces over: [share(..., s), share(..., s + 1)).
+MFEF_HD int share(int channels, int chain, int stages, int stage) {
+  const int chains = ceil_div(channels, chain);
+  return least(int(int64_t(chains) * stage / stages) * chain, channels);
+}
+
+// One direction of a branch: forward it goes from x to y, backward from the gradient of y to that of x.
+struct Way {
+  int source_first, source_per_group, dest_first, dest_per_group, groups, k;
+
+  MFEF_HD Way(const Branch& b, bool backward)
+      : source_first(backward ? b.out_first : b.in_first),
+        source_per_group(backward ? b.out_per_group() : b.in_per_group()),
+        dest_first(backward ? b.in_first : b.out_first),
+        dest_per_group(backward ? b.in_per_group() : b.out_per_group()),
+        groups(b.groups),
+        k(b.k) {}
+
+  MFEF_HD int dest() const { return groups * dest_per_group; }
+  // Floats from tap to tap of the weights in shared memory; odd, so that neither order of access has conflicts.
+  MFEF_HD int weight_step() const { return dest() | 1; }
+  MFEF_HD int chain() const { return kChain / (k * k) > 1 ? kChain / (k * k) : 1; }
+  MFEF_HD int first(int stages, int stage) const { return share(source_per_group, chain(), stages, stage); }
+};
+
+// Whether several branches write the same channels: the gradient of x in pyramid mode is a sum over branches.
+MFEF_HD bool summed(const Sizes& s, bool backward) { return backward && !s.split; }
+
+// How the convolution of a direction is cut: `count` shares of every branch, all branches side by side in a stage; or,
+// where that is too much for shared memory and where branches add to the same channels, one branch at a time.
+struct Stages {
+  int count;
+  bool one_by_one;
+
+  MFEF_HD int total(const Sizes& s) const { return one_by_one ? count * s.branch_count : count; }
+  // The source channels [first, end) of a group of branch b in a stage.
+  MFEF_HD void channels(const Sizes& s, bool backward, int stage, int b, int* first, int* end) const {
+    const Way way(s.branches[b], backward);
+    *first = *end = 0;
+    if (one_by_one) {
+      if (stage / count != b) return;
+      stage %= count;
+    }
+    *first = way.first(count, stage);
+    *end = way.first(count, stage + 1);
+  }
+};
+
+// The weight gradient: units are (group, run of output channels), items (unit, input channel, rows of taps,
+// output channel); a tile is kTileThreads items of one unit, or several whole units.
+struct TileShape {
+  int rows;      // items in place of ky: runs of kTileRows rows of taps; single taps where k is not compiled
+  int channels;  // output channels of a unit
+  int runs;      // units per group
+  int items;     // per unit
+  int units_per_tile, tiles_per_unit;  // one of them is 1
+  int tiles;
+
+  MFEF_HD explicit TileShape(const Branch& b) {
+    rows = compiled(b.k) ? ceil_div(b.k, kTileRows) : b.k * b.k;
+    channels = least(b.out_per_group(), kTileChannels);
+    runs = ceil_div(b.out_per_group(), channels);
+    items = b.in_per_group() * rows * channels;
+    units_per_tile = most(kTileThreads / items, 1);
+    tiles_per_unit = ceil_div(items, kTileThreads);
+    tiles = units_per_tile > 1 ? ceil_div(b.groups * runs, units_per_tile) : b.groups * runs * tiles_per_unit;
+  }
+  MFEF_HD static bool compiled(int k) { return k == 3 || k == 5 || k == 7 || k == 9; }
+};
+
+// What a tile reads: channels of x and of the gradient of y, both counted from the branch's first.
+struct Tile {
+  int branch, unit, units, item;  // units [unit, unit + units); items of a unit from `item` on
+  int in, in_count, out, out_count;
+
+  MFEF_HD Tile(const Sizes& s, int tile) : branch(0), item(0) {
+    while (tile >= TileShape(s.branches[branch]).tiles) tile -= TileShape(s.branches[branch++]).tiles;
+    const Branch& b = s.branches[branch];
+    const TileShape shape(b);
+    const int all = b.groups * shape.runs, inputs = b.in_per_group(), outputs = b.out_per_group();
+    if (shape.units_per_tile > 1) {
+      unit = tile * shape.units_per_tile;
+      units = least(shape.units_per_tile, all - unit);
+      const int first_group = unit / shape.runs, last_group = (unit + units - 1) / shape.runs;
+      in = first_group * inputs;
+      in_count = (last_group - first_group + 1) * inputs;
+    } else {
+      unit = tile / shape.tiles_per_unit;
+      units = 1;
+      item = tile % shape.tiles_per_unit * kTileThreads;
+      const int per_input = shape.rows * shape.channels;
+      const int last = (least(item + kTileThreads, shape.items) - 1) / per_input;
+      in = unit / shape.runs * inputs + item / per_input;
+      in_count = last - item / per_input + 1;
+    }
+    const int last = unit + units - 1;
+    out = unit / shape.runs * outputs + unit % shape.runs * shape.channels;
+    out_count = last / shape.runs * outputs + least((last % shape.runs + 1) * shape.channels, outputs) - out;
+  }
+};
+
+// Where the sums of a branch begin among those of a slice; they are in the order (out, in per group, ky, kx).
+MFEF_HD int64_t first_sum(const Sizes& s, int branch) {
+  int64_t first = 0;
+  for (int i = 0; i < branch; ++i) {
+    const Branch& b = s.branches[i];
+    first += int64_t(b.out) * b.in_per_group() * b.k * b.k;
+  }
+  return first;
+}
+
+// --- shared memory ----------------------------------------------------------------------------
+
+// Offsets in floats. Maps first; then what lives from the pooling to the end; then a region that the weights of the
+// convolution use and, at other times, the partial sums of the attention.
+struct Layout {
+  int source, dest;                // forward: x and y; backward: the gradient of y and, before the gradient of x, y
+  int mean, max, max_index, gate;  // [image][channel]
+  int hidden_mean, hidden_max;     // [image][hidden]; forward: hidden_mean is their sum
+  int logit, grad_mean, grad_max;  // backward, [image][channel]
+  int spatial_gate, pooled, grad_pooled, grad_spatial;  // [image][pixel]; pooled: 2 per pixel, maximum and mean
+  int channel_index;
+  int weights, parts;
+  int total;
+
+  MFEF_HD Layout(const Sizes& s, bool backward, int step, int images, int weight_floats) {
+    int next = 0;
+    auto take = [&next](int count) {
+      const int at = next;
+      next += (count + 3) / 4 * 4;
+      return at;
+    };
+    const bool attention = s.hidden > 0, convolution = s.branch_count > 0;
+    const int per_channel = attention ? images * s.out : 0, per_hidden = attention ? images * s.hidden : 0;
+    const int per_pixel = attention ? images * s.pixels() : 0;
+    source = take((backward ? s.out : (convolution ? s.in : 0)) * step);
+    dest = take((backward ? most(s.out * attention, s.in * convolution) : s.out) * step);
+    gate = take(per_channel);
+    mean = take(per_channel);
+    max = take(per_channel);
+    max_index = take(per_channel);
+    hidden_mean = take(per_hidden);
+    hidden_max = take(per_hidden);
+    pooled = take(2 * per_pixel);
+    spatial_gate = take(per_pixel);
+    channel_index = take(per_pixel);
+    logit = take(backward ? per_channel : 0);
+    grad_mean = take(backward ? per_channel : 0);
+    grad_max = take(backward ? per_channel : 0);
+    grad_pooled = take(backward ? 2 * per_pixel : 0);
+    grad_spatial = take(backward ? per_pixel : 0);
+    weights = parts = next;
+    const int of_rows = 3 * per_channel * s.height, of_mlp = 2 * kParts * per_hidden;
+    const int of_pixels = 3 * kPixelParts * per_pixel, of_taps = 2 * s.spatial_k * per_pixel;
+    total = next + most(most(weight_floats, of_rows), most(most(of_mlp, of_pixels), of_taps));
+  }
+};
+
+// --- the plan ---------------------------------------------------------------------------------
+
+struct Plan {
+  bool fits;
+  std::string reason;  // why not
+
+  int row;      // floats of a row in shared memory: W, filled up to 2, 4, 8 or 16
+  int images;   // per thread block
+  int step;     // floats from channel to channel in shared memory
+  int threads;  // per block, both directions
+  Stages stages, stages_backward;
+  int weights, weights_backward;                    // floats of a stage's weights
+  int64_t shared, shared_backward, shared_weights;  // bytes of each launch; of the weight gradient
+
+  int tiles, slices, slice_images, pass_images, tile_step;  // of the weight gradient
+};
+
+// Floats of the largest stage's weights.
+inline int64_t stage_weights(const Sizes& s, bool backward, const Stages& stages) {
+  int64_t largest = 0;
+  for (int stage = 0; stage < stages.total(s); ++stage) {
+    int64_t sum = 0;
+    for (int b = 0; b < s.branch_count; ++b) {
+      int first, end;
+      stages.channels(s, backward, stage, b, &first, &end);
+      const Way way(s.branches[b], backward);
+      sum += int64_t(end - first) * way.k * way.k * way.weight_step();
+    }
+    largest = sum > largest ? sum : largest;
+  }
+  return largest;
+}
+
+// Floats from channel to channel of maps of `rows` rows: an odd number of vectors, so that neighbouring threads
+// that own neighbouring channels read different banks.
+inline int channel_step(int rows, int row) {
+  const int vector = row < 4 ? row : 4, count = rows * row / vector;
+  return (count + 1 - count % 2) * vector;
+}
+
+// Chooses the fewest stages whose weights fit into `limit` bytes beside everything else; false if none do.
+inline bool choose_stages(const Sizes& s, bool backward, const Plan& p, int64_t limit, Stages* stages, int* weights,
+                          int64_t* bytes) {
+  int most_stages = 1;
+  for (int b = 0; b < s.branch_count; ++b) {
+    const Way way(s.branches[b], backward);
+    most_stages = most(most_stages, ceil_div(way.source_per_group, way.chain()));
+  }
+  for (const bool one_by_one : {false, true}) {
+    if (!one_by_one && summed(s, backward)) continue;
+    for (int count = 1; count <= most_stages; ++count) {
+      *stages = {count, one_by_one};
+      const int64_t floats = stage_weights(s, backward, *stages);
+      *weights = int(floats < (1 << 28) ? floats : 1 << 28);
+      *bytes = 4 * int64_t(Layout(s, backward, p.step, p.images, *weights).total);
+      if (*bytes <= limit) return true;
+    }
+  }
+  return false;
+}
+
+// How a problem would run on a device whose thread blocks may have `limit` bytes of shared memory. Of the device
+// nothing else counts, so results are the same on all GPUs with as much.
+inline Plan make_plan(const Sizes& s, int64_t limit) {
+  Plan p{};
+  auto refuse = [&p](const std::string& reason) {
+    p.reason = reason;
+    return p;
+  };
+  const std::string map = std::to_string(s.height) + " x " + std::to_string(s.width);
+  if (s.width > kWidestMap) {
+    return refuse("a map of " + map + " is wider than " + std::to_string(kWidestMap) + " pixels");
+  }
+  p.row = 2;
+  while (p.row < s.width) p.row *= 2;
+  // Sizes that shared memory could never hold are refused before they are multiplied.
+  constexpr int64_t kMost = 1 << 20;
+  if (s.in > kMost || s.out > kMost || s.hidden > kMost || s.height > kMost || s.spatial_k > 255 ||
+      int64_t(s.out > s.in ? s.out : s.in) * s.height * p.row > kMost || int64_t(s.hidden) * kParts > kMost) {
+    return refuse("an image of " + std::to_string(s.in) + " x " + map + " does not fit into a thread block");
+  }
+  // Images share a block while they are tiny and there are more than enough blocks.
+  p.images = 1;
+  while (2 * p.images * s.pixels() <= 64 && s.batch >= int64_t(512) * p.images) p.images *= 2;
+  p.step = channel_step(p.images * s.height, p.row);
+  bool ok = choose_stages(s, false, p, limit, &p.stages, &p.weights, &p.shared);
+  ok = choose_stages(s, true, p, limit, &p.stages_backward, &p.weights_backward, &p.shared_backward) && ok;
+  if (!ok && p.images > 1) {
+    Sizes alone = s;
+    alone.batch = 1;
+    Plan one = make_plan(alone, limit);
+    if (!one.fits) return one;
+    p.images = 1;
+    p.step = one.step;
+    choose_stages(s, false, p, limit, &p.stages, &p.weights, &p.shared);
+    ok = choose_stages(s, true, p, limit, &p.stages_backward, &p.weights_backward, &p.shared_backward);
+  }
+  if (!ok) {
+    const int64_t bytes = p.shared > p.shared_backward ? p.shared : p.shared_backward;
+    return refuse("an image of " + std::to_string(s.in) + " x " + map + " takes " +
+                  std::to_string((bytes + 1023) / 1024) + " KiB of shared memory, a thread block has " +
+                  std::to_string(limit / 1024));
+  }
+  p.threads = s.out * p.images * ceil_div(s.height, 2) > 256 ? kMostThreads : 256;
+
+  p.slices = 1;
+  p.pass_images = most(64 / s.pixels(), 1);
+  p.tile_step = channel_step(p.pass_images * s.height, p.row);
+  for (int b = 0; b < s.branch_count; ++b) p.tiles += TileShape(s.branches[b]).tiles;
+  if (p.tiles) {
+    const int64_t wanted = most(least(kTileBlocks / p.tiles, kMostSlices), 4);
+    p.slices = int(s.batch < wanted ? (s.batch > 0 ? s.batch : 1) : wanted);
+    p.slice_images = int((s.batch + p.slices - 1) / p.slices);
+    int channels = 0;
+    for (int t = 0; t < p.tiles; ++t) {
+      const Tile tile(s, t);
+      channels = most(channels, tile.in_count + tile.out_count);
+    }
+    p.shared_weights = int64_t(channels) * p.tile_step * 4;
+    while (p.shared_weights > limit && p.pass_images > 1) {
+      p.pass_images /= 2;
+      p.tile_step = channel_step(p.pass_images * s.height, p.row);
+      p.shared_weights = int64_t(channels) * p.tile_step * 4;
+    }
+    if (p.shared_weights > limit) {
+      return refuse("the weight gradient of maps of " + map + " takes " +
+                    std::to_string((p.shared_weights + 1023) / 1024) + " KiB of shared memory, a thread block has " +
+                    std::to_string(limit / 1024));
+    }
+  }
+  p.fits = true;
+  return p;
+}
+
+// What a launch gets: the problem, where its tensors are, and what the kernels read of the plan.
+struct BlockArgs {
+  Element element;
+  Sizes sizes;
+  Parameter conv_weights[kMaxBranches];                  // (out, in / groups, full_k, full_k)
+  Parameter bias;                                        // (out)
+  Parameter fc1_weight, fc1_bias, fc2_weight, fc2_bias;  // (hidden, out), (hidden), (out, hidden), (out)
+  Parameter spatial_weight;                              // (1, 2, k, k), channels maximum and mean
+
+  Map x, y, result;  // y: the convolution's output, null where nobody wants it; without a convolution result reads x
+  Map grad_result, grad_x;
+  // What the attention saves: (N, out) and (N, H, W), contiguous; null where nobody wants it.
+  float *mean, *max, *spatial_gate;
+  int32_t* max_index;      // first h * W + w of the maximum
+  int32_t* channel_index;  // lowest channel of the maximum
+  Gradients grads;
+
+  // Of the plan, what the kernels read.
+  int images, step, weights;
+  Stages stages;
+  int64_t blocks;  // of images; the grid may be smaller
+  int tiles, slices, pass_images;
+  int64_t slice_images;
+  int64_t outputs;  // of the last launch: elements of all parameters' gradients
+};
+
+}  // namespace mfef::cuda

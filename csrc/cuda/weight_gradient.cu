@@ -1,0 +1,18 @@
+#include "weight_gradient.cuh"
+
+#include "launch.cuh"
+#include "sums.cuh"
+
+namespace mfef::cuda {
+
+const char* launch_weight_gradient(const BlockArgs& args, const Plan& plan, void* stream) {
+  return launch_for_row<WeightGradient, kTileThreads>(args, plan, int64_t(plan.tiles) * plan.slices, kTileThreads,
+                                                      plan.shared_weights, stream);
+}
+
+const char* launch_sums(const BlockArgs& args, const Plan&, void* stream) {
+  constexpr int kThreads = kOutputs * kSumParts;
+  return launch<Sums, kThreads>(args, (args.outputs + kOutputs - 1) / kOutputs, kThreads, kThreads * 4, stream);
+}
+
+}  // namespace mfef::cuda

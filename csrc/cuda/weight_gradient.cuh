@@ -1,0 +1,191 @@
+// Gradients of the convolutions' weights, as sums over slices of the batch.
+//
+// A thread block is one tile (see Tile: some weights of one branch) of one slice. Images of the slice come to shared
+// memory one by one, only the channels that the tile needs. A thread owns one output channel, one input channel and up
+// to kTileRows rows of taps, accumulated in registers: per row of x it reads that row and one more row of the gradient
+// of y (the others are still in registers), 2 * kRow words for up to 3 * k * kRow multiply-adds, less those of taps
+// beside the map. Neighbouring threads own neighbouring output channels: one x for all of them (or, in narrow
+// groups, rows an odd number of 16-byte vectors apart). Chains end after about kChain products, and with the image.
+// Memory: each slice of x and of the gradient of y is read once per tile that needs it, from L2; a slice writes its
+// sums once.
+#pragma once
+
+#include "device.cuh"
+
+namespace mfef::cuda {
+
+// The weights of one thread in a tile: row `ky` of taps and those after it, or one tap.
+struct TileItem {
+  bool owns;
+  int in, out;  // channels, counted from the branch's first
+  int ky, kx;
+
+  TileItem() = default;
+  MFEF_DEVICE TileItem(const Branch& b, const TileShape& shape, const Tile& tile, int thread) {
+    const int e = tile.item + thread, local_unit = e / shape.items, item = e - local_unit * shape.items;
+    const int unit = tile.unit + local_unit, group = unit / shape.runs, run = unit - group * shape.runs;
+    const int per_input = shape.rows * shape.channels, j = item / per_input, rest = item - j * per_input;
+    const int row = rest / shape.channels, channel = run * shape.channels + rest - row * shape.channels;
+    owns = local_unit < tile.units && channel < b.out_per_group();
+    in = group * b.in_per_group() + j;
+    out = group * b.out_per_group() + channel;
+    ky = TileShape::compiled(b.k) ? row * kTileRows : row / b.k;
+    kx = TileShape::compiled(b.k) ? 0 : row % b.k;
+  }
+};
+
+struct TileSums {
+  TileItem item;
+  float acc[kTileRows][9], total[kTileRows][9];
+};
+
+// Adds the products of the images in shared memory: x and dy are the maps of the thread's channels.
+template <int K, int kRow>
+MFEF_DEVICE void add_products(const float* x, const float* dy, const Sizes& s, int images, int ky, TileSums& sums) {
+  constexpr int kHalf = K / 2, kRows = K < kTileRows ? K : kTileRows;
+  const int height = s.height, flush = most(kChain / s.width, 1);
+  for (int image = 0; image < images; ++image, x += height * kRow, dy += height * kRow) {
+    // d[t] is the row of dy that meets row r of x at the row of taps ky + t.
+    float d[kRows][kRow] = {}, row[kRow];
+    MFEF_UNROLL
+    for (int t = 1; t < kRows; ++t) {
+      const int h = kHalf - ky - t;
+      if (h >= 0 && h < height) load_row<kRow>(dy + h * kRow, d[t]);
+    }
+    MFEF_ROLLED
+    for (int first = 0; first < height; first += flush) {
+      MFEF_UNROLL
+      for (int t = 0; t < kRows; ++t) {
+        MFEF_UNROLL
+        for (int kx = 0; kx < K; ++kx) sums.acc[t][kx] = 0.0f;
+      }
+      MFEF_ROLLED
+      for (int r = first; r < least(first + flush, height); ++r) {
+        load_row<kRow>(x + r * kRow, row);
+        const int newest = r + kHalf - ky;
+        if (newest >= 0 && newest < height) load_row<kRow>(dy + newest * kRow, d[0]);
+        MFEF_UNROLL
+        for (int t = 0; t < kRows; ++t) {
+          const int h = newest - t;
+          if (h < 0 || h >= height || ky + t >= K) continue;
+          MFEF_UNROLL
+          for (int kx = 0; kx < K; ++kx) {
+            MFEF_UNROLL
+            for (int p = 0; p < kRow; ++p) {
+              const int at = p + kx - kHalf;
+              if (at >= 0 && at < kRow) sums.acc[t][kx] = fmaf(row[at], d[t][p], sums.acc[t][kx]);
+            }
+          }
+        }
+        MFEF_UNROLL
+        for (int t = kRows - 1; t > 0; --t) {
+          MFEF_UNROLL
+          for (int p = 0; p < kRow; ++p) d[t][p] = d[t - 1][p];
+        }
+      }
+      MFEF_UNROLL
+      for (int t = 0; t < kRows; ++t) {
+        MFEF_UNROLL
+        for (int kx = 0; kx < K; ++kx) sums.total[t][kx] += sums.acc[t][kx];
+      }
+    }
+  }
+}
+
+// The same for one tap of any k.
+template <int kRow>
+MFEF_DEVICE void add_products_of_tap(const float* x, const float* dy, const Sizes& s, int images, int half, int ky,
+                                     int kx, TileSums& sums) {
+  const int up = ky - half, left = kx - half;
+  const int w_begin = most(0, -left), w_end = least(s.width, s.width - left);
+  for (int image = 0; image < images; ++image, x += s.height * kRow, dy += s.height * kRow) {
+    for (int h = most(0, -up); h < least(s.height, s.height - up); ++h) {
+      float sum = 0.0f;
+      for (int w = w_begin; w < w_end; ++w) sum = fmaf(dy[h * kRow + w], x[(h + up) * kRow + w + left], sum);
+      sums.total[0][0] += sum;
+    }
+  }
+}
+
+template <int K>
+MFEF_DEVICE void write_sums(const TileSums& sums, int ky, float* to) {
+  MFEF_UNROLL
+  for (int t = 0; t < kTileRows; ++t) {
+    MFEF_UNROLL
+    for (int kx = 0; kx < K; ++kx) {
+      if (ky + t < K) to[(ky + t) * K + kx] = sums.total[t][kx];
+    }
+  }
+}
+
+template <int kRow>
+struct WeightGradient {
+  static MFEF_DEVICE void run(const BlockArgs& a, const Block& block) {
+    const Sizes& s = a.sizes;
+    for (int64_t index = block.index; index < int64_t(a.tiles) * a.slices; index += block.count) {
+      const int slice = int(index / a.tiles);
+      const Tile tile(s, int(index - int64_t(slice) * a.tiles));
+      const Branch& b = s.branches[tile.branch];
+      const TileShape shape(b);
+      float *x = block.shared, *dy = x + tile.in_count * a.step;
+      const int64_t end = (slice + 1) * a.slice_images < s.batch ? (slice + 1) * a.slice_images : s.batch;
+      const bool given = a.grads.dy == nullptr;
+      const int64_t pixels = s.pixels();
+      const Map grad = given ? a.grad_result : Map{a.grads.dy, {s.out * pixels, pixels, s.width, 1}};
+      Block::Registers<TileSums> registers(block);
+      block.phase([&](int thread) {
+        registers[thread] = {};
+        registers[thread].item = TileItem(b, shape, tile, thread);
+      });
+      for (int64_t first = slice * a.slice_images; first < end; first += a.pass_images) {
+        const int images = end - first < a.pass_images ? int(end - first) : a.pass_images;
+        block.phase([&](int thread) {
+          load_map<kRow>(a.x, a.element, s, first, images, b.in_first + tile.in, tile.in_count, a.step, x, thread,
+                         block.threads);
+          load_map<kRow>(grad, given ? a.element : Element::kFloat, s, first, images, b.out_first + tile.out,
+                         tile.out_count, a.step, dy, thread, block.threads);
+        });
+        block.phase([&](int thread) {
+          TileSums& sums = registers[thread];
+          const TileItem item = sums.item;
+          if (!item.owns) return;
+          const float *of_x = x + (item.in - tile.in) * a.step, *of_dy = dy + (item.out - tile.out) * a.step;
+          switch (b.k) {
+            case 3:
+              return add_products<3, kRow>(of_x, of_dy, s, images, item.ky, sums);
+            case 5:
+              return add_products<5, kRow>(of_x, of_dy, s, images, item.ky, sums);
+            case 7:
+              return add_products<7, kRow>(of_x, of_dy, s, images, item.ky, sums);
+            case 9:
+              return add_products<9, kRow>(of_x, of_dy, s, images, item.ky, sums);
+            default:
+              return add_products_of_tap<kRow>(of_x, of_dy, s, images, b.k / 2, item.ky, item.kx, sums);
+          }
+        });
+      }
+      block.phase([&](int thread) {
+        const TileSums& sums = registers[thread];
+        const TileItem item = sums.item;
+        if (!item.owns) return;
+        const int64_t per_slice = first_sum(s, s.branch_count);
+        const int64_t pair = int64_t(item.out) * b.in_per_group() + item.in % b.in_per_group();
+        float* to = a.grads.weights + slice * per_slice + first_sum(s, tile.branch) + pair * b.k * b.k;
+        switch (b.k) {
+          case 3:
+            return write_sums<3>(sums, item.ky, to);
+          case 5:
+            return write_sums<5>(sums, item.ky, to);
+          case 7:
+            return write_sums<7>(sums, item.ky, to);
+          case 9:
+            return write_sums<9>(sums, item.ky, to);
+          default:
+            to[item.ky * b.k + item.kx] = sums.total[0][0];
+        }
+      });
+    }
+  }
+};
+
+}  // namespace mfef::cuda

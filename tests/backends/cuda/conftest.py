@@ -1,0 +1,102 @@
+"""The CUDA kernels on a GPU, and without one on the host: see host.cpp.
+
+Every test of this folder that asks for ``device`` runs twice: on "cuda" where there is a GPU, and
+on "cpu" with the same code compiled by the C++ compiler in the place of the CUDA backend.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfef_ext import backends, functional, ops
+from mfef_ext.backends import cuda
+
+ROOT = Path(__file__).resolve().parents[3]
+H200 = 227 * 1024  # bytes of shared memory that a thread block may have
+SOURCES = [Path(__file__).with_name("host.cpp")]
+SOURCES += sorted(p for d in ("cuda", "common") for p in (ROOT / "csrc" / d).iterdir())
+
+
+def build() -> Path:
+    """The library, compiled anew where a source has changed; half a minute."""
+    torch_dir = Path(torch.__file__).parent
+    compiler = os.environ.get("CXX", "c++")
+    command = [
+        *(compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden"),
+        *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-I{ROOT / 'csrc'}",
+        *("-isystem", str(torch_dir / "include")),
+        *("-isystem", str(torch_dir / "include/torch/csrc/api/include")),
+        str(SOURCES[0]),
+        *(f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
+    ]
+    content = b"".join(path.read_bytes() for path in SOURCES)
+    content += " ".join([*command, torch.__version__]).encode()
+    folder = ROOT / "build" / "cuda_host"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.so"
+    with open(folder / "lock", "w") as lock:  # one of the processes of a run compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            unfinished = library.with_suffix(".tmp")
+            run = subprocess.run(
+                [*command, "-o", str(unfinished)], capture_output=True, text=True, cwd=ROOT
+            )
+            assert run.returncode == 0, run.stderr
+            unfinished.rename(library)
+    return library
+
+
+class Host:
+    """The kernels on the host: the operators' functions, and how thread blocks are run."""
+
+    def __init__(self, library: Path):
+        self._definitions = torch.library.Library("mfef_cuda_host", "FRAGMENT")
+        for op in ops.OPERATORS:
+            for name in (op, f"{op}_backward"):
+                schema = str(getattr(torch.ops.mfef, name).default._schema)
+                self._definitions.define(schema.removeprefix("mfef::"))
+        torch.ops.load_library(str(library))
+        self._settings = ctypes.CDLL(str(library)).mfef_cuda_host_settings
+        self._settings.argtypes = [ctypes.c_int64, ctypes.c_bool]
+        self.operators = ops.register("mfef_cuda_host")
+
+    def set(self, shared_limit: int = H200, backwards: bool = False) -> None:
+        """Bytes of shared memory of a thread block; whether its threads run in descending order."""
+        self._settings(shared_limit, backwards)
+
+
+@pytest.fixture(scope="session")
+def host_library() -> Host:
+    return Host(build())
+
+
+@pytest.fixture
+def host(host_library, monkeypatch):
+    """The host's kernels in the place of the CUDA backend."""
+    conditions = [
+        backends.Condition(lambda p: p.dtype in cuda.DTYPES, lambda p: f"dtype {p.dtype}"),
+    ]
+    stand_in = backends.Backend("cuda", tuple(conditions), host_library.operators)
+    monkeypatch.setattr(cuda, "BACKEND", stand_in)
+    # What has passed the checks is remembered with the function that ran it.
+    functional._passed.clear()
+    host_library.set()
+    yield host_library
+    host_library.set()
+    functional._passed.clear()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where the tensors are for which ``backend="cuda"`` runs."""
+    if request.param == "cpu":
+        request.getfixturevalue("host")
+    return request.param

@@ -1,0 +1,117 @@
+"""What the planner says, and who is told: without a GPU, for any amount of shared memory."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mfef_ext import backends, ops
+from mfef_ext.backends import cuda
+from mfef_ext.inspection import _explain_problem, doctor
+from mfef_ext.modules import MFEFBlock
+from mfef_ext.problem import Problem, describe_mfef_block
+
+H200, A100, SMALLEST = 227 * 1024, 163 * 1024, 99 * 1024
+
+
+def problem(batch, channels, height, width=None, dtype=torch.float32, groups="auto", **options):
+    """A whole block's problem as it is posed on a CUDA device."""
+    block = MFEFBlock(channels, groups=groups, device="meta", dtype=dtype, **options)
+    a = block.attention
+    described = describe_mfef_block(
+        torch.empty(batch, channels, height, width or height, device="meta", dtype=dtype),
+        list(block.conv.weights),
+        block.conv.groups,
+        a.fc1_weight, a.fc1_bias, a.fc2_weight, a.fc2_bias, a.spatial_weight,
+        block.conv.mode == "split",
+    )  # fmt: skip
+    return dataclasses.replace(described, device=torch.device("cuda"))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A device that looks like an H200, under a library that is loaded."""
+    monkeypatch.setattr(ops, "CUDA_LOADED", True)
+    monkeypatch.setattr(cuda, "shared_limit", lambda device: H200)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return monkeypatch
+
+
+PAPER = [(128, 64, 8), (128, 128, 8), (128, 256, 8), (128, 132, 8), (128, 512, 2)]
+
+
+@pytest.mark.parametrize("shape", PAPER, ids=str)
+def test_the_papers_maps_fit(shape):
+    plan = cuda.plan(problem(*shape), H200)
+    assert plan["fits"] and plan["reason"] == ""
+    for name in ("forward", "backward", "weight_gradient"):
+        assert 0 < plan[f"{name}_shared_bytes"] <= H200
+    assert plan["blocks"] * plan["images"] >= shape[0]
+
+
+def test_64_channels_need_one_stage_on_every_gpu():
+    for limit in (H200, A100, SMALLEST):
+        plan = cuda.plan(problem(128, 64, 8), limit)
+        assert plan["forward_stages"] == plan["backward_stages"] == 1
+    # twice as many blocks on a multiprocessor of 228 KiB
+    assert 2 * (cuda.plan(problem(128, 64, 8), H200)["forward_shared_bytes"] + 1024) <= 228 * 1024
+
+
+def test_less_shared_memory_means_more_stages_until_nothing_fits():
+    found = [cuda.plan(problem(128, 128, 8), limit) for limit in (H200, A100, SMALLEST)]
+    stages = [p["backward_stages"] for p in found if p["fits"]]
+    assert stages == sorted(stages) and len(stages) == 3 and stages[0] < stages[-1]
+    small = cuda.plan(problem(128, 256, 8), SMALLEST)
+    assert not small["fits"]
+    assert "256 x 8 x 8 takes" in small["reason"] and "has 99" in small["reason"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((1, 64, 56), "a map of 56 x 56 is wider than 16 pixels"),
+        ((1, 512, 14), "an image of 512 x 14 x 14 takes"),
+        ((1, 64, 2**20, 4), "does not fit into a thread block"),
+        ((1, 2**22, 1), "does not fit into a thread block"),
+    ],
+)
+def test_what_does_not_fit(shape, reason):
+    plan = cuda.plan(problem(*shape, spatial_kernel_size=3), H200)
+    assert not plan["fits"] and reason in plan["reason"]
+
+
+def test_tiny_images_share_a_thread_block_once_there_are_enough():
+    images = [cuda.plan(problem(n, 64, 2), H200)["images"] for n in (1, 128, 1024, 100_000)]
+    assert images == [1, 1, 4, 16]
+
+
+def test_sums_do_not_depend_on_the_amount_of_shared_memory():
+    one, other = (cuda.plan(problem(128, 128, 8), limit) for limit in (H200, SMALLEST))
+    for key in ("images", "weight_gradient_tiles", "weight_gradient_slices"):
+        assert one[key] == other[key]
+
+
+def test_reasons(gpu):
+    supports = cuda.BACKEND.supports
+    assert supports(problem(128, 64, 8)) == (True, "")
+    assert supports(problem(1, 64, 8, dtype=torch.float64))[1].startswith("dtype torch.float64")
+    assert "wider than 16 pixels" in supports(problem(1, 64, 56))[1]
+    many = problem(1, 17, 4, kernel_sizes=(3,) * 17)
+    assert supports(many)[1] == "17 branches are more than 16"
+    kd = Problem("kd_loss", 2, 10, 1, 1, torch.float32, torch.device("cuda"))
+    assert supports(kd)[1] == "it has no kernel for kd_loss"
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "(7, 5), below 8.0" in supports(problem(128, 64, 8))[1]
+    gpu.setattr(ops, "CUDA_LOADED", False)
+    assert supports(problem(128, 64, 8))[1].startswith("its library is not loaded (")
+
+
+def test_not_chosen_by_itself_before_hardware_has_run_it(gpu):
+    one = problem(128, 64, 8)
+    assert not cuda.BACKEND.verified
+    assert backends.choose(one).name == "reference"
+    assert backends.choose(one, "cuda").name == "cuda"
+    text = "\n".join(_explain_problem(one, "cuda"))
+    assert "runs on: cuda (forced)" in text and "small-map plan: 128 thread block(s)" in text
+    assert "cuda: could, but has not run on hardware yet" in "\n".join(_explain_problem(one, None))
+    assert "cuda: dual_attention, mfef_block, multi_scale_conv2d; not run on hardware" in doctor()

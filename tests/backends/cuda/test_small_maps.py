@@ -1,0 +1,433 @@
+"""The kernels for maps that fit on the chip, block by block, against the float64 reference."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from mfef_ext import functional, reference
+from mfef_ext.modules import MFEFBlock
+from tests.accuracy import (
+    check_block,
+    factor,
+    largest,
+    make_case,
+    run_block,
+    unit_in_the_last_place,
+)
+from tests.ops.test_accuracy import strided
+from tests.ops.test_contracts import tied_case
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+A100, SMALLEST = 163 * 1024, 99 * 1024
+EXAMPLES = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    phases=(Phase.generate,),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@st.composite
+def blocks(draw):
+    """Every width of a row, compiled and other kernel sizes, whole and partial blocks of images."""
+    sizes = draw(st.lists(st.sampled_from([1, 3, 5, 7, 9, 11]), min_size=1, max_size=4))
+    channels = draw(st.integers(len(sizes), 24))
+    return {
+        "shape": (
+            draw(st.sampled_from([1, 2, 3, 5])),
+            channels,
+            draw(st.integers(1, 12)),
+            draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 11, 14, 16])),
+        ),
+        "kernel_sizes": sizes,
+        "split": draw(st.booleans()),
+        "reduction": draw(st.sampled_from([1, 4, 16])),
+        "spatial_kernel_size": draw(st.sampled_from([1, 3, 7])),
+        "biases": draw(st.booleans()),
+        "seed": draw(st.integers(0, 100)),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@EXAMPLES
+@given(arguments=blocks(), layout=st.sampled_from(LAYOUTS))
+def test_random_blocks(device, dtype, arguments, layout):
+    check_block(dtype, layout, backend="cuda", device=device, **arguments)
+
+
+# The paper's and DenseNets' maps, dense groups, all branches on all channels, kernels of any size.
+SHAPES = [
+    ((3, 64, 8, 8), {}),
+    ((2, 128, 8, 8), {}),
+    ((1, 256, 8, 8), {}),  # one branch at a time
+    ((2, 132, 8, 8), {}),
+    ((5, 512, 2, 2), {}),
+    ((2, 64, 7, 7), {}),
+    ((1, 48, 14, 14), {}),
+    ((2, 96, 8, 8), {"groups": (1, 1, 1, 1)}),
+    ((2, 32, 8, 8), {"split": False}),
+    ((2, 8, 9, 9), {"kernel_sizes": (21, 3), "spatial_kernel_size": 15}),
+    ((2, 6, 1, 1), {"kernel_sizes": (3,)}),
+    ((1, 4, 40, 3), {"kernel_sizes": (3, 9)}),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "options"), SHAPES, ids=str)
+def test_shapes_that_users_have(device, dtype, shape, options):
+    check_block(dtype, shape=shape, backend="cuda", device=device, **options)
+
+
+@pytest.mark.parametrize("limit", [A100, SMALLEST])
+def test_stages_of_weights_do_not_change_a_bit(host, limit):
+    """A device with less shared memory has the weights of a convolution in more stages."""
+    case = make_case((2, 128, 8, 8), dtype=torch.float32).cast(torch.float32)
+    wanted = run_block(case, functional.mfef_block, backend="cuda")
+    host.set(shared_limit=limit)
+    for a, b in zip(wanted, run_block(case, functional.mfef_block, backend="cuda"), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("shape", [(3, 24, 8, 8), (600, 8, 2, 2), (2, 9, 3, 14), (2, 68, 6, 4)])
+def test_threads_of_a_phase_do_not_depend_on_one_another(host, shape, split):
+    """The same bits with the threads of every phase in descending order: no race."""
+    case = make_case(shape, split=split, dtype=torch.float32).cast(torch.float32)
+    bias = torch.randn(shape[1])
+    weights = [w.detach() for w in case.weights]
+
+    def run():
+        out = run_block(case, functional.mfef_block, backend="cuda")
+        arguments = (case.x.detach(), weights, case.groups, split, bias)
+        out.append(functional.multi_scale_conv2d(*arguments, backend="cuda"))
+        backward = torch.ops.mfef_cuda_host.multi_scale_conv2d_backward
+        grad_x, grads, grad_bias = backward(case.grad, *arguments, True, True)
+        return [*out, grad_x, *grads, grad_bias]
+
+    ascending = run()
+    host.set(backwards=True)
+    for a, b in zip(ascending, run(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_multi_scale_conv2d_with_bias(device, dtype):
+    """The bias, which the block does not have: output and gradient, by the same rule."""
+    ours, eager = [0.0, 0.0], [0.0, 0.0]
+    for seed in range(5):
+        case = make_case((5, 24, 6, 7), dtype=dtype, seed=seed)
+        bias = torch.randn(24, dtype=torch.float64).to(dtype).double()
+
+        def run(f, d, where="cpu", case=case, bias=bias, **kw):
+            b = bias.to(where, d).requires_grad_()
+            at = case.cast(d, where)
+            out = f(at.x, at.weights, at.groups, True, b, **kw)
+            (grad,) = torch.autograd.grad(out, b, at.grad)
+            return out.detach().cpu().double(), grad.cpu().double()
+
+        wanted = run(reference.multi_scale_conv2d, torch.float64)
+        got = run(functional.multi_scale_conv2d, dtype, device, backend="cuda")
+        plain = run(reference.multi_scale_conv2d, dtype)
+        for i in range(2):
+            ulp = unit_in_the_last_place(wanted[i], dtype)
+            ours[i] = max(ours[i], largest(got[i] - wanted[i]) / ulp)
+            eager[i] = max(eager[i], largest(plain[i] - wanted[i]) / ulp)
+    for o, e in zip(ours, eager, strict=True):
+        assert o <= factor(dtype) * e + 1
+
+
+def test_dual_attention_alone_is_the_blocks_second_half(device):
+    """The two halves share the block's inner code: the same numbers, to the last bit."""
+    case = make_case((5, 32, 8, 8), dtype=torch.float32).cast(torch.float32, device)
+    y = functional.multi_scale_conv2d(case.x, case.weights, case.groups, backend="cuda")
+    halves = functional.dual_attention(y, *case.attention, backend="cuda")
+    arguments = (case.x, case.weights, case.groups, *case.attention)
+    block = functional.mfef_block(*arguments, backend="cuda")
+    assert torch.equal(halves, block)
+    one = torch.autograd.grad(halves, case.leaves(), case.grad)
+    other = torch.autograd.grad(block, case.leaves(), case.grad)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["slice", "transposed", "every second", "channels_last slice"])
+def test_any_strides_give_the_same_bits(device, dtype, how):
+    """Inputs, weights and incoming gradients that are views of larger tensors full of NaN."""
+    case = make_case((3, 20, 5, 6), dtype=dtype).cast(dtype, device)
+
+    def run(x, weights, grad):
+        x = x.detach().requires_grad_()
+        weights = [w.detach().requires_grad_() for w in weights]
+        out = functional.mfef_block(x, weights, case.groups, *case.attention, backend="cuda")
+        return [out, *torch.autograd.grad(out, [x, *weights], grad)]
+
+    plain = run(case.x, case.weights, case.grad)
+    weights = [strided(w, "slice") for w in case.weights]
+    odd = run(strided(case.x, how), weights, strided(case.grad, how))
+    for a, b in zip(plain, odd, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 5, 6), (3, 20, 5, 8)])
+def test_layouts_are_kept_and_agree(device, shape):
+    case = make_case(shape, dtype=torch.float32).cast(torch.float32, device)
+    results = []
+    for layout in LAYOUTS:
+        x = case.x.detach().contiguous(memory_format=layout).requires_grad_()
+        grad = case.grad.contiguous(memory_format=layout)
+        out = functional.mfef_block(x, case.weights, case.groups, *case.attention, backend="cuda")
+        grads = torch.autograd.grad(out, [x, *case.leaves()[1:]], grad)
+        assert out.is_contiguous(memory_format=layout)
+        assert grads[0].is_contiguous(memory_format=layout)
+        results.append((out, *grads))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_expanded_gradient(device):
+    """sum().backward() sends a gradient with strides of 0."""
+    case = make_case((3, 8, 4, 4), kernel_sizes=(3, 5), dtype=torch.float32)
+    case.grad = torch.ones_like(case.grad)
+    low = case.cast(torch.float32, device)
+    arguments = (low.x, low.weights, low.groups, *low.attention)
+    expected = run_block(low, functional.mfef_block, backend="cuda")
+    functional.mfef_block(*arguments, backend="cuda").sum().backward()
+    assert torch.equal(low.x.grad, expected[1])
+
+
+def test_gradients_have_the_strides_of_the_weights(device):
+    case = make_case((3, 8, 4, 4), kernel_sizes=(3, 5), dtype=torch.float32)
+    case = case.cast(torch.float32, device)
+    expected = run_block(case, functional.mfef_block, backend="cuda")[2:]
+    weights = [
+        w.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        for w in case.weights
+    ]
+    out = functional.mfef_block(case.x, weights, case.groups, *case.attention, backend="cuda")
+    for w, g, e in zip(
+        weights, torch.autograd.grad(out, weights, case.grad), expected, strict=False
+    ):
+        assert g.stride() == w.stride() and torch.equal(g, e)
+
+
+@pytest.mark.parametrize("wanted", ["x", "weights", "attention", "fc2_weight"])
+def test_gradients_for_some_inputs_only(device, wanted):
+    case = make_case((3, 12, 5, 5), kernel_sizes=(3, 5), dtype=torch.float32)
+    case = case.cast(torch.float32, device)
+    arguments = (case.x, case.weights, case.groups, *case.attention)
+    full = functional.mfef_block(*arguments, backend="cuda")
+    chosen = {
+        "x": [case.x],
+        "weights": case.weights,
+        "attention": case.attention,
+        "fc2_weight": [case.attention[2]],
+    }[wanted]
+    expected = torch.autograd.grad(full, chosen, case.grad)
+    kept = {id(t) for t in chosen}
+    for leaf in case.leaves():
+        leaf.requires_grad_(id(leaf) in kept)
+    out = functional.mfef_block(*arguments, backend="cuda")
+    assert torch.equal(out, full)
+    for a, b in zip(torch.autograd.grad(out, chosen, case.grad), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(1100, 8, 2, 2), (7, 12, 6, 6)])
+def test_an_image_does_not_depend_on_its_neighbours(device, shape):
+    """Nor on how many images share a thread block, nor on the last block being a partial one."""
+    case = make_case((1, *shape[1:]), kernel_sizes=(3, 5), dtype=torch.float32)
+    case = case.cast(torch.float32, device)
+    arguments = (case.weights, case.groups, *case.attention)
+    x, grad = torch.randn(2, *shape, device=device)
+
+    def run(images):
+        leaf = x[images].requires_grad_()
+        out = functional.mfef_block(leaf, *arguments, backend="cuda")
+        return out, torch.autograd.grad(out, leaf, grad[images])[0]
+
+    whole = run(slice(None))
+    for image in (0, shape[0] // 2, shape[0] - 1):
+        for a, b in zip(run(slice(image, image + 1)), whole, strict=True):
+            assert torch.equal(a[0], b[image])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_empty_batch(device, dtype, layout):
+    block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto", backend="cuda", dtype=dtype)
+    block = block.to(device)
+    x = torch.randn(0, 8, 5, 4, dtype=dtype, device=device)
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    out = block(x)
+    assert out.shape == (0, 8, 5, 4)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    for p in block.parameters():
+        assert torch.equal(p.grad, torch.zeros_like(p))
+    weights, bias = [torch.randn(4, 4, 3, 3, device=device)], torch.randn(4, device=device)
+    parameters = [t.requires_grad_() for t in (*weights, bias)]
+    empty = torch.randn(0, 4, 5, 5, device=device)
+    out = functional.multi_scale_conv2d(empty, weights, [1], bias=bias, backend="cuda")
+    for g in torch.autograd.grad(out.sum(), parameters):
+        assert not g.any()
+
+
+def test_ties_go_to_the_first_element(device):
+    """All gates are 1/2 exactly, so y's ties are z's: the first pixel, the lowest channel."""
+    y, parameters = tied_case(torch.float32)
+    grad = torch.randn(y.shape)
+
+    def run(f, where, **kw):
+        leaves = [t.detach().to(where).requires_grad_() for t in (y, *parameters)]
+        grads = torch.autograd.grad(f(*leaves, **kw), leaves, grad.to(where))
+        return [g.cpu() for g in grads]
+
+    ours = run(functional.dual_attention, device, backend="cuda")
+    for a, b in zip(ours, run(reference.dual_attention, "cpu"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_tensors_are_those_of_the_cpu(device):
+    """Shapes, dtypes and layouts as csrc/ops.cpp has them; indices are the first of their ties."""
+    y, parameters = tied_case(torch.float32)
+    y, *parameters = (t.detach().to(device) for t in (y, *parameters))
+    namespace = torch.ops.mfef if device == "cuda" else torch.ops.mfef_cuda_host
+    ours = namespace.dual_attention(y, *parameters, True)
+    cpu = torch.ops.mfef.dual_attention(y.cpu(), *(p.cpu() for p in parameters), True)
+    for a, b in zip(ours, cpu, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+        if a.dtype == torch.int32:
+            assert torch.equal(a.cpu(), b)
+        else:
+            torch.testing.assert_close(a.cpu(), b)
+    assert all(t.numel() == 0 for t in namespace.dual_attention(y, *parameters, False)[1:])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("width", [6, 8])
+def test_nan_and_infinity_pass_through(device, value, width):
+    """They appear where PyTorch has them, and in no other image."""
+    case = make_case((5, 12, 6, width), kernel_sizes=(3, 5), dtype=torch.float32)
+    low = case.cast(torch.float32, device)
+    arguments = (low.weights, low.groups, *low.attention)
+    clean = functional.mfef_block(low.x, *arguments, backend="cuda")
+    with torch.no_grad():
+        for c in (case, low):
+            c.x[3, 3, 2, 2] = value
+    got = functional.mfef_block(low.x, *arguments, backend="cuda")
+    plain = case.cast(torch.float32)
+    wanted = reference.mfef_block(plain.x, plain.weights, plain.groups, *plain.attention)
+    assert torch.equal(got.isnan().cpu(), wanted.isnan())
+    others = [0, 1, 2, 4]
+    assert torch.equal(got[others], clean[others])
+
+
+def test_extreme_logits_saturate(device):
+    y = torch.randn(3, 4, 3, 3)
+    for scale in (1e4, -1e4, 1e30, -1e30):
+        parameters = [
+            torch.zeros(1, 4),
+            torch.ones(1),
+            torch.full((4, 1), scale),
+            torch.zeros(4),
+            torch.zeros(1, 2, 3, 3),
+        ]
+        moved = [t.to(device) for t in (y, *parameters)]
+        got = functional.dual_attention(*moved, backend="cuda")
+        torch.testing.assert_close(got.cpu(), reference.dual_attention(y, *parameters))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_opcheck(device, layout):
+    block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto").to(device)
+    a = block.attention
+    x = torch.randn(2, 8, 4, 5, device=device).contiguous(memory_format=layout).requires_grad_()
+    namespace = torch.ops.mfef if device == "cuda" else torch.ops.mfef_cuda_host
+    torch.library.opcheck(
+        namespace.mfef_block.default,
+        (
+            x, list(block.conv.weights), list(block.conv.groups), True,
+            a.fc1_weight, a.fc1_bias, a.fc2_weight, a.fc2_bias, a.spatial_weight, True,
+        ),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )  # fmt: skip
+
+
+def test_compiles_without_graph_breaks(device):
+    block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto", backend="cuda").to(device)
+    x = torch.randn(2, 8, 4, 5, device=device, requires_grad=True)
+    out = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    (wanted,) = torch.autograd.grad(block(x).square().sum(), x)
+    assert torch.equal(grad, wanted)
+
+
+def test_more_branches_than_a_launch_can_take_are_refused(host):
+    weights = [torch.randn(1, 1, 1, 1) for _ in range(17)]
+    with pytest.raises(RuntimeError, match="17 branches, at most 16"):
+        functional.multi_scale_conv2d(torch.randn(1, 17, 2, 2), weights, [1] * 17, backend="cuda")
+
+
+def test_what_does_not_fit_is_refused_by_the_operator(host):
+    _, parameters = tied_case(torch.float32)
+    wide = torch.randn(1, 6, 4, 17)
+    with pytest.raises(RuntimeError, match="4 x 17 is wider than 16 pixels"):
+        functional.dual_attention(wide, *parameters, backend="cuda")
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_wrong_indices_of_a_direct_call_stay_in_the_map(host, wrong):
+    y, parameters = tied_case(torch.float32)
+    arguments = [y.detach(), *(p.detach() for p in parameters)]
+    _, *saved = torch.ops.mfef_cuda_host.dual_attention(*arguments, True)
+    saved[2].fill_(wrong)
+    saved[4].fill_(wrong)
+    backward = torch.ops.mfef_cuda_host.dual_attention_backward
+    for grad in backward(torch.ones_like(y), *arguments, *saved, True, True):
+        assert grad.isfinite().all()
+
+
+# --- what only a GPU shows --------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_repeats_on_two_streams_are_bit_identical():
+    case = make_case((70, 24, 8, 8), dtype=torch.bfloat16).cast(torch.bfloat16, "cuda")
+    first = run_block(case, functional.mfef_block, backend="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.synchronize()
+        second = run_block(case, functional.mfef_block, backend="cuda")
+        torch.cuda.synchronize()
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    case = make_case((9, 64, 8, 8), dtype=torch.float32).cast(torch.float32, "cuda")
+    wanted = run_block(case, functional.mfef_block, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_block(case, functional.mfef_block, backend="cuda")
+    graph.replay()
+    for a, b in zip(wanted, captured, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_than_2_31_elements():
+    """Offsets are 64 bits wide: the last images of 2^31 + elements come out right."""
+    n = 2**31 // (64 * 8 * 8) + 40
+    x = torch.zeros(n, 64, 8, 8, dtype=torch.bfloat16, device="cuda")
+    x[-20:] = torch.randn(20, 64, 8, 8, device="cuda")
+    case = make_case((20, 64, 8, 8), dtype=torch.bfloat16).cast(torch.bfloat16, "cuda")
+    arguments = (case.weights, case.groups, *case.attention)
+    with torch.no_grad():
+        out = functional.mfef_block(x, *arguments, backend="cuda")
+        last = functional.mfef_block(x[-20:], *arguments, backend="cuda")
+    assert torch.equal(out[-20:], last)
