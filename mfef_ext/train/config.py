@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ class TrainConfig:
     """CPU threads; None: one less than PyTorch would take, unless OMP_NUM_THREADS says."""
     device: str = "cpu"
     """Where to train: cpu, cuda or cuda:N."""
+    tensorboard: bool = False
+    """Also write every epoch's metrics for TensorBoard, into the folder tensorboard."""
     out: Path | None = None
     """A new or empty folder for the results; None: the next free runs/METHOD-DATASET-NNN."""
 
@@ -205,6 +208,8 @@ class TrainConfig:
             "must be 0 or more, or None",
         )
         _check(0 <= self.validation < 0.9, "--validation", self.validation, "must be in [0, 0.9)")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise UsageError("--tensorboard needs tensorboard; run: pip install tensorboard")
         for drop in self.lr_drops:
             _check(0 < drop <= 1, "--lr-drops", drop, "must be above 0 and at most 1")
 

@@ -57,6 +57,18 @@ class Run:
             "versions": {"mfef_ext": __version__, "torch": str(torch.__version__)},
         }
 
+    def about(self, student: int) -> dict[str, Any]:
+        """What someone who has only the student's weights needs to know, as plain values."""
+        return {
+            "dataset": self.dataset.name,
+            "classes": self.dataset.classes,
+            "input_shape": self.dataset.shape,
+            "mean": self.dataset.mean,
+            "std": self.dataset.std,
+            "epoch": len(self.rows),
+            "test_accuracy": self.rows[-1][f"test/student{student}"],
+        }
+
     def save(self, name: str) -> None:
         """Writes the state after the last whole epoch as the checkpoint ``name``."""
         state = {
@@ -71,8 +83,9 @@ class Run:
         checkpoint.save(self.path / name, state)
 
 
-def prepare(config: TrainConfig) -> Run:
-    """Data and students on the device, weights drawn from the seed, and a new run folder.
+def prepare(config: TrainConfig, path: Path | None = None) -> Run:
+    """Data and students on the device, weights drawn from the seed, and a new run folder, unless
+    ``path`` is one that exists.
 
     Raises UsageError, before anything is written, if an option, the device or the backend does
     not work out.
@@ -97,7 +110,7 @@ def prepare(config: TrainConfig) -> Run:
     specs = [StudentSpec(s, channels, classes, strides_for(height)) for s in config.students]
     options = config.method_options()
     if config.teacher is not None:
-        options["teacher"] = _teacher(config.teacher, dataset)
+        options["teacher"], _ = load_student_for(dataset, config.teacher, "--teacher")
         if "teacher_tap" in method_options(config.method):
             options["teacher_tap"] = LAST_MAP
     try:
@@ -132,12 +145,15 @@ def prepare(config: TrainConfig) -> Run:
         weight_decay=config.weight_decay,
         nesterov=True,
     )
-    path = folder.create(config.out, f"{config.method}-{config.dataset}")
+    path = path or folder.create(config.out, f"{config.method}-{config.dataset}")
     return Run(config, path, dataset, specs, distiller, optimizer)
 
 
-def _teacher(path: Path, dataset: data.Dataset) -> nn.Module:
-    """The trained network in ``path``; UsageError unless it knows the images and classes."""
+def load_student_for(
+    dataset: data.Dataset, path: Path, flag: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network in ``path`` and what its .json says; UsageError unless it was trained for
+    the images and classes of ``dataset``. ``flag``: the option that named it."""
     network, about = checkpoint.load_student(path)
     for what, learnt, here in (
         ("classes", about["classes"], dataset.classes),
@@ -145,10 +161,10 @@ def _teacher(path: Path, dataset: data.Dataset) -> nn.Module:
     ):
         if list(learnt) != list(here):
             raise UsageError(
-                f"--teacher={path} was trained for {what} {tuple(learnt)}, but {dataset.name} has "
+                f"{flag}={path} was trained for {what} {tuple(learnt)}, but {dataset.name} has "
                 f"{tuple(here)}; train it on this data set"
             )
-    return network
+    return network, about
 
 
 def train(config: TrainConfig, display: Display) -> Run:
@@ -159,6 +175,8 @@ def train(config: TrainConfig, display: Display) -> Run:
     """
     run = prepare(config)
     folder.write_json(run.path / "config.json", run.resolved)
+    if config.tensorboard:
+        display.record(run.path / "tensorboard")
     run.save("last.ckpt")  # so that there is one from the first step on
     clock = HeadClock(run.distiller.method, run.dataset.train.x.device)
     with _stop_requests() as requests:
@@ -169,16 +187,7 @@ def train(config: TrainConfig, display: Display) -> Run:
             error.folder = run.path
             raise
     for i, (student, spec) in enumerate(zip(run.distiller.students, run.specs, strict=True)):
-        about = {
-            "dataset": run.dataset.name,
-            "classes": run.dataset.classes,
-            "input_shape": run.dataset.shape,
-            "mean": run.dataset.mean,
-            "std": run.dataset.std,
-            "epoch": config.epochs,
-            "test_accuracy": run.rows[-1][f"test/student{i}"],
-        }
-        checkpoint.save_student(run.path / f"student{i}.safetensors", student, spec, about)
+        checkpoint.save_student(run.path / f"student{i}.safetensors", student, spec, run.about(i))
     return run
 
 
