@@ -66,7 +66,8 @@ def export(
             answers: Answers = load_student(file)[0]
         else:
             write = _torch_export if format == "torch-export" else _onnx
-            answers = write(file, network, x[:2], about)
+            # What it is shown goes into the file, and no image of the data set is to.
+            answers = write(file, network, torch.zeros_like(x[:2]), about)
         tolerance = ONNX_TOLERANCE if format == "onnx" else 0.0
         _compare(answers, network, x, tolerance, out)
         for written in file.parent.iterdir():
@@ -102,6 +103,7 @@ def _onnx(file: Path, network: nn.Module, x: Tensor, about: dict[str, Any]) -> A
         verbose=False,
         input_names=["images"],
         output_names=["logits"],
+        dynamic_shapes=({0: "batch"},),  # for its name alone: the program is made already
     )
     assert program is not None  # that is for the other exporter
     model = program.model_proto

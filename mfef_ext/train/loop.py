@@ -51,7 +51,6 @@ class Run:
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.config).items()}
         return plain | {
             **chosen,
-            "ramp_epochs": self.config.ramp_length,
             "threads": torch.get_num_threads(),
             "out": str(self.path),
             "versions": {"mfef_ext": __version__, "torch": str(torch.__version__)},

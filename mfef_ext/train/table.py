@@ -11,6 +11,7 @@ from typing import Any
 
 from . import UsageError
 from .checkpoint import CheckpointError
+from .config import METHOD_OPTIONS
 
 # Runs that differ in nothing else are one experiment, repeated. Threads change rounding alone.
 _NOT_COMPARED = ("seed", "out", "threads", "tensorboard")
@@ -53,11 +54,7 @@ def table(paths: Sequence[Path]) -> str:
                 )
         same.append(run)
     options = dict.fromkeys(name for run in runs for name in run.experiment)
-    differ = [
-        name
-        for name in options
-        if name not in _ALWAYS_SHOWN and len({run.experiment.get(name) for run in runs}) > 1
-    ]
+    differ = [name for name in options if name not in _ALWAYS_SHOWN and _differs(name, runs)]
     head = [*_ALWAYS_SHOWN, *differ, "seeds", "role", "last epoch, %", "best epoch, %", "best on"]
     lines = [head, ["---"] * (len(head) - 3) + ["---:", "---:", "---"]]
     for same in groups.values():
@@ -77,6 +74,16 @@ def table(paths: Sequence[Path]) -> str:
     if unfinished:
         text.append(f"Left out, as they have not come to their end: {', '.join(unfinished)}.")
     return "\n".join(text)
+
+
+def _differs(name: str, runs: list[FinishedRun]) -> bool:
+    """Whether runs have different values of an option; of one that is a method's own, runs with the
+    same method."""
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        comparable = run.experiment["method"] if name in METHOD_OPTIONS else ""
+        values.setdefault(comparable, set()).add(run.experiment.get(name, ""))
+    return any(len(found) > 1 for found in values.values())
 
 
 def _run_folders(path: Path) -> list[Path]:
@@ -109,6 +116,8 @@ def _read(path: Path) -> FinishedRun:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, dict):
         return ", ".join(f"{k} {v}" for k, v in value.items())
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

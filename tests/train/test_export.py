@@ -44,6 +44,8 @@ from onnx.reference import ReferenceEvaluator
 model = onnx.load(file)
 assert '"classes": ["0", "1"' in {p.key: p.value for p in model.metadata_props}["about"]
 assert {o.domain for o in model.opset_import} == {""}
+for value in (*model.graph.input, *model.graph.output):
+    assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
 evaluator = ReferenceEvaluator(model)
 for n in (1, 2, 5):
     (logits,) = evaluator.run(None, {"images": expected["x"][:n].numpy()})
@@ -70,6 +72,8 @@ def test_reloads_without_this_package(trained, tmp_path, capsys, format):
     beside = {"out.json"} if format == "safetensors" else set()
     assert {p.name for p in tmp_path.iterdir()} == {"expected.pt", file.name} | beside
     assert b"mfef" not in file.read_bytes()
+    weights = sum(t.nbytes for t in student.state_dict().values())
+    assert file.stat().st_size < 1.5 * weights  # no images of the data set
     code = ELSEWHERE + RELOAD[format]
     command = [sys.executable, "-c", code, str(file), str(tmp_path / "expected.pt")]
     subprocess.run(command, check=True, cwd=tmp_path)

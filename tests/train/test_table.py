@@ -11,6 +11,8 @@ CONFIG = {
     "dataset": "digits",
     "students": ["resnet8", "resnet8"],
     "fusion": True,
+    "temperature": 3.0,
+    "lr": 0.1,
     "threads": 1,
     "versions": {"mfef_ext": "0.1.0", "torch": "2.15.0"},
 }
@@ -64,7 +66,9 @@ def test_other_configurations_are_told_apart_by_what_differs(tmp_path, capsys):
     run(tmp_path / "a", 0, {"students": 97.0})
     run(tmp_path / "b", 1, {"students": 98.0}, threads=2, tensorboard=True)
     run(tmp_path / "c", 0, {"students": 96.0}, fusion=False)
-    run(tmp_path / "d", 0, {"students": 95.0}, method="ce", chosen_on="test")
+    # Another temperature goes with another method; another learning rate is to be seen.
+    ce = {"method": "ce", "chosen_on": "test", "temperature": None}
+    run(tmp_path / "d", 0, {"students": 95.0}, **ce)
     rows, out = table(capsys, tmp_path)  # a folder of runs
     assert rows[0][3:5] == ["fusion", "seeds"]
     assert [[*row[:1], *row[3:5], row[6]] for row in rows[2:]] == [
@@ -74,6 +78,14 @@ def test_other_configurations_are_told_apart_by_what_differs(tmp_path, capsys):
     ]
     assert [row[-1] for row in rows[2:]] == ["validation", "validation", "test"]
     assert "that column flatters" in out
+
+
+def test_what_methods_share_is_shown_where_it_differs(tmp_path, capsys):
+    run(tmp_path / "a", 0, {"students": 97.0})
+    run(tmp_path / "b", 0, {"students": 98.0}, method="ce", temperature=None, lr=0.05)
+    rows, _ = table(capsys, tmp_path)
+    assert rows[0][:5] == ["method", "dataset", "students", "lr", "seeds"]
+    assert [row[3] for row in rows[2:]] == ["0.1", "0.05"]
 
 
 def test_an_option_that_only_one_knows_is_a_difference(tmp_path, capsys):
