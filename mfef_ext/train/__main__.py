@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from . import InterruptedByUser, NotFiniteError, UsageError, folder, missing_extras
@@ -94,6 +95,8 @@ def _train_and_report(config: TrainConfig) -> None:
     from .display import Display
 
     config.check()
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise UsageError("--tensorboard needs a package; run: pip install tensorboard")
     try:
         build_info()
     except ValueError as error:  # MFEF_USE_ISA names what this processor has not

@@ -7,7 +7,6 @@ import os
 import re
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +207,6 @@ class TrainConfig:
             "must be 0 or more, or None",
         )
         _check(0 <= self.validation < 0.9, "--validation", self.validation, "must be in [0, 0.9)")
-        if self.tensorboard and find_spec("tensorboard") is None:
-            raise UsageError("--tensorboard needs tensorboard; run: pip install tensorboard")
         for drop in self.lr_drops:
             _check(0 < drop <= 1, "--lr-drops", drop, "must be above 0 and at most 1")
 

@@ -25,7 +25,9 @@ def restore(path: Path, which: str, device: str | None = None) -> Run:
     state = load(file)
     if not state["metrics"]:
         raise UsageError(f"{file} is from before the end of the first epoch; train the run first")
-    saved = state["config"] | ({} if device is None else {"device": device})
+    saved = state["config"]
+    if device is not None:  # which chooses its own backend
+        saved |= {"device": device, "backend": None}
     options = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}
     for f in fields(TrainConfig):
         if "Path" in str(f.type) and options.get(f.name) is not None:

@@ -22,9 +22,9 @@ SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onn
 # Test images on which an exported student must answer as the trained one does. ONNX's own evaluator
 # is numpy, for which a few are enough work.
 IMAGES, ONNX_IMAGES = 256, 16
-# Another implementation adds in another order: the largest difference of two logits, as a share of
-# the largest logit.
-ONNX_TOLERANCE = 1e-5
+# Another implementation adds in another order. The largest difference of two logits, as a share of
+# the largest logit: 3e-7 was seen with the networks here, up to 4e-6 with torchvision's.
+ONNX_TOLERANCE = 3e-5
 
 # Logits for images (N, C, H, W), by the file that was written.
 Answers = Callable[[Tensor], Tensor]

@@ -77,6 +77,16 @@ def test_refused_in_one_sentence(trained, tmp_path, capsys, argv, status, words)
     assert all(any(w in captured.err for w in word.split("|")) for word in words)
 
 
+def test_another_device_chooses_its_own_backend(trained, tmp_path, capsys):
+    state = checkpoint.load(trained / "last.ckpt")
+    state["config"] |= {"device": "cpu", "backend": "cuda"}
+    checkpoint.save(tmp_path / "last.ckpt", state)
+    assert cli.main(["eval", str(tmp_path)]) == 2
+    assert "--backend=cuda does not work here" in capsys.readouterr().err
+    _, out = evaluated(capsys, tmp_path, "--device", "cpu")
+    assert "Not as" not in out
+
+
 def test_before_the_first_epoch_there_is_nothing_to_score(trained, tmp_path, capsys):
     state = checkpoint.load(trained / "last.ckpt")
     checkpoint.save(tmp_path / "last.ckpt", state | {"metrics": [], "epoch": 0})

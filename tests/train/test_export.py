@@ -50,7 +50,7 @@ evaluator = ReferenceEvaluator(model)
 for n in (1, 2, 5):
     (logits,) = evaluator.run(None, {"images": expected["x"][:n].numpy()})
     wanted = expected[f"logits{n}"]
-    assert (torch.from_numpy(logits) - wanted).abs().max() <= 1e-5 * wanted.abs().max(), n
+    assert (torch.from_numpy(logits) - wanted).abs().max() <= 3e-5 * wanted.abs().max(), n
 """,
 }
 
