@@ -53,7 +53,7 @@ def _run(argv: Sequence[str] | None) -> int:
     plot = commands.add_parser("plot", help="curves, confusion, diversity, t-SNE and gates as PNG")
     for command in (evaluate, export, plot):
         command.add_argument("path", type=Path, metavar="RUN", help="a run folder")
-        command.add_argument("--checkpoint", choices=("last", "best"), default="last")
+        command.add_argument("--checkpoint", choices=("last", "previous", "best"), default="last")
         command.add_argument("--device", help="where to compute; where it was trained by default")
     evaluate.add_argument(
         "--student", type=Path, metavar="FILE", help="score this .safetensors file instead"

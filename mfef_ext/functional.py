@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import backends, problem
 
-__all__ = ["dual_attention", "kd_loss", "mfef_block", "multi_scale_conv2d"]
+__all__ = ["dual_attention", "kd_loss", "kd_losses", "mfef_block", "multi_scale_conv2d"]
 
 # The functions to call for arguments like those that have passed all checks before. To describe
 # arguments anew takes longer than the forward of one small image.
@@ -168,3 +168,33 @@ def kd_loss(
     described = problem.describe_kd_loss(student, target, temperature)
     run = backends.choose(described, backend).operators["kd_loss"]
     return run(student, target, temperature, detach_target=detach_target)
+
+
+def kd_losses(
+    students: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    temperature: float = 3.0,
+    *,
+    detach_target: bool = True,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """``[kd_loss(s, t) for s, t in zip(students, targets)]``, for all of a step.
+
+    In one launch each way where the backend that runs them has such a kernel and they are of one
+    shape; else they are exactly those calls. Arguments and errors as in :func:`kd_loss`.
+    """
+    described = [
+        problem.describe_kd_loss(student, target, temperature)
+        for student, target in zip(students, targets, strict=True)
+    ]
+    if not described:
+        return []
+    chosen = [backends.choose(one, backend).operators for one in described]
+    alike = all(one == described[0] for one in described)
+    if alike and len(described) > 1 and "kd_losses" in chosen[0]:
+        run = chosen[0]["kd_losses"]
+        return list(run(students, targets, temperature, detach_target=detach_target).unbind())
+    return [
+        operators["kd_loss"](student, target, temperature, detach_target=detach_target)
+        for operators, student, target in zip(chosen, students, targets, strict=True)
+    ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C, backends, ops
+from .backends import triton
 from .modules import DualAttention, MFEFBlock, MultiScaleConv2d
 from .problem import (
     Problem,
@@ -128,7 +129,22 @@ def _explain_convolutions(problem: Problem, plan: dict[str, object]) -> list[str
     return lines
 
 
-def _explain_problem(problem: Problem, forced: str | None) -> list[str]:
+def _explain_launches(problem: Problem, channels_last: bool) -> list[str]:
+    """Triton's kernels for a problem, in both directions."""
+    from .backends.triton import plans  # imports Triton
+
+    how = "interpreted on the CPU" if triton.interpreted() else f"compiled for {problem.device}"
+    hardware = "" if triton.BACKEND.verified else "; not yet run on hardware"
+    lines = [f"    {how}{hardware}"]
+    if problem.branches:
+        lines.append(f"    convolutions, forward: {plans.convolutions(problem)}")
+    for direction, launches in plans.launches(problem, channels_last).items():
+        lines.append(f"    {direction}: {len(launches)} launch(es)")
+        lines += [f"      {launch}" for launch in launches]
+    return lines
+
+
+def _explain_problem(problem: Problem, forced: str | None, channels_last: bool) -> list[str]:
     shape = (problem.batch, problem.channels, problem.height, problem.width)
     dtype = str(problem.dtype).removeprefix("torch.")
     lines = [f"{problem.op} on {shape}, {dtype}, {problem.device}"]
@@ -144,6 +160,8 @@ def _explain_problem(problem: Problem, forced: str | None) -> list[str]:
         text = _PLAN_TEXT[str(plan["plan"])].format(**plan)
         lines.append(f"    {plan['isa']}, {text}; scratch {kept:,.0f} KiB a thread")
         lines += _explain_convolutions(problem, plan)
+    if chosen.name == "triton":
+        lines += _explain_launches(problem, channels_last)
     for name in backends.BACKEND_NAMES:
         if name == chosen.name:
             continue
@@ -170,7 +188,9 @@ def explain(x: Tensor, block: nn.Module) -> Explanation:
     Returns a text of a few lines; nothing is computed. Raises as the block would for bad input.
     """
     forced = getattr(block, "backend", None)
-    lines = [line for p in _describe(x, block) for line in _explain_problem(p, forced)]
+    problems = _describe(x, block)
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    lines = [line for p in problems for line in _explain_problem(p, forced, last)]
     return Explanation("\n".join(lines))
 
 
@@ -196,6 +216,7 @@ def doctor() -> str:
             "GPUs: none usable by this torch"
             + ("" if torch.version.cuda else " (it is a build without CUDA)")
         )
+    lines.append(f"Triton: {triton.state()}")
     if info["backend_forced"]:
         lines.append(f"forced for every call (MFEF_BACKEND): {info['backend_forced']}")
     for device_type in ("cpu", "cuda"):

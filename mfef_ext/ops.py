@@ -8,7 +8,7 @@ are written in Python registers the same operators under a name of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -156,6 +156,29 @@ def _below_autograd(overload, keyset, *args):
         return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
+# The bits of dispatch keys that lead to a kernel, or to autograd and then to a kernel.
+_DIRECT = 0
+for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "BackendSelect"):
+    _DIRECT |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
+
+
+def _is_direct(tensors) -> bool:
+    """Whether the dispatcher would do nothing with a call but to record it and to find its kernel.
+
+    ``tensors`` are the call's, None being one that is not given. The answer is no under autocast,
+    transforms, modes, tracing and profiling, and for subclasses and lazily negated tensors.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in problem.PLAIN or t.is_neg()):
+            return False
+    keys = torch._C._dispatch_keys(tensors[0]).raw_repr()
+    keys |= torch._C._dispatch_tls_local_include_set().raw_repr()
+    keys &= ~torch._C._dispatch_tls_local_exclude_set().raw_repr()
+    return keys & ~_DIRECT == 0 and not torch.autograd._profiler_enabled()
+
+
 def _requires_grad(tensors) -> bool:
     """Whether autograd records a call with these tensors, None being one that is not given."""
     if torch.is_grad_enabled():
@@ -186,26 +209,56 @@ def _check_saved(saved: Tensor, op: str, n: int) -> None:
 
 @dataclass(frozen=True)
 class _Pair:
-    """An operator and its backward, of one namespace."""
+    """An operator and its backward, of one namespace, and their kernels if those are in Python.
 
+    Then the way through PyTorch's dispatcher leads from Python to Python. It takes as long as all
+    that a kernel's launch does on the host, so :meth:`call` and :meth:`call_backward` go without it
+    where they can.
+    """
+
+    autograd: Callable  # of _AUTOGRAD
     forward: torch._ops.OpOverload
     backward: torch._ops.OpOverload
+    forward_kernel: Callable | None = None
+    backward_kernel: Callable | None = None
+
+    def call(self, tensors, records: bool, *args):
+        """Calls the operator; ``tensors`` are all of args', ``records`` as in :func:`_call`."""
+        if self.forward_kernel is not None and _is_direct(tensors):
+            call = self.autograd if records else _Pair.below_autograd
+            return call(self, None, *args)
+        return _call(self.forward, records, *args)
+
+    def below_autograd(self, keyset, *args):
+        """The operator for a call at the Autograd key; ``keyset`` is None if it came directly."""
+        if keyset is not None:
+            return _below_autograd(self.forward, keyset, *args)
+        assert self.forward_kernel is not None
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.forward_kernel(*args)
+
+    def call_backward(self, tensors, *args):
+        records = torch.is_grad_enabled()
+        if self.backward_kernel is not None and not records and _is_direct(tensors):
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.backward_kernel(*args)
+        return _call(self.backward, records, *args)
 
 
 class _MultiScaleConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pair, keyset, groups, split, x, bias, *weights):
-        ctx.backward_overload = pair.backward
+        ctx.pair = pair
         ctx.options = groups, split
         ctx.save_for_backward(x, bias, *weights)
-        return _below_autograd(pair.forward, keyset, x, weights, groups, split, bias)
+        return pair.below_autograd(keyset, x, weights, groups, split, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, bias, *weights = ctx.saved_tensors
         need_x, need_parameters = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
-        grad_x, grad_weights, grad_bias = _call(
-            ctx.backward_overload, torch.is_grad_enabled(),
+        grad_x, grad_weights, grad_bias = ctx.pair.call_backward(
+            (grad, x, bias, *weights),
             grad, x, weights, *ctx.options, bias, need_x, need_parameters,
         )  # fmt: skip
         return (
@@ -222,7 +275,7 @@ class _MultiScaleConv2d(torch.autograd.Function):
 def _multi_scale_conv2d(pair, keyset, x, weights, groups, split, bias):
     if _requires_grad((x, *weights, bias)):
         return _MultiScaleConv2d.apply(pair, keyset, groups, split, x, bias, *weights)
-    return _below_autograd(pair.forward, keyset, x, weights, groups, split, bias)
+    return pair.below_autograd(keyset, x, weights, groups, split, bias)
 
 
 def _parameter_grads(grads, parameters, need):
@@ -234,8 +287,8 @@ def _parameter_grads(grads, parameters, need):
 class _DualAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pair, keyset, save, saved, y, *parameters):
-        ctx.backward_overload = pair.backward
-        out, *others = _below_autograd(pair.forward, keyset, y, *parameters, save)
+        ctx.pair = pair
+        out, *others = pair.below_autograd(keyset, y, *parameters, save)
         saved.extend(others)
         ctx.save_for_backward(y, *parameters, *saved)
         ctx.set_materialize_grads(False)
@@ -249,8 +302,8 @@ class _DualAttention(torch.autograd.Function):
         parameters, saved = rest[:5], rest[5:]
         _check_saved(saved[0], "dual_attention", y.shape[0])
         need_x, need_parameters = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
-        grad_y, *grads = _call(
-            ctx.backward_overload, torch.is_grad_enabled(),
+        grad_y, *grads = ctx.pair.call_backward(
+            (grad, y, *rest),
             grad, y, *parameters, *saved, need_x, need_parameters,
         )  # fmt: skip
         return (
@@ -268,15 +321,15 @@ def _dual_attention(pair, keyset, y, *rest):
     if _requires_grad((y, *parameters)):
         saved: list[Tensor] = []
         return (_DualAttention.apply(pair, keyset, save, saved, y, *parameters), *saved)
-    return _below_autograd(pair.forward, keyset, y, *rest)
+    return pair.below_autograd(keyset, y, *rest)
 
 
 class _MfefBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pair, keyset, groups, split, save, saved, x, w1, b1, w2, b2, ws, *weights):
-        ctx.backward_overload = pair.backward
-        out, *others = _below_autograd(
-            pair.forward, keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save
+        ctx.pair = pair
+        out, *others = pair.below_autograd(
+            keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save
         )
         saved.extend(others)
         ctx.options = groups, split
@@ -292,8 +345,8 @@ class _MfefBlock(torch.autograd.Function):
         parameters, saved, weights = rest[:5], rest[5:11], rest[11:]
         _check_saved(saved[1], "mfef_block", x.shape[0])
         need_x, need_parameters = ctx.needs_input_grad[6], any(ctx.needs_input_grad[7:])
-        grad_x, grad_weights, *grads = _call(
-            ctx.backward_overload, torch.is_grad_enabled(),
+        grad_x, grad_weights, *grads = ctx.pair.call_backward(
+            (grad, x, *rest),
             grad, x, weights, *ctx.options, *parameters, *saved, need_x, need_parameters,
         )  # fmt: skip
         return (
@@ -315,7 +368,7 @@ def _mfef_block(pair, keyset, x, weights, groups, split, w1, b1, w2, b2, ws, sav
         saved: list[Tensor] = []
         out = _MfefBlock.apply(pair, keyset, groups, split, save, saved, x, *parameters, *weights)
         return (out, *saved)
-    return _below_autograd(pair.forward, keyset, x, weights, groups, split, *parameters, save)
+    return pair.below_autograd(keyset, x, weights, groups, split, *parameters, save)
 
 
 _AUTOGRAD: dict[str, Callable] = {
@@ -364,9 +417,10 @@ def _register_autocast(lib: torch.library.Library, op: str, overload) -> None:
 _libraries: list[torch.library.Library] = []  # what is registered goes with its library
 
 
-def register(namespace: str) -> dict[str, Callable]:
+def register(namespace: str, kernels: Mapping[str, Callable] | None = None) -> dict[str, Callable]:
     """Registers fakes, autograd and autocast of a namespace's operators, whose schemas are there.
 
+    ``kernels`` are the implementations by the operators' names, if they are written in Python.
     Returns the functions of :mod:`mfef_ext.functional`, without checks, that call them.
     """
     lib = torch.library.Library(namespace, "IMPL")
@@ -374,27 +428,33 @@ def register(namespace: str) -> dict[str, Callable]:
     defined = getattr(torch.ops, namespace)
     pairs = {}
     for op in OPERATORS:
-        pair = _Pair(getattr(defined, op).default, getattr(defined, f"{op}_backward").default)
+        names = op, f"{op}_backward"
+        pair = _Pair(
+            _AUTOGRAD[op],
+            *(getattr(defined, name).default for name in names),
+            *(kernels[name] for name in names if kernels is not None),
+        )
         pairs[op] = pair
-        lib.impl(op, partial(_AUTOGRAD[op], pair), "Autograd", with_keyset=True)
+        lib.impl(op, partial(pair.autograd, pair), "Autograd", with_keyset=True)
         _refuse_double_backward(namespace, op)
         _register_autocast(lib, op, pair.forward)
-        for name in (op, f"{op}_backward"):
+        for name in names:
             torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
 
-    conv = pairs["multi_scale_conv2d"].forward
-    attention = pairs["dual_attention"].forward
-    block = pairs["mfef_block"].forward
+    conv = pairs["multi_scale_conv2d"]
+    attention = pairs["dual_attention"]
+    block = pairs["mfef_block"]
 
     def multi_scale_conv2d(x, weights, groups, split=True, bias=None) -> Tensor:
         weights = list(weights)
-        records = _requires_grad((x, *weights, bias))
-        return _call(conv, records, x, weights, list(groups), split, bias)
+        tensors = (x, *weights, bias)
+        records = _requires_grad(tensors)
+        return conv.call(tensors, records, x, weights, list(groups), split, bias)
 
     def dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight) -> Tensor:
         tensors = (y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
         save = _requires_grad(tensors)
-        return _call(attention, save, *tensors, save)[0]
+        return attention.call(tensors, save, *tensors, save)[0]
 
     def mfef_block(
         x, conv_weights, groups, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight,
@@ -402,8 +462,9 @@ def register(namespace: str) -> dict[str, Callable]:
     ) -> Tensor:  # fmt: skip
         weights = list(conv_weights)
         parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
-        save = _requires_grad((x, *parameters, *weights))
-        return _call(block, save, x, weights, list(groups), split, *parameters, save)[0]
+        tensors = (x, *parameters, *weights)
+        save = _requires_grad(tensors)
+        return block.call(tensors, save, x, weights, list(groups), split, *parameters, save)[0]
 
     return {
         "multi_scale_conv2d": multi_scale_conv2d,

@@ -106,7 +106,7 @@ def _check_input(name: str, x: object) -> Tensor:
     return x
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def signature(
@@ -126,7 +126,7 @@ def signature(
     if not isinstance(split, bool):
         return None
     x, everything = tensors[0], (*tensors, *weights)
-    if x is None or not _PLAIN.issuperset(map(type, everything)):
+    if x is None or not PLAIN.issuperset(map(type, everything)):
         return None
     return (
         tuple([t if t is None else (t.shape, t.dtype, t.device) for t in everything]),

@@ -93,7 +93,10 @@ part doctor 30 "$PYTHON" -c "from mfef_ext.inspection import doctor; print(docto
 # --- tests ------------------------------------------------------------------------------------
 
 pytest=("$PYTHON" -m pytest -p no:cacheprovider -m gpu "${GPU_TESTS[@]}")
-part tests 130 "${pytest[@]}" --junitxml "$out/tests.xml"
+# Compilers, graphs and tensors of gigabytes by themselves: they must not take the others' time.
+used=tests/backends/triton/test_gpu.py
+part tests 130 "${pytest[@]}" --ignore "$used" --junitxml "$out/tests.xml"
+part tests-as-used 60 "$PYTHON" -m pytest -p no:cacheprovider -m gpu "$used" --junitxml "$out/tests-as-used.xml"
 
 # --- benchmark --------------------------------------------------------------------------------
 
@@ -119,6 +122,16 @@ for backend in $backends; do
   part "bench_fusion-$backend" 75 "$PYTHON" benchmarks/bench_fusion.py --device cuda --quick \
     --seconds 50 --backend "$backend" --out "$out/bench_fusion-$backend"
 done
+
+if [ -n "$backends" ]; then
+  # shellcheck disable=SC2086 # a list of words
+  part bench_training 45 "$PYTHON" benchmarks/bench_training.py --device cuda --seconds 20 \
+    --backends $backends reference --out "$out/bench_training"
+fi
+
+case " $backends " in
+  *" triton "*) part bench_host 20 "$PYTHON" benchmarks/bench_host.py --rounds 20 ;;
+esac
 
 # --- compute-sanitizer ------------------------------------------------------------------------
 

@@ -41,10 +41,10 @@ class BlockCase:
     split: bool
     grad: Tensor
 
-    def cast(self, dtype: torch.dtype) -> BlockCase:
+    def cast(self, dtype: torch.dtype, device: str | None = None) -> BlockCase:
         def leaf(t: Tensor) -> Tensor:
             # clone() keeps strides, so that a slice stays a slice
-            return t.detach().to(dtype).requires_grad_()
+            return t.detach().to(device, dtype).requires_grad_()
 
         return BlockCase(
             leaf(self.x),
@@ -52,7 +52,7 @@ class BlockCase:
             self.groups,
             [None if p is None else leaf(p) for p in self.attention],
             self.split,
-            self.grad.to(dtype),
+            self.grad.to(device, dtype),
         )
 
     def leaves(self) -> list[Tensor]:
@@ -182,12 +182,17 @@ def largest(t: Tensor) -> float:
 
 
 def check_block(
-    dtype: torch.dtype, layout=torch.contiguous_format, backend: str = "cpu", **arguments
+    dtype: torch.dtype,
+    layout=torch.contiguous_format,
+    backend: str = "cpu",
+    device: str = "cpu",
+    **arguments,
 ) -> None:
     """Asserts that forward and all gradients of a backend obey the rule.
 
-    arguments are those of ``make_case``. Errors are relative to the largest magnitude of their
-    tensor, and the largest over the draws counts, on both sides.
+    The backend runs on the device, eager PyTorch and the reference on the CPU. Other arguments are
+    those of ``make_case``. Errors are relative to the largest magnitude of their tensor, and the
+    largest over the draws counts, on both sides.
     """
     seed = arguments.pop("seed", 0)
     smallest = min(t.numel() for t in make_case(**arguments).leaves())
@@ -196,15 +201,16 @@ def check_block(
     for draw in range(draws):
         case = make_case(**arguments, dtype=dtype, seed=seed + 101 * draw)
         wanted = run_block(case.cast(torch.float64), reference.mfef_block)
-        got = run_block(case.cast(dtype), mfef_ext.functional.mfef_block, layout, backend=backend)
+        ours = case.cast(dtype, device)
+        got = run_block(ours, mfef_ext.functional.mfef_block, layout, backend=backend)
         eager = eager_errors(case, dtype, wanted)
         names = ["out", "x", *(f"weights[{i}]" for i in range(len(case.weights)))]
         names += [n for n, p in zip(ATTENTION, case.attention, strict=True) if p is not None]
         few = []
         for name, g, w, e in zip(names, got, wanted, eager, strict=True):
-            assert g.dtype == dtype and g.shape == w.shape, name
+            assert g.dtype == dtype and g.shape == w.shape and g.device == ours.x.device, name
             ulp = unit_in_the_last_place(w, dtype)
-            pair = (largest(g.double() - w) / ulp, e / ulp)
+            pair = (largest(g.double().cpu() - w) / ulp, e / ulp)
             if w.numel() < FEW:
                 few.append(pair)
             else:

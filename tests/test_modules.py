@@ -179,6 +179,7 @@ def test_public_names():
     assert sorted(mfef_ext.functional.__all__) == [
         "dual_attention",
         "kd_loss",
+        "kd_losses",
         "mfef_block",
         "multi_scale_conv2d",
     ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from ..functional import kd_loss
+from ..functional import kd_losses
 from .method import Batch, Method, StudentShape, at_least_two, label_losses, register
 
 
@@ -29,11 +30,9 @@ class MutualLearning(Method):
             return {}, {}
         terms = label_losses(batch.logits, batch.labels)
         peers = len(batch.logits) - 1
-        for i, z in enumerate(batch.logits):
-            lessons = [
-                kd_loss(z, other, self.temperature)
-                for j, other in enumerate(batch.logits)
-                if j != i
-            ]
-            terms[f"kd/student{i}"] = sum(lessons[1:], lessons[0]) / peers
+        pairs = [(i, j) for i in range(peers + 1) for j in range(peers + 1) if i != j]
+        students, targets = ([batch.logits[pair[side]] for pair in pairs] for side in (0, 1))
+        lessons = torch.stack(kd_losses(students, targets, self.temperature))
+        for i, lesson in enumerate(lessons.view(peers + 1, peers).mean(1)):
+            terms[f"kd/student{i}"] = lesson
         return {}, terms

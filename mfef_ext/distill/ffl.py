@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import kd_loss
+from ..functional import kd_losses
 from ..modules import FeatureFusion
 from .method import Batch, Method, StudentShape, label_losses, register
 from .ramp import ramp_up
@@ -74,9 +74,11 @@ class FeatureFusionLearning(Method):
         weight = self.kd_weight(batch.epoch)
         terms = label_losses(batch.logits, batch.labels)
         terms["ce/fused"] = F.cross_entropy(fused.float(), batch.labels)
-        for i, z in enumerate(batch.logits):
-            terms[f"kd/student{i}"] = weight * kd_loss(z, fused, self.temperature)
-        terms["kd/fused"] = weight * kd_loss(fused, ensemble, self.temperature)
+        students, targets = [*batch.logits, fused], [*(fused for _ in batch.logits), ensemble]
+        *of_students, of_fused = kd_losses(students, targets, self.temperature)
+        for i, loss in enumerate(of_students):
+            terms[f"kd/student{i}"] = weight * loss
+        terms["kd/fused"] = weight * of_fused
         return {"fused": fused}, terms
 
     def fused_features(self, maps: Sequence[Tensor]) -> Tensor | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..functional import kd_loss
+from ..functional import kd_losses
 from .method import Batch, StudentShape, label_losses, register
 from .teacher import TaughtByTeacher
 
@@ -41,8 +41,8 @@ class SoftTargets(TaughtByTeacher):
             return {}, {}
         labels = label_losses(batch.logits, batch.labels)
         terms = {name: (1 - self.alpha) * loss for name, loss in labels.items()}
-        for i, (z, target) in enumerate(zip(batch.logits, self.taught(batch), strict=True)):
-            terms[f"kd/student{i}"] = self.alpha * kd_loss(z, target, self.temperature)
+        for i, loss in enumerate(kd_losses(batch.logits, self.taught(batch), self.temperature)):
+            terms[f"kd/student{i}"] = self.alpha * loss
         return {}, terms
 
     def kd_weight(self, epoch: float) -> float:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import kd_loss
+from ..functional import kd_losses
 from .method import Batch, Method, StudentShape, at_least_two, label_losses, register
 
 Variant = Literal["naive", "linear", "minlogit", "general"]
@@ -66,8 +66,9 @@ class CollaborativeLearning(Method):
         target = self.target(torch.stack([z.detach() for z in batch.logits]).float(), batch.labels)
         labels = label_losses(batch.logits, batch.labels)
         terms = {name: (1 - self.alpha) * loss for name, loss in labels.items()}
-        for i, z in enumerate(batch.logits):
-            terms[f"kd/student{i}"] = self.alpha * kd_loss(z, target, self.temperature)
+        targets = [target] * len(batch.logits)
+        for i, loss in enumerate(kd_losses(batch.logits, targets, self.temperature)):
+            terms[f"kd/student{i}"] = self.alpha * loss
         return {}, terms
 
     def target(self, logits: Tensor, labels: Tensor) -> Tensor:

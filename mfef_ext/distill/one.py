@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import kd_loss
+from ..functional import kd_losses
 from .method import Batch, Method, StudentShape, at_least_two, label_losses, register
 from .ramp import ramp_up
 
@@ -53,8 +53,9 @@ class GatedEnsemble(Method):
         weight = self.kd_weight(batch.epoch)
         terms = label_losses(batch.logits, batch.labels)
         terms["ce/gated"] = F.cross_entropy(gated.float(), batch.labels)
-        for i, z in enumerate(batch.logits):
-            terms[f"kd/student{i}"] = weight * kd_loss(z, gated, self.temperature)
+        targets = [gated] * len(batch.logits)
+        for i, loss in enumerate(kd_losses(batch.logits, targets, self.temperature)):
+            terms[f"kd/student{i}"] = weight * loss
         return {"gated": gated}, terms
 
     def kd_weight(self, epoch: float) -> float:

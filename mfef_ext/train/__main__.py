@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _train_and_report(config)
     except UsageError as error:
         return _refuse(str(error), USAGE)
-    except CheckpointError as error:  # of a teacher
+    except CheckpointError as error:  # of a teacher, or to resume
         return _refuse(str(error), FILES)
     except OSError as error:  # a full disk has no file name; the last checkpoint is whole
         return _refuse(f"a file could not be written ({error}); make room and try again", FILES)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except InterruptedByUser as error:
         return _refuse(
-            f"stopped: {error}. The last whole epoch is kept: mfef show {error.folder}",
+            f"stopped: {error}. The same command with --out {error.folder} --resume auto goes on",
             INTERRUPTED,
         )
     except KeyboardInterrupt:  # before the first step, after the last, or for the second time

@@ -22,6 +22,7 @@ from torch import nn
 
 from .models import StudentSpec
 
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 _MAGIC = b"mfef-checkpoint 1 "
 
 
@@ -29,13 +30,18 @@ class CheckpointError(Exception):
     """A file is missing, damaged or something else; the message is one sentence."""
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes beside, flushes to the disk, renames: a reader sees the old file or the new one."""
+def write_whole(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Writes beside, flushes to the disk, renames: a reader sees the old file or the new one.
+
+    The old one becomes ``previous``, if that is given.
+    """
     beside = path.with_name(path.name + ".writing")
     with open(beside, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    if previous is not None and path.exists():
+        os.replace(path, previous)
     os.replace(beside, path)
     # The rename itself is on the disk only once the folder is.
     folder = os.open(path.parent, os.O_RDONLY)
@@ -45,12 +51,14 @@ def write_whole(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes ``state`` (tensors, containers, numbers and strings) as one checked file."""
+def save(path: Path, state: dict[str, Any], previous: Path | None = None) -> None:
+    """Writes ``state`` (tensors, containers, numbers and strings) as one checked file; what was at
+    ``path`` before becomes ``previous``, if that is given."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
-    write_whole(path, _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+    content = _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload
+    write_whole(path, content, previous)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -70,6 +78,24 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} was not written by mfef train ({type(error).__name__}); "
             "use a checkpoint of a run folder"
         ) from error
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The newest intact checkpoint of a run folder, its state, and what is wrong with newer ones.
+
+    None if the folder has no checkpoints; CheckpointError if none of them is intact.
+    """
+    complaints: list[str] = []
+    for name in (LAST, PREVIOUS):
+        path = folder / name
+        if path.exists():
+            try:
+                return path, load(path), complaints
+            except CheckpointError as error:
+                complaints.append(str(error))
+    if complaints:
+        raise CheckpointError(complaints[0])
+    return None
 
 
 def save_student(path: Path, student: nn.Module, spec: StudentSpec, about: dict[str, Any]) -> None:

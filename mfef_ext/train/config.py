@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -101,6 +101,8 @@ class TrainConfig:
     """Also write every epoch's metrics for TensorBoard, into the folder tensorboard."""
     out: Path | None = None
     """A new or empty folder for the results; None: the next free runs/METHOD-DATASET-NNN."""
+    resume: Literal["auto"] | None = None
+    """auto: go on with the run in --out from its newest intact checkpoint, or begin it."""
 
     def method_options(self) -> dict[str, Any]:
         """What the method is built with, less the teacher: all that is given, or has a length.
@@ -207,6 +209,8 @@ class TrainConfig:
             "must be 0 or more, or None",
         )
         _check(0 <= self.validation < 0.9, "--validation", self.validation, "must be in [0, 0.9)")
+        if self.resume and self.out is None:
+            raise UsageError("--resume auto needs --out, the folder of the run to go on with")
         for drop in self.lr_drops:
             _check(0 < drop <= 1, "--lr-drops", drop, "must be above 0 and at most 1")
 

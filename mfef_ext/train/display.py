@@ -48,11 +48,16 @@ class Display:
         if self._events is not None:
             self._events.close()
 
-    def record(self, folder: Path) -> None:
-        """From now on every epoch also goes into ``folder``, for TensorBoard."""
+    def record(self, folder: Path, epoch: int) -> None:
+        """From ``epoch`` on every epoch also goes into ``folder``, for TensorBoard, which forgets
+        those that a run recorded before it was killed and does again."""
         from torch.utils.tensorboard import SummaryWriter  # seconds, so only where it is asked for
 
-        self._events = SummaryWriter(str(folder))
+        self._events = SummaryWriter(str(folder), purge_step=epoch)
+
+    def say(self, line: str) -> None:
+        """A line of text, at once."""
+        self._progress.console.print(line, highlight=False, soft_wrap=True)
 
     def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
         """After every step; ``epoch`` and ``step`` count from 1."""
@@ -67,5 +72,6 @@ class Display:
                 self._events.add_scalar(name, value, row["epoch"])
             self._events.flush()
         line = score_line(row, "validation") or score_line(row, "test")
-        line = f"epoch {number}  loss {row['loss']:.3f}  {line}  ({images_per_second:.0f} images/s)"
-        self._progress.console.print(line, highlight=False, soft_wrap=True)
+        self.say(
+            f"epoch {number}  loss {row['loss']:.3f}  {line}  ({images_per_second:.0f} images/s)"
+        )

@@ -15,8 +15,8 @@ from .loop import Run, accuracy, load_student_for, prepare
 
 
 def restore(path: Path, which: str, device: str | None = None) -> Run:
-    """The run in the folder ``path`` as its checkpoint ``which`` (last or best) holds it, in eval
-    mode, on ``device`` or where it was trained.
+    """The run in the folder ``path`` as its checkpoint ``which`` (last, previous or best) holds it,
+    in eval mode, on ``device`` or where it was trained.
 
     Raises CheckpointError if that is not intact, UsageError if what the run was made of (a device,
     a teacher) is not here.
@@ -25,7 +25,12 @@ def restore(path: Path, which: str, device: str | None = None) -> Run:
     state = load(file)
     if not state["metrics"]:
         raise UsageError(f"{file} is from before the end of the first epoch; train the run first")
-    saved = state["config"]
+    if state["step"]:
+        raise UsageError(
+            f"{file} is from the middle of epoch {state['epoch'] + 1}; end the run with --resume "
+            "auto, or use --checkpoint best"
+        )
+    saved = state["config"] | {"resume": None}
     if device is not None:  # which chooses its own backend
         saved |= {"device": device, "backend": None}
     options = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}

@@ -49,8 +49,8 @@ def export(
     run = restore(path, checkpoint, device)
     if not 0 <= student < len(run.specs):
         raise UsageError(f"--student={student} must be from 0 to {len(run.specs) - 1} in {path}")
-    suffix, best = SUFFIXES[format], "-best" * (checkpoint == "best")
-    out = out or path / "export" / f"student{student}{best}{suffix}"
+    suffix, which = SUFFIXES[format], "" if checkpoint == "last" else f"-{checkpoint}"
+    out = out or path / "export" / f"student{student}{which}{suffix}"
     if out.suffix != suffix:
         raise UsageError(f"--out={out} must end in {suffix}, as --format {format} writes it")
     for file in (out, out.with_suffix(".json"))[: 1 + (format == "safetensors")]:

@@ -50,6 +50,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A .jsonl or .csv file of exactly these rows, in place of whatever it held."""
+    path.unlink(missing_ok=True)
+    for row in rows:
+        append_row(path, row)
+
+
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """One more line of a .jsonl or .csv file; the first row of a CSV brings its header."""
     with open(path, "a", newline="") as file:

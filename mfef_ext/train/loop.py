@@ -38,6 +38,11 @@ class Run:
     rows: list[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
+    # Within an epoch that was stopped: the steps done, and the sums of the loss terms so far.
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    # What was wrong with checkpoints newer than the one that was resumed.
+    complaints: list[str] = field(default_factory=list)
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -68,18 +73,65 @@ class Run:
             "test_accuracy": self.rows[-1][f"test/student{student}"],
         }
 
-    def save(self, name: str) -> None:
-        """Writes the state after the last whole epoch as the checkpoint ``name``."""
+    def save(self, name: str, previous: str | None = None) -> None:
+        """Writes the present state as the checkpoint ``name``; the one before becomes
+        ``previous``, if that is given."""
         state = {
             "epoch": len(self.rows),
+            "step": self.step,
+            "sums": self.sums,
             "best_epoch": self.best_epoch,
             "metrics": self.rows,
+            "timings": self.timings,
             "config": self.resolved,
             "distiller": self.distiller.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        checkpoint.save(self.path / name, state)
+        checkpoint.save(self.path / name, state, self.path / previous if previous else None)
+
+    def restore(self, path: Path, state: dict[str, Any]) -> None:
+        """Becomes what :meth:`save` wrote into ``path``, files of metrics included.
+
+        Raises UsageError if that was a run with other options.
+        """
+        there, here = state["config"], self.resolved
+        for name in here.keys() - NOT_OF_THE_RESULT:
+            # What was saved has been through JSON's types: tuples are lists.
+            if name not in there or _plain(there[name]) != _plain(here[name]):
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(
+                    f"{flag}={here[name]} is not what the run in {self.path} was begun with "
+                    f"({there.get(name)}); resume it with the same options, or name a new --out"
+                )
+        try:
+            self.distiller.load_state_dict(state["distiller"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["random"])
+            if torch.cuda.is_available() and state["random_cuda"]:
+                torch.cuda.set_rng_state_all(state["random_cuda"])
+            self.rows, self.timings = state["metrics"], state["timings"]
+            self.best_epoch, self.step, self.sums = (
+                state[k] for k in ("best_epoch", "step", "sums")
+            )
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path} does not fit the run that its options describe "
+                f"({str(error).splitlines()[0]}); begin again with a new --out"
+            ) from error
+        # A run that was killed may have recorded an epoch that no checkpoint holds.
+        for suffix in (".jsonl", ".csv"):
+            folder.write_rows(self.path / f"metrics{suffix}", self.rows)
+        folder.write_rows(self.path / "timings.jsonl", self.timings)
+
+
+# Options that two runs may differ in and still compute the same.
+NOT_OF_THE_RESULT = {"out", "resume", "threads", "versions", "device", "teacher", "tensorboard"}
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def prepare(config: TrainConfig, path: Path | None = None) -> Run:
@@ -144,8 +196,16 @@ def prepare(config: TrainConfig, path: Path | None = None) -> Run:
         weight_decay=config.weight_decay,
         nesterov=True,
     )
-    path = path or folder.create(config.out, f"{config.method}-{config.dataset}")
-    return Run(config, path, dataset, specs, distiller, optimizer)
+    found = checkpoint.newest(config.out) if config.resume and config.out else None
+    if found is not None:
+        path = found[0].parent
+    elif path is None:
+        path = folder.create(config.out, f"{config.method}-{config.dataset}")
+    run = Run(config, path, dataset, specs, distiller, optimizer)
+    if found is not None:
+        file, state, run.complaints = found
+        run.restore(file, state)
+    return run
 
 
 def load_student_for(
@@ -173,14 +233,19 @@ def train(config: TrainConfig, display: Display) -> Run:
     checkpoint of the last whole epoch.
     """
     run = prepare(config)
-    folder.write_json(run.path / "config.json", run.resolved)
+    for complaint in run.complaints:
+        display.say(f"{complaint}. Going on from the one before it.")
+    if run.rows or run.step:
+        display.say(f"{run.path}: going on after epoch {len(run.rows)}, step {run.step}")
+    else:
+        folder.write_json(run.path / "config.json", run.resolved)
+        run.save(checkpoint.LAST)  # so that there is one from the first step on
     if config.tensorboard:
-        display.record(run.path / "tensorboard")
-    run.save("last.ckpt")  # so that there is one from the first step on
+        display.record(run.path / "tensorboard", len(run.rows) + 1)
     clock = HeadClock(run.distiller.method, run.dataset.train.x.device)
     with _stop_requests() as requests:
         try:
-            for epoch in range(config.epochs):
+            for epoch in range(len(run.rows), config.epochs):
                 _one_epoch(run, epoch, clock, display, requests)
         except StoppedError as error:
             error.folder = run.path
@@ -224,9 +289,9 @@ def _one_epoch(
     folder.append_row(run.path / "metrics.jsonl", row)
     folder.append_row(run.path / "metrics.csv", row)
     folder.append_row(run.path / "timings.jsonl", run.timings[-1])
-    run.save("last.ckpt")
-    if is_best:
-        run.save("best.ckpt")
+    if is_best:  # first: a run killed in between does this epoch again
+        run.save(checkpoint.BEST)
+    run.save(checkpoint.LAST, checkpoint.PREVIOUS)
     display.epoch(row, rate)
 
 
@@ -239,10 +304,12 @@ def _steps(
         group["lr"] = config.lr_at(epoch)
     run.distiller.train()
     steps = math.ceil(images / config.batch_size)
-    sums: dict[str, float] = {}
+    done, sums = run.step, run.sums
     views = len(run.distiller.students) if run.distiller.method.views else 1
     batches = data.training_batches(run.dataset, config.batch_size, config.seed, epoch, views)
     for step, (x, y) in enumerate(batches):
+        if step < done:
+            continue
         out = run.distiller(x if views > 1 else x[0], y, epoch + step / steps)
         values = torch.stack([term.detach() for term in out.losses.values()]).tolist()
         for name, value in zip(out.losses, values, strict=True):
@@ -257,9 +324,13 @@ def _steps(
         run.optimizer.step()
         display.step(epoch + 1, step + 1, steps, sum(values))
         if requests:
+            _check_finite_state(run.distiller, epoch)
+            run.step = step + 1
+            run.save(checkpoint.LAST, checkpoint.PREVIOUS)
             raise InterruptedByUser(
                 f"{requests[0]} in epoch {epoch + 1}, after step {step + 1} of {steps}"
             )
+    run.step, run.sums = 0, {}
     return sums
 
 

@@ -20,10 +20,10 @@ TSNE_IMAGES = 1000
 
 
 def plot(path: Path, checkpoint: str = "last", device: str | None = None) -> str:
-    """Draws what the run ``path`` makes of its test images into PNG files in it (``-best`` in their
-    names where that checkpoint is drawn), and says which, and how diverse the students are."""
+    """Draws what the run ``path`` makes of its test images into PNG files in it, and says which, and
+    how diverse the students are. Other checkpoints than the last have their name in the files'."""
     run = restore(path, checkpoint, device)
-    test, best = run.dataset.test, "-best" * (checkpoint == "best")
+    test, which = run.dataset.test, "" if checkpoint == "last" else f"-{checkpoint}"
     with torch.no_grad():
         outputs = [run.distiller(x).logits for x in test.x.split(512)]
         some = torch.linspace(0, len(test) - 1, min(len(test), TSNE_IMAGES)).long()
@@ -34,15 +34,15 @@ def plot(path: Path, checkpoint: str = "last", device: str | None = None) -> str
     students = torch.stack([logits[f"student{i}"] for i in range(len(run.specs))])
     distance, disagreement = diversity(students)
 
-    drawn = [f"confusion{best}.png", f"tsne{best}.png"]
+    drawn = [f"confusion{which}.png", f"tsne{which}.png"]
     draw_confusion(logits, labels, run.dataset.classes, path / drawn[0])
     draw_tsne(pooled, labels[some], run.dataset.classes, run.config.seed, path / drawn[1])
     if len(students) > 1:
-        drawn.append(f"diversity{best}.png")
+        drawn.append(f"diversity{which}.png")
         draw_diversity(distance, disagreement, path / drawn[-1])
-    if report.draw_gates(run, path / f"gates{best}.png"):
-        drawn.append(f"gates{best}.png")
-    if not best:  # the best checkpoint knows the epochs until then only
+    if report.draw_gates(run, path / f"gates{which}.png"):
+        drawn.append(f"gates{which}.png")
+    if not which:  # other checkpoints do not know all epochs
         report.draw_curves(run, path / "curves.png")
         drawn.append("curves.png")
     lines = [

@@ -122,11 +122,12 @@ def draw_gates(run: Run, path: Path) -> bool:
 
 def describe(path: Path) -> str:
     """A few lines on a run folder or a checkpoint in it; CheckpointError if it is not intact."""
-    file = path / "last.ckpt" if path.is_dir() else path
+    file = path / checkpoint.LAST if path.is_dir() else path
     state = checkpoint.load(file)
     config, last = state["config"], state["metrics"][-1] if state["metrics"] else {}
+    part = f" and {state['step']} steps" if state["step"] else ""
     lines = [
-        f"{file}: intact, after {state['epoch']} of {config['epochs']} epochs, "
+        f"{file}: intact, after {state['epoch']} of {config['epochs']} epochs{part}, "
         f"{config['method']} on {config['dataset']}, students {' '.join(config['students'])}, "
         f"seed {config['seed']}"
     ]

@@ -28,7 +28,7 @@ def test_display(terminal):
 def test_tensorboard_gets_every_number_of_every_epoch(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with Display(Console(quiet=True), 2) as display:
-        display.record(tmp_path)
+        display.record(tmp_path, 1)
         display.epoch(ROW | {"epoch": 1}, 500.0)
         display.epoch(ROW | {"epoch": 2, "loss": 0.75}, 600.0)
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()

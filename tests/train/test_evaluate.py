@@ -94,6 +94,13 @@ def test_before_the_first_epoch_there_is_nothing_to_score(trained, tmp_path, cap
     assert "before the end of the first epoch" in capsys.readouterr().err
 
 
+def test_a_run_stopped_within_an_epoch_is_to_be_ended_first(trained, tmp_path, capsys):
+    state = checkpoint.load(trained / "last.ckpt")
+    checkpoint.save(tmp_path / "last.ckpt", state | {"step": 7})
+    assert cli.main(["eval", str(tmp_path)]) == 2
+    assert "from the middle of epoch 4; end the run with --resume auto" in capsys.readouterr().err
+
+
 def test_a_student_of_other_images_is_refused(trained, tmp_path, capsys):
     for name in ("student0.safetensors", "student0.json"):
         shutil.copy(trained / name, tmp_path)

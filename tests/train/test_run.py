@@ -43,6 +43,7 @@ def test_the_folder_is_complete(run_folder):
         "last.ckpt",
         "metrics.csv",
         "metrics.jsonl",
+        "previous.ckpt",
         "student0.json",
         "student0.safetensors",
         "student1.json",
@@ -219,7 +220,7 @@ def test_a_signal_stops_at_a_step_and_leaves_a_whole_checkpoint(tmp_path, number
         process.kill()
     assert process.returncode == 75
     assert f"stopped: {signal.Signals(number).name} in epoch" in error
-    assert f"mfef show {path}" in error and len(error.splitlines()) == 1
+    assert f"--out {path} --resume auto" in error and len(error.splitlines()) == 1
     assert checkpoint.load(path / "last.ckpt")["epoch"] == len(metrics(path)) >= 1
     assert not list(path.glob("*.writing")) and not list(path.glob("student*"))
 

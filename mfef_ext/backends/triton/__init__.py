@@ -20,12 +20,39 @@ from ...problem import Problem
 from .. import Backend, Condition
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOSSES = ("kd_loss", "kd_losses")
 LEAST_CAPABILITY = (8, 0)  # bfloat16 arithmetic and asynchronous copies
 
 
 def interpreted() -> bool:
     """Whether Triton is asked to interpret kernels, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def installed() -> bool:
+    """Whether there is a Triton to import; nothing is imported to find out."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # whoever keeps it from being imported may also refuse to look
+        return False
+
+
+def state() -> str:
+    """A sentence for people: which Triton there is, and how its kernels would run here."""
+    if not installed():
+        return "not installed (pip install triton); everything else works without it"
+    try:
+        import triton
+    except Exception as error:
+        return f"cannot be imported ({error}); everything else works without it"
+    if interpreted():
+        how = "TRITON_INTERPRET=1 has its kernels interpreted, on CPU tensors"
+    elif torch.cuda.is_available():
+        how = "kernels are compiled for a GPU at their first call"
+    else:
+        how = "no GPU to compile kernels for; TRITON_INTERPRET=1 interprets them on CPU tensors"
+    verified = "" if BACKEND.verified else "; not yet run on hardware, so only where it is forced"
+    return f"{triton.__version__}, {how}{verified}"
 
 
 def _capability(problem: Problem) -> tuple[int, int] | None:
@@ -43,7 +70,9 @@ def _capable(problem: Problem) -> bool:
 def device_of(x: Tensor) -> AbstractContextManager:
     """For launches: Triton launches on the current device, which need not be that of ``x``."""
     if x.is_cuda:
-        return torch.cuda.device(x.device)
+        # To go to a device and back takes longer than to ask which it is, and mostly it is that.
+        here = x.get_device() == torch.cuda.current_device()
+        return nullcontext() if here else torch.cuda.device(x.device)
     if not interpreted():
         raise RuntimeError(
             f"torch.ops.mfef_triton was called with tensors on {x.device}; move them to a CUDA "
@@ -63,6 +92,10 @@ class _Operators(Mapping[str, Callable]):
             from .kd import kd_loss
 
             return kd_loss
+        if op == "kd_losses":
+            from .kd import kd_losses
+
+            return kd_losses
         if op not in FUSED:
             raise KeyError(op)
         from .ops import OPERATORS
@@ -70,13 +103,13 @@ class _Operators(Mapping[str, Callable]):
         return OPERATORS[op]
 
     def __contains__(self, op: object) -> bool:
-        return op == "kd_loss" or op in FUSED
+        return op in LOSSES or op in FUSED
 
     def __iter__(self) -> Iterator[str]:
-        return iter((*FUSED, "kd_loss"))
+        return iter((*FUSED, *LOSSES))
 
     def __len__(self) -> int:
-        return len(FUSED) + 1
+        return len(FUSED) + len(LOSSES)
 
 
 BACKEND = Backend(
@@ -91,7 +124,7 @@ BACKEND = Backend(
             ),
         ),
         Condition(
-            lambda p: importlib.util.find_spec("triton") is not None,
+            lambda p: installed(),
             lambda p: "Triton is not installed (pip install triton)",
         ),
         Condition(

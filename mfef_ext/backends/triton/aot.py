@@ -2,14 +2,12 @@
 
     python -m mfef_ext.backends.triton.aot                 the table, for sm_80, sm_90 and sm_100
     python -m mfef_ext.backends.triton.aot --only kd       of one file's kernels
+    python -m mfef_ext.backends.triton.aot --all           of every launch of the benchmark's cases
     python -m mfef_ext.backends.triton.aot --write         into docs/triton_kernels.md
 
-No GPU is needed. Each file of kernels lists them by a function ``specialisations()``, which yields
-(name, kernel, {argument: type}, {argument: constant}, warps, stages). A type is what Triton derives
-from an argument at run time: "*bf16", "i32", "fp32", a tuple of these for a tuple, and "i32:16" for
-an integer that is a multiple of 16 whenever this configuration is picked. Pointers are taken to be
-multiples of 16 bytes, as those of whole tensors are. Together the two dicts name every argument;
-the type "constexpr" may stand for a constant, as it does in Triton's signatures.
+No GPU is needed. The operators themselves run, on meta tensors, under a driver that launches
+nothing: so Triton derives types, constants and divisibility from the arguments that a real launch
+would have. Of the launches of all cases, one is compiled of each :meth:`Specialisation.kind`.
 
 The exit status is 1 if a kernel spills registers or takes more shared memory than the smallest of
 the GPUs has, 2 if nothing could be compiled.
@@ -18,21 +16,28 @@ the GPUs has, 2 if nothing could be compiled.
 from __future__ import annotations
 
 import argparse
-import importlib
+import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import interpreted
+from . import interpreted, kd, ops
 
 FILES = ("conv", "attention", "kd")
 ARCHITECTURES = (80, 90, 100)
@@ -41,39 +46,247 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = 99 * 1024
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "triton_kernels.md"
 
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# Of a launch; the others that Triton has are left as they are.
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+# --- cases --------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """One forward of an operator, and backward.
+
+    shape: (N, C, side) of the map, (S, N, classes) of the logits. channels_last: the weights, too.
+    """
+
+    operator: str
+    dtype: str
+    shape: tuple[int, int, int]
+    channels_last: bool = False
+    groups: tuple[int, ...] = (1, 4, 8, 16)
+    split: bool = True
+    backward: bool = True
+
+    def __str__(self) -> str:
+        if self.operator == "kd_loss":
+            return "{} losses of {}x{}, ".format(*self.shape) + self.dtype
+        n, channels, side = self.shape
+        words = [f"{n}x{channels}x{side}x{side}", self.dtype]
+        words += ["channels_last"] * self.channels_last + ["split=False"] * (not self.split)
+        words += ["attention alone"] * (self.operator == "dual_attention")
+        words += ["inference"] * (not self.backward)
+        return " ".join(words)
+
+    def run(self) -> None:
+        no_device = [mock.patch.object(m, "device_of", lambda x: nullcontext()) for m in (kd, ops)]
+        with no_device[0], no_device[1]:
+            if self.operator == "kd_loss":
+                self._run_losses()
+            else:
+                self._run_maps()
+
+    def _empty(self, *shape: int) -> Tensor:
+        layout = torch.contiguous_format
+        if self.channels_last and len(shape) == 4:
+            layout = torch.channels_last
+        return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta", memory_format=layout)
+
+    def _run_losses(self) -> None:
+        losses, *shape = self.shape
+        students, targets = ([self._empty(*shape) for _ in range(losses)] for _ in range(2))
+        loss = kd._kd_loss(students, targets, 3.0, False)
+        kd._kd_loss_backward(loss, students, targets, 3.0, True, True)
+
+    def _run_maps(self) -> None:
+        n, channels, side = self.shape
+        hidden = max(channels // 16, 1)
+        mlp = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
+        attention = [self._empty(*shape) for shape in (*mlp, (1, 2, 7, 7))]
+        x = self._empty(n, channels, side, side)
+        each = channels // len(self.groups)
+        inputs = each if self.split else channels
+        weights = [
+            self._empty(each, inputs // g, k, k)
+            for g, k in zip(self.groups, (3, 5, 7, 9), strict=True)
+        ]
+        convolution = (weights, self.groups, self.split)
+        operators = ops._IMPLEMENTATIONS
+        operator = operators[self.operator]
+        gradients: tuple
+        if self.operator == "multi_scale_conv2d":
+            y = operator(x, *convolution, None)
+            gradients = (y, x, *convolution, None)
+        elif self.operator == "dual_attention":
+            out, *saved = operator(x, *attention, self.backward)
+            gradients = (out, x, *attention, *saved)
+        else:
+            out, *saved = operator(x, *convolution, *attention, self.backward)
+            gradients = (out, x, *convolution, *attention, *saved)
+        if self.backward:
+            operators[f"{self.operator}_backward"](*gradients, True, True)
+
+
+def _blocks(shapes: Iterable[tuple[int, int, int]], *dtypes: str) -> Iterator[Case]:
+    for dtype in dtypes:
+        for shape in shapes:
+            for channels_last in (False, True):
+                auto = (1, 1, 1, 1) if shape[1] == 132 else (1, 4, 8, 16)
+                yield Case("mfef_block", dtype, shape, channels_last, auto)
+
+
+# Per tile of the attention one case, and per arithmetic of the convolution both sizes of maps in
+# both layouts. The widest come first: their branches take tl.dot by taps, by taps and channels
+# together, and direct taps.
+CASES = (
+    Case("mfef_block", "bfloat16", (32, 256, 14)),
+    Case("mfef_block", "tf32", (128, 256, 8), True),
+    Case("mfef_block", "float32", (128, 128, 8)),
+    Case("mfef_block", "float16", (128, 128, 8), True),
+    Case("mfef_block", "tf32", (128, 512, 2)),
+    Case("mfef_block", "float32", (128, 512, 2), True),
+    Case("mfef_block", "float16", (32, 64, 56)),
+    Case("mfef_block", "bfloat16", (32, 128, 56), True),
+    Case("mfef_block", "tf32", (128, 128, 32)),
+    Case("mfef_block", "float32", (32, 64, 56), True),
+    Case("mfef_block", "float32", (32, 128, 56), backward=False),
+    Case("mfef_block", "tf32", (32, 64, 56), True, backward=False),
+    Case("multi_scale_conv2d", "bfloat16", (32, 256, 14), split=False),
+    Case("multi_scale_conv2d", "tf32", (128, 128, 8), split=False),
+    Case("multi_scale_conv2d", "float32", (128, 256, 8), True, split=False),
+    Case("dual_attention", "float16", (128, 256, 4), True),
+    Case("dual_attention", "bfloat16", (32, 64, 56)),
+    Case("dual_attention", "tf32", (32, 512, 28)),
+    Case("dual_attention", "float16", (32, 512, 28), True),
+    Case("dual_attention", "float32", (32, 64, 56), True),
+    Case("kd_loss", "float32", (3, 128, 10)),
+    Case("kd_loss", "bfloat16", (3, 128, 100)),
+    Case("kd_loss", "float16", (3, 128, 1000)),
+)
+# Those of the benchmark besides.
+PAPER = ((128, 64, 8), (128, 128, 8), (128, 256, 8), (128, 132, 8), (128, 512, 2))
+IMAGENET = ((32, 64, 56), (32, 128, 28), (32, 256, 14), (32, 512, 7))
+ALL_CASES = (*CASES, *_blocks(PAPER + IMAGENET, "float32", "tf32", "bfloat16"))
+
+
+# --- what they launch ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Specialisation:
-    """One kernel as it is compiled for some types and one configuration."""
+    """A kernel as Triton specialises it for a launch.
 
-    name: str
+    signature: type per argument, a tuple for a tuple. constants and attributes: by the position of
+    the argument, and for one in a tuple its position there.
+    """
+
+    case: str
     kernel: Any
-    types: Mapping[str, Any]
-    constants: Mapping[str, Any]
-    num_warps: int
-    num_stages: int
+    signature: Mapping[str, Any]
+    constants: Mapping[tuple[int, ...], Any]
+    attributes: Mapping[tuple[int, ...], Any]
+    options: Mapping[str, Any]
 
     @property
-    def dtype(self) -> str:
-        """The dtype of the maps: the narrowest that it reads or writes by a pointer."""
-        pointers = [t[1:] for _, t in leaves(self.types) if t.startswith("*")]
-        found = [name for name in ("fp16", "bf16", "fp32") if name in pointers]
-        return DTYPE_NAMES[found[0]] if found else ""
+    def name(self) -> str:
+        return self.kernel.__name__.removeprefix("_")
 
     @property
-    def configuration(self) -> str:
-        """The constants in words, but for tuples, which would fill a page, and absent arguments."""
+    def file(self) -> str:
+        return self.kernel.__module__.rpartition(".")[2]
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """Constants that are neither tuples, which would fill a page, nor absent arguments."""
+        named = {self.kernel.arg_names[at[0]]: v for at, v in self.constants.items() if not at[1:]}
+        return {n: v for n, v in named.items() if v is not None and not isinstance(v, tuple)}
+
+    @property
+    def kind(self) -> tuple:
+        """What is compiled once: launches of a kind differ only in the shapes of the weights, in
+        which integers are multiples of 16, and in dtypes with the same arithmetic."""
+        given = {k: v for k, v in self.configuration.items() if k not in ("TOTAL", "TILES")}
+        absent = [at for at, value in self.constants.items() if value is None]
+        return self.name, *sorted(given.items()), *absent, *self.options.values()
+
+    def __str__(self) -> str:
+        """The configuration in words."""
         words = []
-        for name, value in self.constants.items():
+        for name, value in self.configuration.items():
             if isinstance(value, bool):
                 words.append(name if value else f"not {name}")
-            elif value is not None and not isinstance(value, tuple):
+            else:
                 words.append(f"{name}={value}")
-        for number, what in ((self.num_warps, "warp"), (self.num_stages, "stage")):
+        for option, what in (("num_warps", "warp"), ("num_stages", "stage")):
+            number = self.options[option]
             words.append(f"{number} {what}" + "s" * (number != 1))
         return ", ".join(words)
+
+
+class _Driver:
+    """What Triton asks of a driver until it has compiled. Specialisation is alike on all GPUs."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", ARCHITECTURES[0], 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def recorded() -> Iterator[list[dict[str, Any]]]:
+    """A list of what Triton was about to compile; nothing is compiled or launched meanwhile."""
+    found: list[dict[str, Any]] = []
+
+    def keep(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        found.append({"kernel": fn.jit_function, **compile})
+        return True  # in place of compiling
+
+    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", keep):
+        before = triton.runtime.driver._active
+        triton.runtime.driver.set_active(_Driver())
+        try:
+            yield found
+        finally:
+            triton.runtime.driver.set_active(before)
+
+
+def launches(cases: Iterable[Case] = CASES) -> Iterator[Specialisation]:
+    """What the cases launch, in order, the same as often as it is launched."""
+    for case in cases:
+        tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=case.dtype == "tf32")
+        with recorded() as found, tf32:
+            case.run()
+        for one in found:
+            options = json.loads(one["specialization_data"])["options"]
+            yield Specialisation(
+                str(case),
+                one["kernel"],
+                one["signature"],
+                one["constants"],
+                one["configs"][0],
+                {name: options[name] for name in OPTIONS},
+            )
+
+
+def collect(cases: Iterable[Case] = CASES) -> list[Specialisation]:
+    """The first launch of each kind."""
+    found: dict[tuple, Specialisation] = {}
+    for one in launches(cases):
+        found.setdefault(one.kind, one)
+    return list(found.values())
+
+
+# --- what the code takes ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -86,63 +299,11 @@ class Usage:
     shared: int
 
 
-def leaves(types: Any, path: tuple = ()) -> Iterator[tuple[tuple, str]]:
-    """((position, position in a tuple, ...), type) of every argument that is not a tuple."""
-    if isinstance(types, str):
-        yield path, types
-        return
-    for i, inner in enumerate(types.values() if isinstance(types, Mapping) else types):
-        yield from leaves(inner, (*path, i))
-
-
-def collect(file: str) -> list[Specialisation]:
-    """What one of the files lists, in its order."""
-    module = importlib.import_module(f".{file}", __package__)
-    found = [Specialisation(*one) for one in module.specialisations()]
-    if not found:
-        raise ValueError(f"{file}.specialisations() yields nothing to compile")
-    return found
-
-
-def source(one: Specialisation) -> ASTSource:
-    """What Triton compiles; ValueError if arguments are missing, superfluous or named twice."""
-    names = one.kernel.arg_names
-    types = {name: type_ for name, type_ in one.types.items() if type_ != "constexpr"}
-    given = [*types, *one.constants]
-    if sorted(given) != sorted(names):
-        wrong = sorted(set(given) ^ set(names)) or sorted(n for n in names if given.count(n) > 1)
-        raise ValueError(
-            f"{one.name}: specialisations() must give every argument of the kernel once as a type "
-            f"or a constant; look at {', '.join(wrong)}"
-        )
-    signature = {name: types.get(name, "constexpr") for name in names}
-    divisible = [["tt.divisibility", 16]]
-    attributes = {
-        path: divisible
-        for path, type_ in leaves(signature)
-        if type_.startswith("*") or type_.endswith(":16")
-    }
-
-    def plain(type_: Any) -> Any:
-        return (
-            type_.removesuffix(":16")
-            if isinstance(type_, str)
-            else tuple(plain(inner) for inner in type_)
-        )
-
-    return ASTSource(
-        one.kernel,
-        {name: plain(type_) for name, type_ in signature.items()},
-        dict(one.constants),
-        attributes,
-    )
-
-
 def compile_for(one: Specialisation, architecture: int) -> Usage:
     """Compiles (or finds in Triton's cache) and reads the machine code's resource usage."""
-    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+    source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source(one), target=target, options=options)
+    compiled = triton.compile(source, target=target, options=dict(one.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -169,12 +330,31 @@ def parse_usage(text: str) -> tuple[int, int]:
 Row = tuple[Specialisation, list[Usage]]
 
 
+def _compile(task: tuple[int, int]) -> Usage:
+    return compile_for(_WORK[task[0]], task[1])
+
+
+_WORK: list[Specialisation] = []  # what a process that is forked finds: kernels cannot be pickled
+
+
+def compile_all(
+    specialisations: Sequence[Specialisation], architectures: Sequence[int]
+) -> list[Row]:
+    """On all cores, a process each: Python's part of the compiler leaves no room for threads."""
+    _WORK[:] = specialisations
+    tasks = [(i, a) for i in range(len(_WORK)) for a in architectures]
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
+        usages = pool.map(_compile, tasks)
+        return [(one, [next(usages) for _ in architectures]) for one in specialisations]
+
+
 def complaints(rows: Iterable[Row], architectures: Sequence[int]) -> list[str]:
     """A sentence for each kernel that spills or takes too much shared memory."""
     found = []
     for one, usages in rows:
         for architecture, usage in zip(architectures, usages, strict=True):
-            what = f"{one.name} ({one.dtype}; {one.configuration}) on sm_{architecture}"
+            what = f"{one.name} ({one.case}; {one}) on sm_{architecture}"
             if usage.spilled:
                 found.append(f"{what} spills {usage.spilled} bytes per thread.")
             if usage.shared > SHARED_MEMORY:
@@ -186,26 +366,31 @@ def table(rows: Iterable[Row], architectures: Sequence[int]) -> str:
     """The Markdown table; numbers of the architectures are in their order, one if all are equal."""
     order = ", ".join(f"sm_{a}" for a in architectures)
     lines = [
-        f"| kernel | dtype | configuration | registers ({order}) | spilled bytes | shared bytes |",
+        f"| kernel | case | configuration | registers ({order}) | spilled bytes | shared bytes |",
         "|---|---|---|---:|---:|---:|",
     ]
     for one, usages in rows:
         columns = zip(*((u.registers, u.spilled, u.shared) for u in usages), strict=True)
         cells = [" / ".join(map(str, c if len(set(c)) > 1 else c[:1])) for c in columns]
-        lines.append(" | ".join([f"| {one.name}", one.dtype, one.configuration, *cells]) + " |")
+        lines.append(" | ".join([f"| {one.name}", one.case, str(one), *cells]) + " |")
     return "\n".join(lines)
 
 
-def document(sections: Mapping[str, Sequence[Row]], architectures: Sequence[int]) -> str:
+def document(rows: Sequence[Row], architectures: Sequence[int]) -> str:
     """docs/triton_kernels.md, with a section for each file of kernels."""
     text = f"""# What the Triton kernels take
 
-Written by `python -m mfef_ext.backends.triton.aot --write`. Compiled ahead of
-time by Triton {triton.__version__}, without a GPU. Registers and spilled bytes are a thread's,
-shared bytes a block's; the smallest of the GPUs has {SHARED_MEMORY} of them.
+Written by `python -m mfef_ext.backends.triton.aot --write`; a test compiles again and compares.
+Compiled ahead of time by Triton {triton.__version__}, without a GPU, as the launches of the cases
+specialise them. Launches that differ only in the shapes of the weights, in which strides are
+multiples of 16, and in dtypes with the same arithmetic are compiled once, for the first case.
+Registers and spilled bytes are a thread's, shared bytes a block's; the smallest of the GPUs has
+{SHARED_MEMORY} of them.
 """
-    for file, rows in sections.items():
-        text += f"\n## {file}.py\n\n{table(rows, architectures)}\n"
+    for file in FILES:
+        of_file = [row for row in rows if row[0].file == file]
+        if of_file:
+            text += f"\n## {file}.py\n\n{table(of_file, architectures)}\n"
     return text
 
 
@@ -216,30 +401,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES, metavar="N")
     parser.add_argument("--only", nargs="+", choices=FILES, default=FILES, help="files of kernels")
+    parser.add_argument("--all", action="store_true", help="every launch of the benchmark's cases")
     parser.add_argument("--write", action="store_true", help=f"write docs/{DOCUMENT.name}")
     options = parser.parse_args(arguments)
     if interpreted():
         print("TRITON_INTERPRET=1 leaves nothing to compile; unset it.", file=sys.stderr)
         return 2
-    if options.write and (set(options.only) != set(FILES) or tuple(options.arch) != ARCHITECTURES):
-        print("--write writes the whole table; leave out --only and --arch.", file=sys.stderr)
+    part = set(options.only) != set(FILES) or tuple(options.arch) != ARCHITECTURES
+    if options.write and (part or options.all):
+        print(
+            "--write writes the whole table; leave out --only, --arch and --all.", file=sys.stderr
+        )
         return 2
     if options.write and not DOCUMENT.parent.is_dir():
         print("--write needs a checkout of the repository, which has docs/.", file=sys.stderr)
         return 2
-    sections = {
-        file: [(one, [compile_for(one, a) for a in options.arch]) for one in collect(file)]
-        for file in options.only
-    }
-    text = document(sections, options.arch)
+    found = list(launches(ALL_CASES)) if options.all else collect()
+    rows = compile_all([one for one in found if one.file in options.only], options.arch)
+    text = document(rows, options.arch)
     if options.write:
         DOCUMENT.write_text(text)
     else:
         print(text, end="")
-    found = [c for rows in sections.values() for c in complaints(rows, options.arch)]
-    for sentence in found:
+    for sentence in complaints(rows, options.arch):
         print(sentence, file=sys.stderr)
-    return 1 if found else 0
+    return 1 if complaints(rows, options.arch) else 0
 
 
 if __name__ == "__main__":

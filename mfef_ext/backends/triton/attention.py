@@ -28,15 +28,15 @@ partial results in the order of their tiles. The only atomic counts finished til
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
-from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import Launch, like, usual
 
 # --- maxima -----------------------------------------------------------------------------------
 #
@@ -266,6 +266,11 @@ def _write_output(
 
 
 # --- kernels of the forward -------------------------------------------------------------------
+#
+# Threads of a program tell each other things by way of its row in global memory. Every section is
+# stored by all of them and then, one debug_barrier() later, read by any: bar.sync is all the order
+# that threads of one block need, and they share one L1. No section is stored twice between two
+# barriers, and nothing is read by a non-coherent load (ld.global.nc), of which Triton emits none.
 #
 # Scratch row of an image, float32, every section rounded up by _whole() to a multiple of 64 bytes:
 # gate (C) | mean (C) | max (C) | pooled max (HW) | pooled mean (HW) | hidden (HIDDEN).
@@ -602,7 +607,7 @@ def _grad_z(grad, inside, spatial, from_max, from_mean, index, c):
 
 @triton.jit(do_not_specialize=["H", "W"])
 def pool_backward_kernel(
-    grad, y, spatial_gate, channel_index, work, work_n, finished, C, H, W, HW,
+    grad, y, spatial_gate, channel_index, work, finished, work_n, C, H, W, HW,
     grad_n, grad_c, grad_h, grad_w, y_n, y_c, y_h, y_w,
     FLAT: tl.constexpr, PARAMETERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -633,7 +638,7 @@ def pool_backward_kernel(
 @triton.jit(do_not_specialize=["H", "W"])
 def spatial_backward_kernel(
     grad, y, fc1_weight, fc2_weight, spatial_weight, spatial_gate, channel_index,
-    work, work_n, finished, C, H, W, HW, HIDDEN, taps,
+    work, finished, work_n, C, H, W, HW, HIDDEN, taps,
     weight_c, weight_h, weight_w, grad_n, grad_c, grad_h, grad_w, y_n, y_c, y_h, y_w,
     FLAT: tl.constexpr, NEED_Y: tl.constexpr, PARAMETERS: tl.constexpr, K: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -684,16 +689,25 @@ def spatial_backward_kernel(
         d *= tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
         tl.store(gate_parts + t * whole_c + c, tl.sum(d, 1), mask=c < C)
 
-    # All threads have stored before one of them counts; who counts last sees what all have stored.
+    # Who counts last sees what all have stored, by the memory model of PTX:
+    # - The barrier orders the stores of all threads before the atomic of the one thread that
+    #   counts, whose release is cumulative: it covers them, for the whole GPU.
+    # - Counting is a chain of read-modify-writes, each acquiring what the one before released.
+    # - The barrier behind orders the loads of all threads after it. Triton has one there to hand
+    #   the count to all threads; ours does not depend on how it does that. The acquire empties
+    #   this multiprocessor's L1 (on sm_80 MEMBAR.ALL.GPU, ATOMG.STRONG.GPU, CCTL.IVALL), and .cg
+    #   reads past it.
+    # - finished is set to zero by the launch before, in every replay of a CUDA graph too.
+    # Barrier and atomic have effects on memory, so no pass of the compiler moves loads past them.
     tl.debug_barrier()
     before = tl.atomic_add(finished + image, 1, sem="acq_rel", scope="gpu")
     if before == tiles - 1:
+        tl.debug_barrier()
         channel = tl.arange(0, BLOCK_S)
         for c0 in range(0, C, BLOCK_S):
             c = c0 + channel
             total = tl.zeros((BLOCK_S,), tl.float32)
             for u in range(0, tiles):
-                # Other multiprocessors wrote these: not from this one's L1.
                 at = gate_parts + u * whole_c + c
                 total += tl.load(at, mask=c < C, other=0.0, cache_modifier=".cg")
             g = tl.load(row + c, mask=c < C, other=0.0)
@@ -850,8 +864,8 @@ def image_backward_kernel(
 
 @triton.jit(do_not_specialize=["N", "tiles", "H", "W"])
 def parameter_gradient_kernel(
-    work, work_n, mean, max, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight,
-    N, C, H, W, HW, HIDDEN, taps, tiles, weight_c, weight_h, weight_w,
+    work, mean, max, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight,
+    work_n, N, C, H, W, HW, HIDDEN, taps, tiles, weight_c, weight_h, weight_w,
     HAS_FC1_BIAS: tl.constexpr, HAS_FC2_BIAS: tl.constexpr, K: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -943,10 +957,9 @@ class Tile(NamedTuple):
     block_p: int
     num_warps: int
 
-    def arguments(self) -> dict[str, int]:
-        """As keywords of a kernel's launch."""
-        sizes = {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p}
-        return {**sizes, "num_warps": self.num_warps, "num_stages": STAGES}
+    def constants(self) -> dict[str, int]:
+        """As a kernel takes them."""
+        return {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p}
 
 
 # Nothing was measured on hardware yet, so nothing is tuned at run time: the shape decides, by
@@ -1007,7 +1020,6 @@ def choose(c: int, hw: int, channels_last: bool) -> tuple[bool, Tile]:
     return False, PIXEL_TILES["rows" if hw >= 2048 else "short rows"]
 
 
-@lru_cache(maxsize=1024)
 def plan_for(c: int, h: int, w: int, hidden: int, k: int, channels_last: bool) -> Plan:
     """The plan for images (c, h, w), ``hidden`` units and a k x k spatial weight."""
     hw = h * w
@@ -1029,10 +1041,9 @@ def plan_for(c: int, h: int, w: int, hidden: int, k: int, channels_last: bool) -
     )
 
 
-def _plan(y: Tensor, fc1_weight: Tensor, spatial_weight: Tensor) -> Plan:
-    _, c, h, w = y.shape
-    channels_last = c > 1 and y.stride(1) == 1 and h * w > 1
-    return plan_for(c, h, w, fc1_weight.shape[0], spatial_weight.shape[2], channels_last)
+def _is_channels_last(y: Tensor) -> bool:
+    """Whether channels are neighbours in memory, which decides the tile."""
+    return y.shape[1] > 1 and y.stride(1) == 1 and y.shape[2] * y.shape[3] > 1
 
 
 def _flat_strides(t: Tensor) -> tuple[int, int, int, int] | None:
@@ -1068,6 +1079,202 @@ def _dense(parameter: Tensor | None) -> Tensor | None:
     return parameter.contiguous()
 
 
+def _key(
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    spatial_weight: Tensor,
+) -> _Parameters:
+    return _Parameters(
+        fc1_weight.shape[0],
+        fc1_bias is not None,
+        fc2_bias is not None,
+        spatial_weight.shape[2],
+        spatial_weight.stride(),
+    )
+
+
+def _mlp(
+    fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """As the kernels take them. A pointer that a flag rules out is never read: the flag's place
+    holder is another tensor."""
+    return (
+        _dense(fc1_weight),
+        fc1_weight if fc1_bias is None else _dense(fc1_bias),
+        _dense(fc2_weight),
+        fc1_weight if fc2_bias is None else _dense(fc2_bias),
+    )
+
+
+# --- calls ------------------------------------------------------------------------------------
+#
+# A call is a plan for given maps: whatever is known before there are pointers, kept by all that
+# compiled code depends on. `reuse` says that all tensors are usual().
+
+
+class _Parameters(NamedTuple):
+    """What a call depends on of the parameters."""
+
+    hidden: int
+    has_fc1_bias: bool
+    has_fc2_bias: bool
+    k: int
+    spatial_strides: tuple[int, ...]
+
+    def constants(self) -> dict[str, Any]:
+        """As the kernels take them."""
+        return {
+            "HAS_FC1_BIAS": self.has_fc1_bias,
+            "HAS_FC2_BIAS": self.has_fc2_bias,
+            "K": self.k,
+        }
+
+
+class _Call(NamedTuple):
+    """Launches of one direction, in their order."""
+
+    image: bool  # the plan
+    result: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides of out, or of grad_y
+    work: tuple[int, int]  # shape
+    statistics: tuple[int, ...]  # shape of those that are computed here, or ()
+    launches: tuple[Launch, ...]
+
+
+@lru_cache(maxsize=1024)
+def _forward_call(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    parameters: _Parameters,
+    given_tiles: int,
+    save: bool,
+    reuse: bool,
+) -> _Call:
+    """``given_tiles`` are those of the convolution's statistics, 0 if there are none."""
+    n, c, h, w = shape
+    hw, (hidden, _, _, k, spatial_strides) = h * w, parameters
+    y = like(shape, strides)
+    out = _map_like(y)
+    plan = plan_for(c, h, w, hidden, k, _is_channels_last(y))
+    tile, tiles = plan.tile, given_tiles or triton.cdiv(hw, plan.chunk)
+    flat, (*from_y, out_n, out_c, out_h, out_w) = _strides(y, out)
+    to_out = out_n, out_c, out_h, out_w
+    sizes, taps = (c, h, w, hw), spatial_strides[1:]
+    constants = {
+        **parameters.constants(),
+        **tile.constants(),
+        **plan.mlp,
+        "FLAT": flat,
+        "SAVE": save,
+        "BACKWARD": False,
+        "HAS_STATISTICS": given_tiles > 0,
+        "PIXELS": plan.chunk,
+        "BLOCK_K": plan.block_k,
+        "BLOCK_S": GATHER_CHANNELS,
+        "BLOCK_T": GATHER_TILES[tiles > 2],
+    }
+
+    def launch(kernel: Any, programs: int, *numbers: int, warps: int = tile.num_warps) -> Launch:
+        return Launch(kernel, programs, numbers, constants, warps, STAGES, reuse)
+
+    if plan.image:
+        tiles = given_tiles or 1
+        constants["BLOCK_T"] = GATHER_TILES[tiles > 2]
+        launches = [
+            launch(
+                image_forward_kernel, n, plan.work, *sizes, hidden, tiles, *taps, *from_y, *to_out
+            )
+        ]
+    else:
+        programs = n * plan.tiles
+        launches = [
+            launch(gate_kernel, n, plan.work, c, hw, hidden, tiles, warps=GATE_WARPS),
+            launch(pool_kernel, programs, plan.work, *sizes, *from_y),
+            launch(output_kernel, programs, plan.work, *sizes, *taps, *from_y, *to_out),
+        ]
+        if given_tiles == 0:
+            programs = n * triton.cdiv(c, tile.block_c) * tiles
+            launches.insert(0, launch(statistics_kernel, programs, *sizes, tiles, *from_y))
+    statistics = (n, c, tiles) if not plan.image and given_tiles == 0 else ()
+    return _Call(plan.image, (out.shape, out.stride()), (n, plan.work), statistics, tuple(launches))
+
+
+@lru_cache(maxsize=1024)
+def _backward_call(
+    grad_strides: tuple[int, ...],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    parameters: _Parameters,
+    need_x: bool,
+    need_parameters: bool,
+    reuse: bool,
+) -> _Call:
+    """The last launch is that of the parameters' gradients, if they are needed."""
+    n, c, h, w = shape
+    hw, (hidden, _, _, k, spatial_strides) = h * w, parameters
+    y = like(shape, strides)
+    grad_y = _map_like(y)
+    plan = plan_for(c, h, w, hidden, k, _is_channels_last(y))
+    tile = plan.tile
+    maps = (like(shape, grad_strides), y, grad_y)
+    flat, of_maps = _strides(*maps) if need_x else _strides(*maps[:2])
+    sizes, taps = (c, h, w, hw), spatial_strides[1:]
+    constants = {
+        **parameters.constants(),
+        **tile.constants(),
+        **plan.mlp,
+        "FLAT": flat,
+        "NEED_Y": need_x,
+        "PARAMETERS": need_parameters,
+        "SAVE": False,
+        "BACKWARD": True,
+        "BLOCK_K": plan.block_k,
+        "BLOCK_S": GATHER_CHANNELS,
+        "BLOCK_T": 1,
+    }
+    work, programs = plan.work_backward, n * plan.tiles
+
+    def launch(kernel: Any, programs: int, *numbers: int, warps: int = tile.num_warps) -> Launch:
+        return Launch(kernel, programs, numbers, constants, warps, STAGES, reuse)
+
+    if plan.image:
+        numbers = work, *sizes, hidden, plan.taps, *taps, *of_maps, *(() if need_x else (0,) * 4)
+        launches = [launch(image_backward_kernel, n, *numbers)]
+    else:
+        numbers = work, *sizes, hidden, plan.taps, *taps, *of_maps[:8]
+        launches = [
+            launch(gate_kernel, n, work, c, hw, hidden, 1, warps=GATE_WARPS),
+            launch(pool_backward_kernel, programs, work, *sizes, *of_maps[:8]),
+            launch(spatial_backward_kernel, programs, *numbers),
+        ]
+        if need_x:
+            numbers = work, *sizes, *of_maps[:4], *of_maps[8:]
+            launches.append(launch(input_gradient_kernel, programs, *numbers))
+    if need_parameters:
+        blocks = PARAMETER_BLOCKS
+        programs = triton.cdiv(c, blocks["BLOCK_C"]) * triton.cdiv(hidden, blocks["BLOCK_H"])
+        programs += triton.cdiv(2 * k * k, blocks["BLOCK_K"])
+        of_gradient = torch.empty_like(like((1, 2, k, k), spatial_strides)).stride()[1:]
+        numbers = work, n, *sizes, hidden, plan.taps, plan.tiles, *of_gradient
+        launches.append(
+            Launch(
+                parameter_gradient_kernel,
+                programs,
+                numbers,
+                {**parameters.constants(), **blocks},
+                PARAMETER_WARPS,
+                STAGES,
+                reuse,
+            )
+        )
+    return _Call(plan.image, (grad_y.shape, grad_y.stride()), (n, work), (), tuple(launches))
+
+
 # --- forward ----------------------------------------------------------------------------------
 
 
@@ -1080,74 +1287,56 @@ def forward(
     spatial_weight: Tensor,
     statistics: tuple[Tensor, Tensor, Tensor] | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, mean, max, max_index, spatial_gate, channel_index of reference.dual_attention.
+) -> tuple[Tensor, ...]:
+    """out of reference.dual_attention; with ``save`` also mean, max, max_index, spatial_gate and
+    channel_index.
 
     y: (N, C, H, W), any strides. statistics: sum, max (N, C, T) float32 and place of the max
     (N, C, T) int32 per tile of pixels, contiguous, from the convolution; None: computed here.
     out is like y; mean and max (N, C) and spatial_gate (N, H, W) are float32, max_index (N, C) and
-    channel_index (N, H, W) int32; all five have N = 0 without ``save``.
+    channel_index (N, H, W) int32.
     """
-    n, c, h, w = y.shape
-    hw, hidden, k = h * w, fc1_weight.shape[0], spatial_weight.shape[2]
-    device, saved = y.device, n if save else 0
-    out = _map_like(y)
-    mean = torch.empty((saved, c), dtype=torch.float32, device=device)
-    max = torch.empty((saved, c), dtype=torch.float32, device=device)
-    max_index = torch.empty((saved, c), dtype=torch.int32, device=device)
-    spatial_gate = torch.empty((saved, h, w), dtype=torch.float32, device=device)
-    channel_index = torch.empty((saved, h, w), dtype=torch.int32, device=device)
-    results = out, mean, max, max_index, spatial_gate, channel_index
+    shape, real = y.shape, torch.float32
+    n, c, h, w = shape
+    parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight
+    call = _forward_call(
+        shape, y.stride(), y.device, y.dtype, _key(*parameters),
+        0 if statistics is None else statistics[0].shape[2], save,
+        usual(y.dtype, y, *parameters) and (statistics is None or usual(real, *statistics[:2])),
+    )  # fmt: skip
+    out = y.new_empty_strided(*call.result)
+    work = y.new_empty(call.work, dtype=real)
+    # Pointers that SAVE rules out are never used.
+    mean = max = max_index = spatial_gate = channel_index = work
+    results: tuple[Tensor, ...] = (out,)
+    if save:
+        mean = y.new_empty((n, c), dtype=real)
+        max = y.new_empty((n, c), dtype=real)
+        max_index = y.new_empty((n, c), dtype=torch.int32)
+        spatial_gate = y.new_empty((n, h, w), dtype=real)
+        channel_index = y.new_empty((n, h, w), dtype=torch.int32)
+        results = out, mean, max, max_index, spatial_gate, channel_index
     if n == 0:
         return results
-    plan = _plan(y, fc1_weight, spatial_weight)
-    tile = plan.tile
-    work = torch.empty((n, plan.work), dtype=torch.float32, device=device)
-    flat, strides = _strides(y, out)
-    blocks = tile.arguments()
-    biases = {"HAS_FC1_BIAS": fc1_bias is not None, "HAS_FC2_BIAS": fc2_bias is not None}
-    # A pointer that a flag rules out is never read: the flag's place holder is another tensor.
-    mlp = (
-        _dense(fc1_weight),
-        fc1_weight if fc1_bias is None else _dense(fc1_bias),
-        _dense(fc2_weight),
-        fc1_weight if fc2_bias is None else _dense(fc2_bias),
-    )
-    taps = spatial_weight.stride()[1:]
-    if not plan.image and statistics is None:
-        tiles = triton.cdiv(hw, plan.chunk)
-        statistics = (
-            torch.empty((n, c, tiles), dtype=torch.float32, device=device),
-            torch.empty((n, c, tiles), dtype=torch.float32, device=device),
-            torch.empty((n, c, tiles), dtype=torch.int32, device=device),
-        )
-        statistics_kernel[(n * triton.cdiv(c, tile.block_c) * tiles,)](
-            y, *statistics, c, h, w, hw, tiles, *strides[:4],
-            FLAT=flat, PIXELS=plan.chunk, **blocks,
-        )  # fmt: skip
-    tiles = 1 if statistics is None else statistics[0].shape[2]
-    gather = {"BLOCK_S": GATHER_CHANNELS, "BLOCK_T": GATHER_TILES[tiles > 2]}
-    if plan.image:
-        image_forward_kernel[(n,)](
-            y, out, *mlp, spatial_weight, *(statistics or (work, work, max_index)),
-            *results[1:], work, plan.work, c, h, w, hw, hidden, tiles, *taps, *strides,
-            FLAT=flat, SAVE=save, HAS_STATISTICS=statistics is not None, K=k,
-            BLOCK_K=plan.block_k, **biases, **blocks, **gather, **plan.mlp,
+    mlp = _mlp(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if call.image:
+        of_tiles = statistics or (work, work, work)
+        call.launches[0](
+            y, out, *mlp, spatial_weight, *of_tiles,
+            mean, max, max_index, spatial_gate, channel_index, work,
         )  # fmt: skip
         return results
-    assert statistics is not None
-    gate_kernel[(n,)](
-        *mlp, *statistics, mean, max, max_index, work, plan.work, c, hw, hidden, tiles,
-        BACKWARD=False, SAVE=save, num_warps=GATE_WARPS, num_stages=STAGES,
-        **biases, **gather, **plan.mlp,
-    )  # fmt: skip
-    pool_kernel[(n * plan.tiles,)](
-        y, channel_index, work, plan.work, c, h, w, hw, *strides[:4], FLAT=flat, SAVE=save, **blocks
-    )
-    output_kernel[(n * plan.tiles,)](
-        y, out, spatial_weight, spatial_gate, work, plan.work, c, h, w, hw, *taps, *strides,
-        FLAT=flat, SAVE=save, K=k, BLOCK_K=plan.block_k, **blocks,
-    )  # fmt: skip
+    if statistics is None:
+        statistics = (
+            y.new_empty(call.statistics, dtype=real),
+            y.new_empty(call.statistics, dtype=real),
+            y.new_empty(call.statistics, dtype=torch.int32),
+        )
+        call.launches[0](y, *statistics)
+    gate, pool, output = call.launches[-3:]
+    gate(*mlp, *statistics, mean, max, max_index, work)
+    pool(y, channel_index, work)
+    output(y, out, spatial_weight, spatial_gate, work)
     return results
 
 
@@ -1176,170 +1365,44 @@ def backward(
     ``save``. A gradient that is not needed, or of a bias that is None, is a tensor of shape (0,).
     Those of the parameters have the parameters' own strides.
     """
-    n, c, h, w = y.shape
-    hw, hidden, k = h * w, fc1_weight.shape[0], spatial_weight.shape[2]
-    device = y.device
-
-    def nothing() -> Tensor:
-        return torch.empty((0,), dtype=y.dtype, device=device)
-
     parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight
     grads = [
-        torch.empty_like(p) if need_parameters and p is not None else nothing() for p in parameters
+        torch.empty_like(p) if need_parameters and p is not None else y.new_empty((0,))
+        for p in parameters
     ]
     if not need_x and not need_parameters:
-        return (nothing(), *grads)
-    grad_y = _map_like(y) if need_x else nothing()
-    plan = _plan(y, fc1_weight, spatial_weight)
-    tile = plan.tile
-    work = torch.empty((n, plan.work_backward), dtype=torch.float32, device=device)
-    biases = {"HAS_FC1_BIAS": fc1_bias is not None, "HAS_FC2_BIAS": fc2_bias is not None}
-    if n > 0:
-        flat, strides = _strides(grad, y, grad_y) if need_x else _strides(grad, y)
-        blocks = tile.arguments()
-        w1, w2 = _dense(fc1_weight), _dense(fc2_weight)
-        b1 = fc1_weight if fc1_bias is None else _dense(fc1_bias)
-        b2 = fc1_weight if fc2_bias is None else _dense(fc2_bias)
-        taps = spatial_weight.stride()[1:]
+        return (y.new_empty((0,)), *grads)
+    call = _backward_call(
+        grad.stride(), y.shape, y.stride(), y.device, y.dtype, _key(*parameters),
+        need_x, need_parameters,
+        usual(y.dtype, grad, y, *parameters)
+        and usual(torch.float32, mean, max, spatial_gate)
+        and usual(torch.int32, max_index, channel_index),
+    )  # fmt: skip
+    grad_y = y.new_empty_strided(*call.result) if need_x else y.new_empty((0,))
+    work = y.new_empty(call.work, dtype=torch.float32)
+    if y.shape[0] > 0:
+        mlp = _mlp(*parameters[:4])
         gates = spatial_gate, channel_index
-        if plan.image:
-            image_backward_kernel[(n,)](
-                grad, y, grad_y, w1, b1, w2, b2, spatial_weight, mean, max, max_index, *gates,
-                work, plan.work_backward, c, h, w, hw, hidden, plan.taps, *taps,
-                *(strides if need_x else (*strides, 0, 0, 0, 0)),
-                FLAT=flat, NEED_Y=need_x, PARAMETERS=need_parameters, K=k, BLOCK_K=plan.block_k,
-                **biases, **blocks, **plan.mlp,
-            )  # fmt: skip
+        if call.image:
+            call.launches[0](
+                grad, y, grad_y, *mlp, spatial_weight, mean, max, max_index, *gates, work
+            )
         else:
-            finished = torch.empty((n,), dtype=torch.int32, device=device)
-            sizes = c, h, w, hw
-            gate_kernel[(n,)](
-                w1, b1, w2, b2, mean, max, max_index, mean, max, max_index,
-                work, plan.work_backward, c, hw, hidden, 1,
-                BACKWARD=True, SAVE=False, num_warps=GATE_WARPS, num_stages=STAGES,
-                BLOCK_S=GATHER_CHANNELS, BLOCK_T=1, **biases, **plan.mlp,
-            )  # fmt: skip
-            grid = (n * plan.tiles,)
-            pool_backward_kernel[grid](
-                grad, y, *gates, work, plan.work_backward, finished, *sizes, *strides[:8],
-                FLAT=flat, PARAMETERS=need_parameters, **blocks,
-            )  # fmt: skip
-            spatial_backward_kernel[grid](
-                grad, y, w1, w2, spatial_weight, *gates, work, plan.work_backward, finished,
-                *sizes, hidden, plan.taps, *taps, *strides[:8],
-                FLAT=flat, NEED_Y=need_x, PARAMETERS=need_parameters, K=k, BLOCK_K=plan.block_k,
-                BLOCK_S=GATHER_CHANNELS, **blocks, **plan.mlp,
-            )  # fmt: skip
+            finished = y.new_empty((y.shape[0],), dtype=torch.int32)
+            gate, pool, spatial, *last = call.launches
+            gate(*mlp, mean, max, max_index, mean, max, max_index, work)
+            pool(grad, y, *gates, work, finished)
+            spatial(grad, y, mlp[0], mlp[2], spatial_weight, *gates, work, finished)
             if need_x:
-                input_gradient_kernel[grid](
-                    grad, grad_y, max_index, *gates, work, plan.work_backward, *sizes,
-                    *strides[:4], *strides[8:], FLAT=flat, **blocks,
-                )  # fmt: skip
+                last[0](grad, grad_y, max_index, *gates, work)
     if need_parameters:
         # As _dense(): a gradient with other strides than its kernel writes is copied afterwards.
         written = [
-            g if i == 4 or g.is_contiguous() else torch.empty(g.shape, dtype=g.dtype, device=device)
-            for i, g in enumerate(grads)
+            g if i == 4 or g.is_contiguous() else g.new_empty(g.shape) for i, g in enumerate(grads)
         ]
-        blocks = PARAMETER_BLOCKS
-        dense = triton.cdiv(c, blocks["BLOCK_C"]) * triton.cdiv(hidden, blocks["BLOCK_H"])
-        parameter_gradient_kernel[(dense + triton.cdiv(2 * k * k, blocks["BLOCK_K"]),)](
-            work, plan.work_backward, mean, max, *written,
-            n, c, h, w, hw, hidden, plan.taps, plan.tiles, *grads[4].stride()[1:],
-            K=k, num_warps=PARAMETER_WARPS, num_stages=STAGES, **biases, **blocks,
-        )  # fmt: skip
+        call.launches[-1](work, mean, max, *written)
         for g, own in zip(grads, written, strict=True):
             if g is not own:
                 g.copy_(own)
     return (grad_y, *grads)
-
-
-# --- what is compiled ahead of time -----------------------------------------------------------
-
-Specialisation = tuple[str, Any, dict[str, str], dict[str, Any], int, int]
-
-_STRIDES = [f"{t}_{axis}" for t in ("y", "out", "grad") for axis in "nchw"]
-_INTS = {"C", "H", "W", "HW", "HIDDEN", "N", "tiles", "taps", "work_n", *_STRIDES}
-_INTS |= {"weight_c", "weight_h", "weight_w"}
-_FLOAT_POINTERS = {"sums", "maxima", "mean", "max", "spatial_gate", "work"}
-_INT_POINTERS = {"places", "max_index", "channel_index", "finished"}
-
-
-# Multiples of 16 in maps such as 64 x 56 x 56 and 256 x 8 x 8. The others are never, or not known.
-_MULTIPLES_OF_16 = {"C", "HW", "work_n", *_STRIDES}
-
-
-def _type_of(argument: str, dtype: str) -> str:
-    if argument in _INTS:
-        return "i32:16" if argument in _MULTIPLES_OF_16 else "i32"
-    if argument in _INT_POINTERS:
-        return "*i32"
-    return "*fp32" if argument in _FLOAT_POINTERS else f"*{dtype}"
-
-
-def specialisations() -> Iterator[Specialisation]:
-    """(name, kernel, argument types, constants, warps, stages) of what there is to compile.
-
-    Every kernel in every configuration, and in both layouts where one configuration serves both.
-    dtypes take turns, since nothing but loads and stores depends on them.
-    """
-    turns = cycle(("fp32", "bf16", "fp16"))
-
-    def one(kernel: Any, what: str, warps: int, *constants: dict[str, Any]) -> Specialisation:
-        together = {name: value for some in constants for name, value in some.items()}
-        dtype = next(turns)
-        names = kernel.arg_names
-        together = {name: value for name, value in together.items() if name in names}
-        types = {name: _type_of(name, dtype) for name in names if name not in together}
-        return f"{kernel.__name__}, {what}", kernel, types, together, warps, STAGES
-
-    flags = dict.fromkeys(
-        ("FLAT", "SAVE", "HAS_FC1_BIAS", "HAS_FC2_BIAS", "NEED_Y", "PARAMETERS"), True
-    )
-    taps = {"K": 7, "BLOCK_K": 8}
-    gather = {"BLOCK_S": GATHER_CHANNELS, "BLOCK_T": GATHER_TILES[1]}
-    mlps = [{"BLOCK_H": units, "BLOCK_M": channels} for units, channels in MLP_TILES.values()]
-    fastest = {
-        layout: {f"{t}_{axis}": 1 for t in ("y", "out", "grad")}
-        for layout, axis in (("contiguous", "w"), ("channels_last", "c"))
-    }
-    for tile_name, tile in IMAGE_TILES.items():
-        blocks = {"BLOCK_C": tile.block_c, "BLOCK_P": tile.block_p}
-        for layout, strides in fastest.items():
-            statistics = {"HAS_STATISTICS": layout == "contiguous"}
-            for kernel in (image_forward_kernel, image_backward_kernel):
-                what = f"{tile_name}, {layout}"
-                yield one(
-                    kernel, what, tile.num_warps,
-                    flags, taps, gather, statistics, mlps[1], strides, blocks,
-                )  # fmt: skip
-    pixel_kernels = (
-        statistics_kernel,
-        pool_kernel,
-        output_kernel,
-        pool_backward_kernel,
-        spatial_backward_kernel,
-        input_gradient_kernel,
-    )
-    for tile_name, tile in PIXEL_TILES.items():
-        next(turns)  # six kernels, three dtypes: another one for each next time
-        strides = fastest["channels_last" if "channels" in tile_name else "contiguous"]
-        blocks = {"BLOCK_C": tile.block_c, "BLOCK_P": tile.block_p}
-        blocks["PIXELS"] = CHUNK_TILES * tile.block_p
-        for kernel in pixel_kernels:
-            yield one(
-                kernel, tile_name, tile.num_warps, flags, taps, gather, mlps[1], strides, blocks
-            )
-    tile = PIXEL_TILES["rows"]
-    blocks = {"BLOCK_C": tile.block_c, "BLOCK_P": tile.block_p, "FLAT": False}
-    yield one(
-        spatial_backward_kernel, "rows, any strides", tile.num_warps,
-        flags, taps, gather, mlps[2], blocks,
-    )  # fmt: skip
-    for mlp in mlps:
-        for way in ("forward", "backward"):
-            what = f"{mlp['BLOCK_H']} hidden units, {way}"
-            yield one(
-                gate_kernel, what, GATE_WARPS, flags, gather, mlp, {"BACKWARD": way != "forward"}
-            )
-    yield one(parameter_gradient_kernel, "all", PARAMETER_WARPS, flags, taps, PARAMETER_BLOCKS)

@@ -38,14 +38,16 @@ also on N; never on the device or on chance. There are no atomics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import REGISTERS, Launch, like, usual
 
 WIDE = 8  # channels per group from which tl.dot pays: below, most of its block is padding
 WIDE_GRADIENT = 2  # the same for the weight gradient on tensor cores: its columns are always full
@@ -68,6 +70,7 @@ class Configuration(NamedTuple):
     depth: int  # of a tl.dot (weight gradient: columns of a tile, taps x input channels, at most)
     warps: int
     stages: int
+    registers: int | None = REGISTERS
 
 
 # "half" is 16-bit floats, "tf32" float32 on tensor cores, "ieee" float32 on the ordinary units:
@@ -75,7 +78,8 @@ class Configuration(NamedTuple):
 CONVOLUTION = {
     ("half", False): Configuration("half", 64, 64, 32, 4, 3),
     ("half", True): Configuration("half, large maps", 128, 32, 32, 4, 3),
-    ("tf32", False): Configuration("tf32", 64, 32, 32, 4, 3),
+    # ptxas's own bound is about 100: with ours it takes 255 on sm_80, and spills.
+    ("tf32", False): Configuration("tf32", 64, 32, 32, 4, 3, None),
     ("tf32", True): Configuration("tf32, large maps", 128, 32, 32, 4, 3),
     ("ieee", False): Configuration("ieee", 64, 32, 16, 4, 2),
     ("ieee", True): Configuration("ieee, large maps", 128, 32, 16, 8, 2),
@@ -820,7 +824,7 @@ def _plan_gradient(
 
 
 def _key(weights: Sequence[Tensor]) -> _Weights:
-    return tuple([(tuple(w.shape), w.stride()) for w in weights])
+    return tuple([(w.shape, w.stride()) for w in weights])
 
 
 def _arithmetic(dtype: torch.dtype) -> str:
@@ -865,32 +869,137 @@ def _map_like(x: Tensor, channels: int) -> Tensor:
     return x.new_empty((n, channels, h, w))
 
 
-# --- what operators call ----------------------------------------------------------------------
+# --- calls ------------------------------------------------------------------------------------
+#
+# A call is a plan for given maps: whatever is known before there are pointers, kept by all that
+# compiled code depends on. `reuse` is usual() of the tensors.
 
 
-def _launch_convolution(
-    src: Tensor,
-    dst: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    statistics: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
-    plan: _Plan,
-    summed: bool,
+class _Convolution(NamedTuple):
+    """A call of _convolve."""
+
+    result: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+    statistics: tuple[int, ...]  # shape
+    launch: Launch
+
+
+class _WeightGradient(NamedTuple):
+    """A call of _weight_partials and _weight_sums."""
+
+    partial: tuple[int, int]  # shape
+    launches: tuple[Launch, Launch]
+
+
+@lru_cache(maxsize=1024)
+def _convolution(
+    src_shape: tuple[int, ...],
+    src_strides: tuple[int, ...],
+    x_shape: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: _Weights,
+    groups: tuple[int, ...],
+    split: bool,
+    backwards: bool,
+    has_bias: bool,
+    has_statistics: bool,
     products: str,
-) -> None:
-    n, _, h, w = src.shape
-    if n == 0:
-        return
-    from_strides, to_strides = src.stride(), dst.stride()
-    configuration = plan.configuration
-    _convolve[(-(-n // plan.images) * plan.maps * plan.tiles,)](
-        src, dst, tuple(weights), bias, *statistics, n, h, w, *from_strides, *to_strides,
-        BRANCHES=plan.branches, COUNT=len(plan.branches), TILES=plan.tiles, TOTAL=plan.total,
-        SUMMED=summed, SRC_FLAT=_is_flat(src, from_strides), DST_FLAT=_is_flat(dst, to_strides),
-        IMAGES=plan.images, PIXELS=plan.pixels, PRECISION=_precision(products), WIDEN=_WIDEN,
-        INDEX=_index(plan, src, dst),
-        num_warps=configuration.warps, num_stages=configuration.stages,
-    )  # fmt: skip
+    reuse: bool,
+) -> _Convolution:
+    """``x`` is what the result looks like."""
+    src, x = like(src_shape, src_strides), like(x_shape, x_strides)
+    n, _, h, w = x_shape
+    plan = _plan_convolution(weights, groups, split, backwards, h, w, products)
+    dst = _map_like(x, plan.total)
+    constants = {
+        "BRANCHES": plan.branches,
+        "COUNT": len(plan.branches),
+        "TILES": plan.tiles,
+        "TOTAL": plan.total,
+        "SUMMED": backwards and not split,
+        "SRC_FLAT": _is_flat(src, src_strides),
+        "DST_FLAT": _is_flat(dst, dst.stride()),
+        "IMAGES": plan.images,
+        "PIXELS": plan.pixels,
+        "PRECISION": _precision(products),
+        "WIDEN": _WIDEN,
+        "INDEX": _index(plan, src, dst),
+    }
+    launch = Launch(
+        _convolve,
+        -(-n // plan.images) * plan.maps * plan.tiles,
+        (n, h, w, *src_strides, *dst.stride()),
+        constants,
+        plan.configuration.warps,
+        plan.configuration.stages,
+        reuse,
+        plan.configuration.registers,
+    )
+    return _Convolution((dst.shape, dst.stride()), (n, plan.total, plan.maps), launch)
+
+
+def _slices(plan: _Plan, blocks: int) -> tuple[int, int]:
+    """Slices of the images, and blocks of pixels in each. Depends on shapes only."""
+    wanted = min(-(-PROGRAMS // plan.tiles), max(blocks // 4, 1))
+    per_slice = max(-(-blocks // wanted), 1)
+    return -(-blocks // per_slice), per_slice
+
+
+@lru_cache(maxsize=1024)
+def _weight_gradient(
+    grad_strides: tuple[int, ...],
+    x_shape: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: _Weights,
+    groups: tuple[int, ...],
+    split: bool,
+    products: str,
+    reuse: bool,
+) -> _WeightGradient:
+    n, _, h, w = x_shape
+    results = tuple([torch.empty_like(like(*weight)).stride() for weight in weights])
+    plan = _plan_gradient(weights, results, groups, split, h, w, products)
+    outputs = sum(shape[0] for shape, _ in weights)
+    grad, x = like((n, outputs, h, w), grad_strides), like(x_shape, x_strides)
+    blocks = -(-n // plan.images) * plan.maps
+    slices, per_slice = _slices(plan, blocks)
+    constants = {
+        "BRANCHES": plan.branches,
+        "COUNT": len(plan.branches),
+        "TILES": plan.tiles,
+        "TOTAL": plan.total,
+        "GRAD_FLAT": _is_flat(grad, grad_strides),
+        "X_FLAT": _is_flat(x, x_strides),
+        "IMAGES": plan.images,
+        "PIXELS": plan.pixels,
+        "PRECISION": _precision(products),
+        "WIDEN": _WIDEN,
+        "INDEX": _index(plan, grad, x),
+    }
+    partials = Launch(
+        _weight_partials,
+        plan.tiles * slices,
+        (n, h, w, blocks, per_slice, *grad_strides, *x_strides),
+        constants,
+        plan.configuration.warps,
+        plan.configuration.stages,
+        reuse,
+        plan.configuration.registers,
+    )
+    constants = {
+        "BRANCHES": plan.sums,
+        "COUNT": len(plan.sums),
+        "TOTAL": plan.total,
+        "BLOCK": SUMS,
+    }
+    sums = Launch(_weight_sums, plan.programs, (slices,), constants, 4, 3, reuse)
+    return _WeightGradient((slices, plan.total), (partials, sums))
+
+
+# --- what operators call ----------------------------------------------------------------------
 
 
 def forward(
@@ -908,233 +1017,55 @@ def forward(
     tiles of pixels: the sum and the maximum (N, Cout, T) in float32, and the index h * W + w
     of the first maximum (N, Cout, T) in int32. They are taken before y is rounded to its dtype.
     """
-    n, _, h, w = x.shape
-    products = _arithmetic(x.dtype)
-    plan = _plan_convolution(_key(weights), tuple(groups), split, False, h, w, products)
-    y = _map_like(x, plan.total)
-    per_tile = None
-    if statistics:
-        shape = (n, plan.total, plan.maps)
-        per_tile = (
-            torch.empty(shape, dtype=torch.float32, device=x.device),
-            torch.empty(shape, dtype=torch.float32, device=x.device),
-            torch.empty(shape, dtype=torch.int32, device=x.device),
-        )
+    shape, strides, dtype = x.shape, x.stride(), x.dtype
     if bias is not None:
         bias = bias.contiguous()
-    _launch_convolution(
-        x, y, weights, bias, per_tile or (None, None, None), plan, False, products
+    call = _convolution(
+        shape, strides, shape, strides, x.device, dtype, _key(weights), tuple(groups), split,
+        False, bias is not None, statistics, _arithmetic(dtype), usual(dtype, x, bias, *weights),
     )  # fmt: skip
-    return y, per_tile
+    y = x.new_empty_strided(*call.result)
+    if not statistics:
+        call.launch(x, y, tuple(weights), bias, None, None, None)
+        return y, None
+    sums = x.new_empty(call.statistics, dtype=torch.float32)
+    maxima = x.new_empty(call.statistics, dtype=torch.float32)
+    indices = x.new_empty(call.statistics, dtype=torch.int32)
+    call.launch(x, y, tuple(weights), bias, sums, maxima, indices)
+    return y, (sums, maxima, indices)
 
 
 def data_gradient(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], groups: Sequence[int], split: bool
 ) -> Tensor:
     """The gradient with respect to x (N, C, H, W), in its layout; grad: (N, Cout, H, W)."""
-    products = _arithmetic(x.dtype)
-    plan = _plan_convolution(
-        _key(weights), tuple(groups), split, True, x.shape[2], x.shape[3], products
-    )
-    grad_x = _map_like(x, plan.total)
-    _launch_convolution(
-        grad, grad_x, weights, None, (None, None, None), plan, not split, products
+    dtype = x.dtype
+    call = _convolution(
+        grad.shape, grad.stride(), x.shape, x.stride(), x.device, dtype, _key(weights),
+        tuple(groups), split, True, False, False, _arithmetic(dtype), usual(dtype, grad, *weights),
     )  # fmt: skip
+    grad_x = x.new_empty_strided(*call.result)
+    call.launch(grad, grad_x, tuple(weights), None, None, None, None)
     return grad_x
-
-
-def _slices(plan: _Plan, blocks: int) -> tuple[int, int]:
-    """Slices of the images, and blocks of pixels in each. Depends on shapes only."""
-    wanted = min(-(-PROGRAMS // plan.tiles), max(blocks // 4, 1))
-    per_slice = max(-(-blocks // wanted), 1)
-    return -(-blocks // per_slice), per_slice
 
 
 def weight_gradient(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], groups: Sequence[int], split: bool
 ) -> list[Tensor]:
     """The gradients of the weights, in their dtype and strides; grad: (N, Cout, H, W)."""
-    results = [torch.empty_like(w) for w in weights]
-    n, _, h, w = x.shape
-    products = _arithmetic(x.dtype)
-    plan = _plan_gradient(
-        _key(weights), tuple([r.stride() for r in results]), tuple(groups), split, h, w, products
-    )
-    blocks = -(-n // plan.images) * plan.maps
-    slices, per_slice = _slices(plan, blocks)
-    partial = torch.empty((slices, plan.total), dtype=torch.float32, device=x.device)
-    count, configuration = len(results), plan.configuration
-    if slices > 0:
-        grad_strides, x_strides = grad.stride(), x.stride()
-        _weight_partials[(plan.tiles * slices,)](
-            grad, x, partial, n, h, w, blocks, per_slice, *grad_strides, *x_strides,
-            BRANCHES=plan.branches, COUNT=count, TILES=plan.tiles, TOTAL=plan.total,
-            GRAD_FLAT=_is_flat(grad, grad_strides), X_FLAT=_is_flat(x, x_strides),
-            IMAGES=plan.images, PIXELS=plan.pixels, PRECISION=_precision(products), WIDEN=_WIDEN,
-            INDEX=_index(plan, grad, x),
-            num_warps=configuration.warps, num_stages=configuration.stages,
-        )  # fmt: skip
-    _weight_sums[(plan.programs,)](
-        partial, tuple(results), slices,
-        BRANCHES=plan.sums, COUNT=count, TOTAL=plan.total, BLOCK=SUMS,
-        num_warps=4,
+    dtype = x.dtype
+    call = _weight_gradient(
+        grad.stride(), x.shape, x.stride(), x.device, dtype, _key(weights), tuple(groups), split,
+        _arithmetic(dtype), usual(dtype, grad, x, *weights),
     )  # fmt: skip
+    results = [torch.empty_like(w) for w in weights]
+    partial = x.new_empty(call.partial, dtype=torch.float32)
+    partials, sums = call.launches
+    partials(grad, x, partial)
+    sums(partial, tuple(results))
     return results
 
 
 def bias_gradient(grad: Tensor) -> Tensor:
     """The gradient of the bias (Cout,), summed in float32; grad: (N, Cout, H, W)."""
     return grad.sum((0, 2, 3))  # torch's sums have a fixed order, and accumulate in float32
-
-
-# --- what is compiled ahead of time -------------------------------------------------------------
-
-
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-# (kernel size, channels per group, groups) of branches with 64 channels each: tl.dot by taps,
-# tl.dot by taps and channels together, direct taps.
-_EXAMPLE = ((3, 64, 1), (7, 8, 8), (9, 4, 16))
-
-
-def _example(
-    branches: Sequence[tuple[int, int, int]],
-) -> tuple[_Weights, tuple[int, ...]]:
-    """Contiguous weights with as many channels out as in."""
-    weights, groups = [], []
-    for k, width, g in branches:
-        weights.append(((width * g, width, k, k), (width * k * k, k * k, k, 1)))
-        groups.append(g)
-    return tuple(weights), tuple(groups)
-
-
-def _map_arguments(name: str, channels_last: bool) -> tuple[dict[str, str], dict[str, Any]]:
-    """Types of the four strides of a map, and the one that is 1."""
-    unit = f"{name}_c" if channels_last else f"{name}_w"
-    types = {f"{name}_{axis}": "i32" for axis in "nchw"}
-    return types | {unit: "constexpr"}, {unit: 1}
-
-
-def specialisations() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int, int]]:
-    """Each kernel in each configuration: name, kernel, argument types, compile-time values,
-    warps, stages. Dtypes, layouts and modes are spread over the configurations."""
-    half, whole = torch.bfloat16, torch.float32
-    # dtype, products, side of the map, channels_last, data gradient with split=False
-    for dtype, products, side, channels_last, summed in (
-        (half, "half", 14, True, False),
-        (torch.float16, "half", 56, False, False),
-        (whole, "ieee", 14, False, False),
-        (whole, "ieee", 56, True, False),
-        (whole, "tf32", 14, True, False),
-        (whole, "tf32", 56, False, False),
-        (half, "half", 14, False, True),
-        (whole, "ieee", 14, True, True),
-    ):
-        weights, groups = _example(_EXAMPLE)
-        plan = _plan_convolution(weights, groups, not summed, summed, side, side, products)
-        pointer = _POINTERS[dtype]
-        src, src_unit = _map_arguments("src", channels_last)
-        dst, dst_unit = _map_arguments("dst", channels_last)
-        constants: dict[str, Any] = {
-            "BRANCHES": plan.branches,
-            "COUNT": len(plan.branches),
-            "TILES": plan.tiles,
-            "TOTAL": plan.total,
-            "SUMMED": summed,
-            "SRC_FLAT": not channels_last,
-            "DST_FLAT": not channels_last,
-            "IMAGES": plan.images,
-            "PIXELS": plan.pixels,
-            "PRECISION": _precision(products),
-            "WIDEN": False,
-            "INDEX": tl.int32,
-        }
-        statistics: dict[str, Any] = {"sums": "*fp32", "maxima": "*fp32", "indices": "*i32"}
-        if summed:
-            constants |= dict.fromkeys(statistics)
-            statistics = dict.fromkeys(statistics, "constexpr")
-        types = {
-            "src": pointer,
-            "dst": pointer,
-            "weights": (pointer,) * len(weights),
-            "bias": "constexpr",
-            **statistics,
-            "N": "i32",
-            "H": "i32",
-            "W": "i32",
-            **src,
-            **dst,
-            **dict.fromkeys(constants.keys() - statistics.keys(), "constexpr"),
-        }
-        constants |= {"bias": None} | src_unit | dst_unit
-        layout = "channels_last" if channels_last else "contiguous"
-        mode = "sum over branches" if summed else "with statistics"
-        c = plan.configuration
-        yield (
-            f"convolve, {pointer[1:]}, {c.name}, {layout}, {mode}",
-            _convolve,
-            types,
-            constants,
-            c.warps,
-            c.stages,
-        )
-    weights, groups = _example(_EXAMPLE)
-    strides = tuple([stride for _, stride in weights])
-    for dtype, products, channels_last in (
-        (half, "half", True),
-        (torch.float16, "half", False),
-        (whole, "ieee", False),
-        (whole, "tf32", True),
-    ):
-        plan = _plan_gradient(weights, strides, groups, True, 14, 14, products)
-        pointer = _POINTERS[dtype]
-        grad, grad_unit = _map_arguments("grad", channels_last)
-        x, x_unit = _map_arguments("x", channels_last)
-        constants = {
-            "BRANCHES": plan.branches,
-            "COUNT": len(plan.branches),
-            "TILES": plan.tiles,
-            "TOTAL": plan.total,
-            "GRAD_FLAT": not channels_last,
-            "X_FLAT": not channels_last,
-            "IMAGES": plan.images,
-            "PIXELS": plan.pixels,
-            "PRECISION": _precision(products),
-            "WIDEN": False,
-            "INDEX": tl.int32,
-        }
-        types = {
-            "grad": pointer,
-            "x": pointer,
-            "partial": "*fp32",
-            **dict.fromkeys(("N", "H", "W", "blocks", "per_slice"), "i32"),
-            **grad,
-            **x,
-            **dict.fromkeys(constants, "constexpr"),
-        }
-        constants |= grad_unit | x_unit
-        layout = "channels_last" if channels_last else "contiguous"
-        c = plan.configuration
-        yield (
-            f"weight_partials, {pointer[1:]}, {c.name}, {layout}",
-            _weight_partials,
-            types,
-            constants,
-            c.warps,
-            c.stages,
-        )
-    for dtype in (whole, half, torch.float16):
-        plan = _plan_gradient(weights, strides, groups, True, 14, 14, "half")
-        constants = {
-            "BRANCHES": plan.sums,
-            "COUNT": len(plan.sums),
-            "TOTAL": plan.total,
-            "BLOCK": SUMS,
-        }
-        pointer = _POINTERS[dtype]
-        types = {
-            "partial": "*fp32",
-            "grads": (pointer,) * len(plan.sums),
-            "slices": "i32",
-            **dict.fromkeys(constants, "constexpr"),
-        }
-        yield f"weight_sums, {pointer[1:]}", _weight_sums, types, constants, 4, 3

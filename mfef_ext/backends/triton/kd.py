@@ -20,7 +20,7 @@ slice after slice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -275,31 +275,6 @@ def backward_kernel(
                 _store(dt, inside, gradient, start, classes, CLASSES)
 
 
-def specialisations() -> Iterator[tuple[str, triton.JITFunction, dict, dict, int, int]]:
-    """(name, kernel, argument types, constexprs, warps, stages) of all that may be compiled.
-
-    Three tensors on each side, as two students and the fused classifier give; fewer select less.
-    The configurations take turns with the dtypes, on which nothing but loads and stores depends.
-    """
-    for c, pointer in zip(CONFIGURATIONS, ("*fp32", "*bf16", "*fp16"), strict=True):
-        three = (pointer,) * 3
-        strides = ("i32",) * 3
-        sides = {
-            "students": three, "student_rows": strides, "student_step": "i32",
-            "targets": three, "target_rows": strides, "target_step": "i32",
-        }  # fmt: skip
-        sizes = {"images": "i32", "classes": "i32"}
-        numbers = {"inverse_temperature": "fp32", "scale": "fp32"}
-        forward = {**sides, "partial": "*fp32", **sizes, "slice_images": "i32", **numbers}
-        grads = {"grad": "*fp32", "grad_step": "i32", "student_grads": three, "target_grads": three}
-        grads |= {"need_students": "i32", "need_targets": "i32"}
-        backward = {**sides, **grads, **sizes, **numbers}
-        constants = {"STUDENTS": 3, "TARGETS": 3}
-        constants |= {"IMAGES": c.images, "CLASSES": c.classes, "WHOLE": c.whole}
-        yield "kd forward", forward_kernel, forward, constants, c.num_warps, c.num_stages
-        yield "kd backward", backward_kernel, backward, constants, c.num_warps, c.num_stages
-
-
 # --- operators --------------------------------------------------------------------------------
 #
 # `students` and `targets` are S tensors (N, classes), or one tensor (S, N, classes), or for a
@@ -344,7 +319,7 @@ def _kd_loss(
             1.0 / temperature, temperature * temperature / images,
             STUDENTS=len(students), TARGETS=len(targets),
             IMAGES=c.images, CLASSES=c.classes, WHOLE=c.whole,
-            num_warps=c.num_warps, num_stages=c.num_stages,
+            num_warps=c.num_warps, num_stages=c.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         return partial.view(count) if in_slices == 1 else partial.sum(1)
 
@@ -373,7 +348,7 @@ def _kd_loss_backward(
             images, classes, 1.0 / temperature, temperature / images,
             STUDENTS=len(students), TARGETS=len(targets),
             IMAGES=c.images, CLASSES=c.classes, WHOLE=c.whole,
-            num_warps=c.num_warps, num_stages=c.num_stages,
+            num_warps=c.num_warps, num_stages=c.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return student_grads, target_grads
 

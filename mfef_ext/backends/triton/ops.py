@@ -65,7 +65,7 @@ def _mfef_block(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save):
     with device_of(x):
         y, statistics = conv.forward(x, conv_weights, groups, split, None, True)
         out, *saved = attention.forward(y, w1, b1, w2, b2, ws, statistics, save)
-        return (out, y if save else _nothing(x), *saved)
+        return (out, y, *saved) if save else (out,)
 
 
 def _mfef_block_backward(
@@ -89,8 +89,25 @@ _IMPLEMENTATIONS: dict[str, Callable] = {
     "mfef_block": _mfef_block,
     "mfef_block_backward": _mfef_block_backward,
 }
-for _name, _implementation in _IMPLEMENTATIONS.items():
+
+
+def _dual_attention_by_schema(y, *rest):
+    out, *saved = _dual_attention(y, *rest)
+    return (out, *(saved or ops._saved(y, y.shape[1], False)))
+
+
+def _mfef_block_by_schema(x, *rest):
+    out, *saved = _mfef_block(x, *rest)
+    return (out, *(saved or (_nothing(x), *ops._saved(x, out.shape[1], False))))
+
+
+# The dispatcher wants as many results as the schemas have; who calls directly takes the first.
+_BY_SCHEMA = {
+    "dual_attention": _dual_attention_by_schema,
+    "mfef_block": _mfef_block_by_schema,
+}
+for _name, _implementation in (_IMPLEMENTATIONS | _BY_SCHEMA).items():
     for _key in ("CUDA", "CPU"):
         _lib.impl(_name, _implementation, _key)
 
-OPERATORS = ops.register("mfef_triton")
+OPERATORS = ops.register("mfef_triton", _IMPLEMENTATIONS)

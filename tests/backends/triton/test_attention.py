@@ -54,14 +54,18 @@ def force(attention, monkeypatch):
     """Sets the tile, and with it the plan, by its name: maps can then be small, the interpreter
     being slow."""
 
+    def forget() -> None:
+        for calls in (attention._forward_call, attention._backward_call):
+            calls.cache_clear()
+
     def to(name: str) -> None:
         image = name in attention.IMAGE_TILES
         tile = (attention.IMAGE_TILES if image else attention.PIXEL_TILES)[name]
         monkeypatch.setattr(attention, "choose", lambda *_: (image, tile))
-        attention.plan_for.cache_clear()
+        forget()
 
     yield to
-    attention.plan_for.cache_clear()
+    forget()
 
 
 @pytest.fixture(params=["small", "few channels"])
@@ -278,17 +282,6 @@ def test_the_choice_by_shape(attention):
         assert attention.choose(c, hw, channels_last) == (image, tiles[name])
 
 
-def test_both_plans_have_all_tiles_compiled(attention):
-    """What is compiled ahead of time names every kernel of the file and every tile."""
-    listed = list(attention.specialisations())
-    kernels = {n for n in vars(attention) if n.endswith("_kernel")}
-    assert {name.split(",")[0] for name, *_ in listed} == kernels
-    tiles = {(c["BLOCK_C"], c["BLOCK_P"], w) for _, _, _, c, w, _ in listed if "BLOCK_P" in c}
-    assert tiles == {*attention.IMAGE_TILES.values(), *attention.PIXEL_TILES.values()}
-    for name, kernel, types, constants, _, _ in listed:
-        assert sorted([*types, *constants]) == sorted(kernel.arg_names), name
-
-
 @pytest.mark.parametrize(
     ("shape", "k"),
     [((2, 5, 1, 1), 7), ((2, 6, 3, 4), 21), ((1, 4, 2, 20), 35), ((1, 6, 16, 17), 3)],
@@ -373,11 +366,9 @@ def test_nan_and_infinity_pass_through(attention, device, plan, value):
 def test_without_save_only_the_output_is_written(attention, device, plan, tile):
     case = draw_case((2, 20, 9, 10)).to(torch.bfloat16, device)
     given_statistics = None if tile is None else tile_statistics(case.y, tile)
-    out, *saved = attention.forward(case.y, *case.parameters, given_statistics, True)
-    alone, *empty = attention.forward(case.y, *case.parameters, given_statistics, False)
+    out, *_ = attention.forward(case.y, *case.parameters, given_statistics, True)
+    (alone,) = attention.forward(case.y, *case.parameters, given_statistics, False)
     assert torch.equal(out, alone)
-    for full, none in zip(saved, empty, strict=True):
-        assert none.shape == (0, *full.shape[1:]) and none.dtype == full.dtype
 
 
 # --- what is asked for ------------------------------------------------------------------------

@@ -13,6 +13,10 @@ from mfef_ext import backends, functional
 from mfef_ext.modules import MFEFBlock
 from tests.accuracy import check_block, make_case, run_block
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="Triton is not interpreted beside a GPU",
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -92,6 +96,41 @@ def triton_ops():
     from mfef_ext.backends.triton import ops
 
     return ops
+
+
+def test_who_observes_calls_sees_them():
+    """Calls go without the dispatcher, unless something there would have to do with them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    triton_ops()
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    block = MFEFBlock(8, kernel_sizes=(3,), groups=[1], backend="triton")
+    x = torch.randn(2, 8, 3, 4, requires_grad=True)
+    out = block(x)
+    (wanted,) = torch.autograd.grad(out.sum(), x)
+    with Mode():
+        other = block(x)
+        (grad,) = torch.autograd.grad(other.sum(), x)
+    assert torch.equal(out, other) and torch.equal(grad, wanted)
+    names = [f"mfef_triton.mfef_block{way}.default" for way in ("", "_backward")]
+    assert [name for name in seen if "mfef" in name] == names
+    with torch.profiler.profile() as profiled:
+        block(x)
+    assert any(event.key == "mfef_triton::mfef_block" for event in profiled.key_averages())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert block(x).dtype == torch.bfloat16
+    # A negation that has yet to be done.
+    lazy = torch.view_as_complex(torch.stack([x, x], -1).detach()).conj().imag
+    assert lazy.is_neg()
+    with torch.no_grad():
+        assert torch.equal(block(lazy), block(-x))
+        assert torch.equal(block(x), out)
 
 
 def test_double_backward_is_refused():
