@@ -48,16 +48,35 @@ def _run(argv: Sequence[str] | None) -> int:
     commands.add_parser("train", help="train students together (mfef train --help)")
     show = commands.add_parser("show", help="check a run's checkpoint and say what it holds")
     show.add_argument("path", type=Path, help="a run folder or a .ckpt file")
+    evaluate = commands.add_parser("eval", help="score a run's checkpoint on the test images again")
+    export = commands.add_parser("export", help="one student, without any part of MFEF")
+    plot = commands.add_parser("plot", help="curves, confusion, diversity, t-SNE and gates as PNG")
+    for command in (evaluate, export, plot):
+        command.add_argument("path", type=Path, metavar="RUN", help="a run folder")
+        command.add_argument("--checkpoint", choices=("last", "previous", "best"), default="last")
+        command.add_argument("--device", help="where to compute; where it was trained by default")
+    evaluate.add_argument(
+        "--student", type=Path, metavar="FILE", help="score this .safetensors file instead"
+    )
+    export.add_argument("--student", type=int, default=0, metavar="I", help="0 is the first")
+    export.add_argument(
+        "--format", choices=("safetensors", "torch-export", "onnx"), default="safetensors"
+    )
+    export.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/export/student<I>")
+    table = commands.add_parser("table", help="runs side by side, in Markdown")
+    table.add_argument(
+        "paths", type=Path, metavar="RUN", nargs="+", help="run folders, or folders of these"
+    )
     commands.add_parser("doctor", help="what was built, what would run here, and why")
-    options = parser.parse_args(argv)
-    if options.command == "show":
-        from .train.__main__ import show as show_run
+    options = vars(parser.parse_args(argv))
+    if options["command"] == "doctor":
+        from .inspection import doctor
 
-        return show_run(options.path)
-    from .inspection import doctor
+        print(doctor())
+        return 0
+    from .train.__main__ import look
 
-    print(doctor())
-    return 0
+    return look(**options)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def test_version(capsys):
 def test_help_names_every_command(capsys):
     assert exit_status(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("train", "show", "doctor"))
+    assert all(
+        command in out for command in ("train", "show", "eval", "export", "plot", "table", "doctor")
+    )
 
 
 def test_help_of_train_explains_the_options(capsys):
@@ -33,7 +35,9 @@ def test_help_of_train_explains_the_options(capsys):
     assert all(word in out for word in ("--backend", "--seed", "--method", "resnet56"))
 
 
-@pytest.mark.parametrize("argv", [[], ["tarin"], ["show"], ["--bogus"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["tarin"], ["show"], ["table"], ["export", "RUN", "--format", "tf"], ["--bogus"]]
+)
 def test_wrong_usage(argv, capsys):
     assert exit_status(argv) == 2
     assert "usage: mfef" in capsys.readouterr().err

@@ -136,6 +136,13 @@ class OnlineDistiller(nn.Module):
         """One spatial gate (N, H_i, W_i) per student for the images x, or [] without gates."""
         return self.method.spatial_gates(self._students(x)[2])
 
+    def features(self, x: Tensor) -> dict[str, Tensor]:
+        """Pooled last maps by role, (N, C_i): ``student<i>``, and ``fused`` where there is one."""
+        maps = self._students(x)[2]
+        pooled = {f"student{i}": last_map.mean((2, 3)) for i, last_map in enumerate(maps)}
+        fused = self.method.fused_features(maps)
+        return pooled if fused is None else pooled | {"fused": fused}
+
     def parameter_groups(self) -> list[dict]:
         """Groups for one optimiser, named ``student0``, ..., and ``method`` for its own layers."""
         groups = [

@@ -23,8 +23,12 @@ class FusedHead(nn.Module):
         self.fusion = FeatureFusion([shape.channels for shape in shapes], width)
         self.classifier = nn.Linear(width, num_classes)
 
+    def embed(self, maps: Sequence[Tensor]) -> Tensor:
+        """The fused map, pooled: (N, width)."""
+        return self.fusion(maps).mean((2, 3))
+
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        return self.classifier(self.fusion(maps).mean((2, 3)))
+        return self.classifier(self.embed(maps))
 
 
 @register("ffl")
@@ -76,6 +80,10 @@ class FeatureFusionLearning(Method):
             terms[f"kd/student{i}"] = weight * loss
         terms["kd/fused"] = weight * of_fused
         return {"fused": fused}, terms
+
+    def fused_features(self, maps: Sequence[Tensor]) -> Tensor | None:
+        # Without fusion (an ablation of mfef) there is nothing that all students share.
+        return self.head.embed(self.features(maps)) if isinstance(self.head, FusedHead) else None
 
     def kd_weight(self, epoch: float) -> float:
         return ramp_up(epoch, self.ramp_epochs)

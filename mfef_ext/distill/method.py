@@ -65,6 +65,10 @@ class Method(nn.Module):
         """One spatial gate (N, H_i, W_i) in [0, 1] per student, or [] for methods without any."""
         return []
 
+    def fused_features(self, maps: Sequence[Tensor]) -> Tensor | None:
+        """What the fused classifier looks at, (N, width), or None for methods without one."""
+        return None
+
 
 METHODS: dict[str, type[Method]] = {}
 

@@ -1,11 +1,11 @@
-"""``mfef train``, ``mfef show`` and ``python -m mfef_ext.train``: options in, exit status out."""
+"""``mfef train`` and the commands on its runs: options in, exit status out."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from . import InterruptedByUser, NotFiniteError, UsageError, folder, missing_extras
 
@@ -59,17 +59,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def show(path: Path) -> int:
-    """Prints what a run folder's last checkpoint, or the checkpoint ``path``, holds."""
+def look(command: str, **options: Any) -> int:
+    """``mfef`` show, eval, export, plot and table: prints what they find in runs that were trained.
+    0 done, 2 usage, 4 files."""
     if missing_extras():
         return _without_extras()
+    from . import evaluate, export, plot, report, table
     from .checkpoint import CheckpointError
-    from .report import describe
 
+    commands: dict[str, Callable[..., str]] = {
+        "show": report.describe,
+        "eval": evaluate.evaluate,
+        "export": export.export,
+        "plot": plot.plot,
+        "table": table.table,
+    }
     try:
-        print(describe(path))
+        answer = commands[command](**options)
+    except UsageError as error:
+        return _refuse(str(error), USAGE)
     except CheckpointError as error:
         return _refuse(str(error), FILES)
+    except OSError as error:
+        return _refuse(f"a file cannot be read or written: {error}", FILES)
+    print(answer)
     return DONE
 
 
@@ -82,6 +95,8 @@ def _train_and_report(config: TrainConfig) -> None:
     from .display import Display
 
     config.check()
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise UsageError("--tensorboard needs a package; run: pip install tensorboard")
     try:
         build_info()
     except ValueError as error:  # MFEF_USE_ISA names what this processor has not

@@ -97,6 +97,8 @@ class TrainConfig:
     """CPU threads; None: one less than PyTorch would take, unless OMP_NUM_THREADS says."""
     device: str = "cpu"
     """Where to train: cpu, cuda or cuda:N."""
+    tensorboard: bool = False
+    """Also write every epoch's metrics for TensorBoard, into the folder tensorboard."""
     out: Path | None = None
     """A new or empty folder for the results; None: the next free runs/METHOD-DATASET-NNN."""
     resume: Literal["auto"] | None = None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def scores(row: dict[str, Any], split: str) -> dict[str, float]:
@@ -33,6 +37,7 @@ class Display:
         off = not console.is_terminal
         self._progress = Progress(*columns, console=console, transient=True, disable=off)
         self._task = self._progress.add_task("", total=None, epoch=1, loss=0.0)
+        self._events: SummaryWriter | None = None
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -40,6 +45,15 @@ class Display:
 
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
+        if self._events is not None:
+            self._events.close()
+
+    def record(self, folder: Path, epoch: int) -> None:
+        """From ``epoch`` on every epoch also goes into ``folder``, for TensorBoard, which forgets
+        those that a run recorded before it was killed and does again."""
+        from torch.utils.tensorboard import SummaryWriter  # seconds, so only where it is asked for
+
+        self._events = SummaryWriter(str(folder), purge_step=epoch)
 
     def say(self, line: str) -> None:
         """A line of text, at once."""
@@ -53,6 +67,10 @@ class Display:
     def epoch(self, row: dict[str, Any], images_per_second: float) -> None:
         """After every epoch, with its row of metrics."""
         number = f"{row['epoch']:>{len(str(self._epochs))}}/{self._epochs}"
+        if self._events is not None:
+            for name, value in (row | {"images_per_second": images_per_second}).items():
+                self._events.add_scalar(name, value, row["epoch"])
+            self._events.flush()
         line = score_line(row, "validation") or score_line(row, "test")
         self.say(
             f"epoch {number}  loss {row['loss']:.3f}  {line}  ({images_per_second:.0f} images/s)"

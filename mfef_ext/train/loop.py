@@ -56,10 +56,21 @@ class Run:
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.config).items()}
         return plain | {
             **chosen,
-            "ramp_epochs": self.config.ramp_length,
             "threads": torch.get_num_threads(),
             "out": str(self.path),
             "versions": {"mfef_ext": __version__, "torch": str(torch.__version__)},
+        }
+
+    def about(self, student: int) -> dict[str, Any]:
+        """What someone who has only the student's weights needs to know, as plain values."""
+        return {
+            "dataset": self.dataset.name,
+            "classes": self.dataset.classes,
+            "input_shape": self.dataset.shape,
+            "mean": self.dataset.mean,
+            "std": self.dataset.std,
+            "epoch": len(self.rows),
+            "test_accuracy": self.rows[-1][f"test/student{student}"],
         }
 
     def save(self, name: str, previous: str | None = None) -> None:
@@ -116,15 +127,16 @@ class Run:
 
 
 # Options that two runs may differ in and still compute the same.
-NOT_OF_THE_RESULT = {"out", "resume", "threads", "versions", "device", "teacher"}
+NOT_OF_THE_RESULT = {"out", "resume", "threads", "versions", "device", "teacher", "tensorboard"}
 
 
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def prepare(config: TrainConfig) -> Run:
-    """Data and students on the device, weights drawn from the seed, and a new run folder.
+def prepare(config: TrainConfig, path: Path | None = None) -> Run:
+    """Data and students on the device, weights drawn from the seed, and a new run folder, unless
+    ``path`` is one that exists.
 
     Raises UsageError, before anything is written, if an option, the device or the backend does
     not work out.
@@ -149,7 +161,7 @@ def prepare(config: TrainConfig) -> Run:
     specs = [StudentSpec(s, channels, classes, strides_for(height)) for s in config.students]
     options = config.method_options()
     if config.teacher is not None:
-        options["teacher"] = _teacher(config.teacher, dataset)
+        options["teacher"], _ = load_student_for(dataset, config.teacher, "--teacher")
         if "teacher_tap" in method_options(config.method):
             options["teacher_tap"] = LAST_MAP
     try:
@@ -185,10 +197,10 @@ def prepare(config: TrainConfig) -> Run:
         nesterov=True,
     )
     found = checkpoint.newest(config.out) if config.resume and config.out else None
-    if found is None:
-        path = folder.create(config.out, f"{config.method}-{config.dataset}")
-    else:
+    if found is not None:
         path = found[0].parent
+    elif path is None:
+        path = folder.create(config.out, f"{config.method}-{config.dataset}")
     run = Run(config, path, dataset, specs, distiller, optimizer)
     if found is not None:
         file, state, run.complaints = found
@@ -196,8 +208,11 @@ def prepare(config: TrainConfig) -> Run:
     return run
 
 
-def _teacher(path: Path, dataset: data.Dataset) -> nn.Module:
-    """The trained network in ``path``; UsageError unless it knows the images and classes."""
+def load_student_for(
+    dataset: data.Dataset, path: Path, flag: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network in ``path`` and what its .json says; UsageError unless it was trained for
+    the images and classes of ``dataset``. ``flag``: the option that named it."""
     network, about = checkpoint.load_student(path)
     for what, learnt, here in (
         ("classes", about["classes"], dataset.classes),
@@ -205,10 +220,10 @@ def _teacher(path: Path, dataset: data.Dataset) -> nn.Module:
     ):
         if list(learnt) != list(here):
             raise UsageError(
-                f"--teacher={path} was trained for {what} {tuple(learnt)}, but {dataset.name} has "
+                f"{flag}={path} was trained for {what} {tuple(learnt)}, but {dataset.name} has "
                 f"{tuple(here)}; train it on this data set"
             )
-    return network
+    return network, about
 
 
 def train(config: TrainConfig, display: Display) -> Run:
@@ -225,6 +240,8 @@ def train(config: TrainConfig, display: Display) -> Run:
     else:
         folder.write_json(run.path / "config.json", run.resolved)
         run.save(checkpoint.LAST)  # so that there is one from the first step on
+    if config.tensorboard:
+        display.record(run.path / "tensorboard", len(run.rows) + 1)
     clock = HeadClock(run.distiller.method, run.dataset.train.x.device)
     with _stop_requests() as requests:
         try:
@@ -234,16 +251,7 @@ def train(config: TrainConfig, display: Display) -> Run:
             error.folder = run.path
             raise
     for i, (student, spec) in enumerate(zip(run.distiller.students, run.specs, strict=True)):
-        about = {
-            "dataset": run.dataset.name,
-            "classes": run.dataset.classes,
-            "input_shape": run.dataset.shape,
-            "mean": run.dataset.mean,
-            "std": run.dataset.std,
-            "epoch": config.epochs,
-            "test_accuracy": run.rows[-1][f"test/student{i}"],
-        }
-        checkpoint.save_student(run.path / f"student{i}.safetensors", student, spec, about)
+        checkpoint.save_student(run.path / f"student{i}.safetensors", student, spec, run.about(i))
     return run
 
 

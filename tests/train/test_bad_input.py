@@ -124,6 +124,13 @@ def test_a_backend_forced_by_the_environment_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tensorboard_is_asked_for_only_where_it_is(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    out = tmp_path / "run"
+    refused(["--tensorboard", "--out", str(out)], capsys, "run: pip install tensorboard")
+    assert not out.exists()
+
+
 def test_missing_extras_are_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
     monkeypatch.setitem(sys.modules, "rich", None)

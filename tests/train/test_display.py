@@ -23,3 +23,15 @@ def test_display(terminal):
         assert line in out.getvalue() and "\x1b[" in out.getvalue() and "epoch 3 " in out.getvalue()
     else:
         assert out.getvalue() == line
+
+
+def test_tensorboard_gets_every_number_of_every_epoch(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with Display(Console(quiet=True), 2) as display:
+        display.record(tmp_path, 1)
+        display.epoch(ROW | {"epoch": 1}, 500.0)
+        display.epoch(ROW | {"epoch": 2, "loss": 0.75}, 600.0)
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {*ROW, "images_per_second"}
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.25), (2, 0.75)]
+    assert [e.value for e in events.Scalars("test/student0")] == [96, 96]

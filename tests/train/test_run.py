@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mfef_ext.train import checkpoint, data, loop
-from mfef_ext.train.__main__ import main, show
+from mfef_ext.train.__main__ import look, main
 from mfef_ext.train.config import TrainConfig
 from mfef_ext.train.display import Display
 
@@ -189,13 +189,13 @@ def test_not_finite_in_the_last_update_of_an_epoch_is_seen_before_saving(tmp_pat
 
 
 def test_show(run_folder, tmp_path, capsys):
-    assert show(run_folder) == 0
+    assert look("show", path=run_folder) == 0
     out = capsys.readouterr().out
     assert "after 2 of 2 epochs, mfef on fake" in out and "test %: student0 " in out
     damaged = bytearray((run_folder / "last.ckpt").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "last.ckpt").write_bytes(bytes(damaged))
-    assert show(tmp_path) == 4
+    assert look("show", path=tmp_path) == 4
     assert "is damaged" in capsys.readouterr().err
 
 

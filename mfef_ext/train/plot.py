@@ -1,0 +1,128 @@
+"""``mfef plot``: what a run learnt, as pictures: confusion, diversity, features, curves, gates."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from . import report
+from .evaluate import restore
+
+# t-SNE takes seconds per thousand points; more of them only cover one another.
+TSNE_IMAGES = 1000
+
+
+def plot(path: Path, checkpoint: str = "last", device: str | None = None) -> str:
+    """Draws what the run ``path`` makes of its test images into PNG files in it, and says which, and
+    how diverse the students are. Other checkpoints than the last have their name in the files'."""
+    run = restore(path, checkpoint, device)
+    test, which = run.dataset.test, "" if checkpoint == "last" else f"-{checkpoint}"
+    with torch.no_grad():
+        outputs = [run.distiller(x).logits for x in test.x.split(512)]
+        some = torch.linspace(0, len(test) - 1, min(len(test), TSNE_IMAGES)).long()
+        x, labels = test.x[some.to(test.x.device)], test.y.cpu()
+        features = [run.distiller.features(part) for part in x.split(512)]
+    logits = {role: torch.cat([z[role] for z in outputs]).float().cpu() for role in outputs[0]}
+    pooled = {role: torch.cat([f[role] for f in features]).float().cpu() for role in features[0]}
+    students = torch.stack([logits[f"student{i}"] for i in range(len(run.specs))])
+    distance, disagreement = diversity(students)
+
+    drawn = [f"confusion{which}.png", f"tsne{which}.png"]
+    draw_confusion(logits, labels, run.dataset.classes, path / drawn[0])
+    draw_tsne(pooled, labels[some], run.dataset.classes, run.config.seed, path / drawn[1])
+    if len(students) > 1:
+        drawn.append(f"diversity{which}.png")
+        draw_diversity(distance, disagreement, path / drawn[-1])
+    if report.draw_gates(run, path / f"gates{which}.png"):
+        drawn.append(f"gates{which}.png")
+    if not which:  # other checkpoints do not know all epochs
+        report.draw_curves(run, path / "curves.png")
+        drawn.append("curves.png")
+    lines = [
+        f"students {i} and {j}: mean distance of softmax outputs {distance[i, j]:.4f}, different "
+        f"answers for {disagreement[i, j]:.2f} % of {len(test)} test images"
+        for i, j in combinations(range(len(students)), 2)
+    ]
+    return "\n".join([*lines, f"{path}: {', '.join(drawn)}"])
+
+
+def diversity(students: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """How far each pair of students is apart: two (m, m) arrays from their logits (m, N, classes).
+
+    The mean Euclidean distance of their softmax outputs, 0 to sqrt(2) (Chen 2020, section 4.3), and
+    the share of images, in percent, for which their answers differ.
+    """
+    outputs, answers = students.double().softmax(2), students.argmax(2)
+    distance = (outputs[:, None] - outputs[None]).norm(dim=3).mean(2)
+    differ = (answers[:, None] != answers[None]).double().mean(2)
+    return distance.numpy(), 100 * differ.numpy()
+
+
+def draw_confusion(
+    logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...], path: Path
+) -> None:
+    """PNG: per role, how many percent of each class (rows) were taken for which (columns)."""
+    from sklearn.metrics import confusion_matrix
+
+    names = len(classes) <= 20
+    side = 4.4 if names else 6.0
+    figure = Figure(figsize=(side * len(logits) + 0.8, side + 0.4), layout="constrained")
+    row = figure.subplots(1, len(logits), squeeze=False)[0]
+    for axes, (role, z) in zip(row, logits.items(), strict=True):
+        known = range(len(classes))
+        shares = confusion_matrix(labels, z.argmax(1), labels=known, normalize="true") * 100
+        # The root brings out the few that are wrong.
+        image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
+        right = 100 * float((z.argmax(1) == labels).double().mean())
+        axes.set(title=f"{role}: {right:.2f} %", xlabel="answer", ylabel="class")
+        if names:
+            axes.set_xticks(known, classes, rotation=90)
+            axes.set_yticks(known, classes)
+            for i, j in zip(*shares.nonzero(), strict=True):
+                dark = "white" if shares[i, j] > 40 else "black"
+                axes.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", c=dark, size=7)
+    figure.colorbar(image, ax=list(row), label="% of the class", pad=0.01)
+    figure.savefig(path, dpi=120)
+
+
+def draw_diversity(distance: np.ndarray, disagreement: np.ndarray, path: Path) -> None:
+    """PNG: both measures of :func:`diversity`, every student against every other."""
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    titles = ("mean distance of softmax outputs", "different answers, % of the images")
+    pairs = zip(figure.subplots(1, 2), titles, (distance, disagreement), (4, 2), strict=True)
+    for axes, title, values, digits in pairs:
+        axes.imshow(values, cmap="Purples", vmin=0, vmax=2 * max(values.max(), 1e-9))
+        axes.set(title=title, xlabel="student", ylabel="student")
+        axes.set_xticks(range(len(values)))
+        axes.set_yticks(range(len(values)))
+        for (i, j), value in np.ndenumerate(values):
+            axes.text(j, i, f"{value:.{digits}f}", ha="center", va="center")
+    figure.savefig(path, dpi=120)
+
+
+def draw_tsne(
+    features: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...], seed: int, path: Path
+) -> None:
+    """PNG: per role, its features (N, C) brought to the plane by t-SNE, coloured by class."""
+    from sklearn.manifold import TSNE
+
+    figure = Figure(figsize=(4.4 * len(features) + 1.4, 4.6), layout="constrained")
+    row = figure.subplots(1, len(features), squeeze=False)[0]
+    colours = colormaps["tab10" if len(classes) <= 10 else "hsv"].resampled(len(classes))
+    for axes, (role, points) in zip(row, features.items(), strict=True):
+        near = min(30.0, (len(points) - 1) / 3)  # the usual perplexity, where there are the points
+        plane = TSNE(perplexity=near, random_state=seed).fit_transform(points.numpy())
+        axes.set(title=f"{role}, {points.shape[1]} features", xticks=[], yticks=[])
+        for c in labels.unique().tolist():
+            own = plane[(labels == c).numpy()]
+            axes.scatter(own[:, 0], own[:, 1], s=8, color=colours(c), label=classes[c])
+    if len(classes) <= 20:
+        row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=2)
+    figure.savefig(path, dpi=120)
