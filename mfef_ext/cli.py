@@ -48,12 +48,21 @@ def _run(argv: Sequence[str] | None) -> int:
     commands.add_parser("train", help="train students together (mfef train --help)")
     show = commands.add_parser("show", help="check a run's checkpoint and say what it holds")
     show.add_argument("path", type=Path, help="a run folder or a .ckpt file")
+    about_data = commands.add_parser("data", help="check a data set (mfef data verify --help)")
+    actions = about_data.add_subparsers(dest="action", metavar="ACTION", required=True)
+    verify = actions.add_parser("verify", help="counts, hashes, sizes, classes, unreadable files")
+    verify.add_argument("--dataset", required=True, metavar="NAME")
+    verify.add_argument("--data-dir", type=Path, metavar="DIR", help="the folder that holds it")
     commands.add_parser("doctor", help="what was built, what would run here, and why")
     options = parser.parse_args(argv)
     if options.command == "show":
         from .train.__main__ import show as show_run
 
         return show_run(options.path)
+    if options.command == "data":
+        from .train.__main__ import verify as verify_data
+
+        return verify_data(options.dataset, options.data_dir)
     from .inspection import doctor
 
     print(doctor())

@@ -21,7 +21,7 @@ from ..version import __version__
 from . import InterruptedByUser, NotFiniteError, StoppedError, UsageError, checkpoint, data, folder
 from .config import TrainConfig
 from .display import Display
-from .models import LAST_MAP, StudentSpec, strides_for
+from .models import StudentSpec, build_students
 from .timing import HeadClock
 
 
@@ -52,6 +52,7 @@ class Run:
         return plain | {
             **chosen,
             "ramp_epochs": self.config.ramp_length,
+            "tap": [spec.tap for spec in self.specs],
             "threads": torch.get_num_threads(),
             "out": str(self.path),
             "versions": {"mfef_ext": __version__, "torch": str(torch.__version__)},
@@ -85,27 +86,32 @@ def prepare(config: TrainConfig) -> Run:
         raise UsageError(
             f"--device={config.device} cannot be used ({reason}); use --device cpu"
         ) from error
-    dataset = data.load(config.dataset, config.validation).to(device)
+    dataset = data.load(
+        config.dataset,
+        config.validation,
+        config.data_dir,
+        image_size=config.image_size,
+        download=config.download,
+    ).to(device)
     if config.batch_size > len(dataset.train):
         raise UsageError(
             f"--batch-size={config.batch_size} is more than the {len(dataset.train)} training "
             f"images of {config.dataset}; use {len(dataset.train)} or fewer"
         )
     torch.manual_seed(config.seed)
-    channels, height, _ = dataset.shape
     classes = len(dataset.classes)
-    specs = [StudentSpec(s, channels, classes, strides_for(height)) for s in config.students]
+    students, specs = build_students(config.students, dataset.shape, classes, config.tap)
     options = config.method_options()
     if config.teacher is not None:
-        options["teacher"] = _teacher(config.teacher, dataset)
+        options["teacher"], tap = _teacher(config.teacher, dataset)
         if "teacher_tap" in method_options(config.method):
-            options["teacher_tap"] = LAST_MAP
+            options["teacher_tap"] = tap
     try:
         distiller = OnlineDistiller(
-            [spec.build() for spec in specs],
+            students,
             config.method,
             num_classes=classes,
-            tap=LAST_MAP,
+            tap=[spec.tap for spec in specs],
             input_shape=dataset.shape,
             **options,
         ).to(device)
@@ -118,7 +124,7 @@ def prepare(config: TrainConfig) -> Run:
         )
     try:
         with torch.no_grad():
-            distiller.eval()(dataset.test.x[:2], dataset.test.y[:2])
+            distiller.eval()(*dataset.test[:2])
     except (RuntimeError, ValueError) as error:
         forced = os.environ.get("MFEF_BACKEND")
         if not (config.backend or forced):
@@ -136,8 +142,9 @@ def prepare(config: TrainConfig) -> Run:
     return Run(config, path, dataset, specs, distiller, optimizer)
 
 
-def _teacher(path: Path, dataset: data.Dataset) -> nn.Module:
-    """The trained network in ``path``; UsageError unless it knows the images and classes."""
+def _teacher(path: Path, dataset: data.Dataset) -> tuple[nn.Module, str]:
+    """The trained network in ``path`` and the layer to tap; UsageError unless it knows the images
+    and classes."""
     network, about = checkpoint.load_student(path)
     for what, learnt, here in (
         ("classes", about["classes"], dataset.classes),
@@ -148,7 +155,7 @@ def _teacher(path: Path, dataset: data.Dataset) -> nn.Module:
                 f"--teacher={path} was trained for {what} {tuple(learnt)}, but {dataset.name} has "
                 f"{tuple(here)}; train it on this data set"
             )
-    return network
+    return network, about["build"]["tap"]
 
 
 def train(config: TrainConfig, display: Display) -> Run:
@@ -160,7 +167,7 @@ def train(config: TrainConfig, display: Display) -> Run:
     run = prepare(config)
     folder.write_json(run.path / "config.json", run.resolved)
     run.save("last.ckpt")  # so that there is one from the first step on
-    clock = HeadClock(run.distiller.method, run.dataset.train.x.device)
+    clock = HeadClock(run.distiller.method, run.dataset.train.y.device)
     with _stop_requests() as requests:
         try:
             for epoch in range(config.epochs):
@@ -173,8 +180,7 @@ def train(config: TrainConfig, display: Display) -> Run:
             "dataset": run.dataset.name,
             "classes": run.dataset.classes,
             "input_shape": run.dataset.shape,
-            "mean": run.dataset.mean,
-            "std": run.dataset.std,
+            **asdict(run.dataset.normalisation),
             "epoch": config.epochs,
             "test_accuracy": run.rows[-1][f"test/student{i}"],
         }
@@ -266,7 +272,7 @@ def _check_finite_state(distiller: nn.Module, epoch: int) -> None:
 def _calibrate(distiller: OnlineDistiller, images: data.Images) -> None:
     """Shows the method what the students make of images that are not trained on."""
     distiller.eval()
-    logits = [distiller(x).logits for x in images.x.split(512)]
+    logits = [distiller(x).logits for x, _ in images.batches(512)]
     roles = [f"student{i}" for i in range(len(distiller.students))]
     distiller.method.calibrate([torch.cat([z[r] for z in logits]) for r in roles], images.y)
 
@@ -277,7 +283,7 @@ def accuracy(distiller: OnlineDistiller, images: data.Images) -> dict[str, float
     distiller.eval()
     right: dict[str, float] = {}
     with torch.no_grad():
-        for x, y in zip(images.x.split(512), images.y.split(512), strict=True):
+        for x, y in images.batches(512):
             for role, logits in distiller(x).logits.items():
                 right[role] = right.get(role, 0) + int((logits.argmax(1) == y).sum())
     students = {f"student{i}": right[f"student{i}"] for i in range(len(distiller.students))}
