@@ -58,9 +58,9 @@ class TrainConfig:
     image_size: int | None = None
     """Pixels to a side that the images of folder are cut and resized to; None: 32."""
     students: tuple[str, ...] = ("resnet8", "resnet8")
-    """One network per student: resnet8 (14, 20, 32, 56, 110), resnet110-bottleneck, wrn-16-2 (any
-    wrn-DEPTH-WIDTH), wrn20-8-bottleneck, vgg16, densenet40-12, densenet40-12-plain,
-    torchvision:NAME, timm:NAME."""
+    """One network per student: resnet8, resnet14, resnet20, resnet32, resnet56, resnet110,
+    resnet110-bottleneck, wrn-16-2 (any wrn-DEPTH-WIDTH), wrn20-8-bottleneck, vgg16, densenet40-12,
+    densenet40-12-plain, torchvision:NAME, timm:NAME."""
     tap: tuple[str, ...] = ()
     """The layer whose output is the last map before global pooling, one for all students or one
     each; none: found automatically."""

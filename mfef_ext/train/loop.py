@@ -100,12 +100,12 @@ def prepare(config: TrainConfig) -> Run:
         )
     torch.manual_seed(config.seed)
     classes = len(dataset.classes)
-    students, specs = build_students(config.students, dataset.shape, classes, config.tap)
     options = config.method_options()
     if config.teacher is not None:
         options["teacher"], tap = _teacher(config.teacher, dataset)
         if "teacher_tap" in method_options(config.method):
             options["teacher_tap"] = tap
+    students, specs = build_students(config.students, dataset.shape, classes, config.tap)
     try:
         distiller = OnlineDistiller(
             students,

@@ -47,6 +47,17 @@ DATASETS: dict[str, Callable[[Source], Dataset | None]] = {
 WITH_FILES = ("cifar10", "cifar100", "cinic10", "folder")
 
 
+def _read(name: str, source: Source) -> Dataset | None:
+    try:
+        return DATASETS[name](source)
+    except OSError as error:
+        source.problem(
+            f"{error.filename or source.folder} cannot be read ({error.strerror}); "
+            "check the disk and the permissions"
+        )
+        return None
+
+
 def load(
     name: str,
     validation: float,
@@ -62,7 +73,7 @@ def load(
     validation image.
     """
     source = Source(data_dir or Path(), download, image_size or 32)
-    dataset = DATASETS[name](source)
+    dataset = _read(name, source)
     assert dataset is not None  # a problem would have been raised
     if dataset.own_validation:
         kept = len(dataset.validation) if validation else 0
@@ -83,7 +94,7 @@ def load(
 def verify(name: str, data_dir: Path) -> tuple[list[str], list[str]]:
     """Reads the whole data set; what was found, and every problem, a sentence each."""
     source = Source(data_dir, collect=True)
-    dataset = DATASETS[name](source)
+    dataset = _read(name, source)
     if dataset is not None:
         source.fact(f"{len(dataset.classes)} classes: {', '.join(dataset.classes)}")
         for split in ("train", "validation", "test"):

@@ -57,7 +57,7 @@ def pixel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in pixels.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256) / channel.numel()
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
         mean = float((share * values).sum())
         means.append(mean)
         stds.append(float((share * (values - mean) ** 2).sum().sqrt()))
