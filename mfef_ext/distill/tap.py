@@ -74,11 +74,13 @@ def find_tap(network: nn.Module, input_shape: tuple[int, int, int]) -> str:
     after = extended[-1] if extended else -1
     pools = [i for i, (_, kind, _) in enumerate(outputs) if "adaptive" in kind and i > after]
     end = pools[-1] if pools else len(outputs)
+    within = outputs[end][0] + "." if pools else None  # a pooling can consist of layers
     runs = Counter(name for name, _, _ in outputs)
     maps = [
         i
         for i, (name, kind, shape) in enumerate(outputs[:end])
         if len(shape) == 4 and "pool" not in kind and runs[name] == 1
+        if not (within and name.startswith(within))
     ]
     name, shape = (outputs[maps[-1]][0], outputs[maps[-1]][2]) if maps else ("", ())
     tokens = maps and any(len(s) == 3 for _, _, s in outputs[maps[-1] : end])

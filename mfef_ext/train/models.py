@@ -260,9 +260,17 @@ def _own(name: str) -> Callable[[int, int, Sequence[int]], nn.Module] | None:
     return _OWN.get(name)
 
 
+def _source(name: str) -> tuple[str, str]:
+    """("torchvision" or "timm" or "" for our own, the name there)."""
+    for source in ("torchvision", "timm"):
+        if name.startswith(source + ":"):
+            return source, name.removeprefix(source + ":")
+    return "", name
+
+
 def check_known(name: str) -> None:
     """Raises UsageError if no network has this name, or its library is not there."""
-    source, _, wanted = name.rpartition(":")
+    source, wanted = _source(name)
     if source == "torchvision":
         models = library("torchvision").models
         known = models.list_models(module=models)
@@ -298,7 +306,7 @@ class StudentSpec:
 
         Raises KeyError for an unknown name, UsageError if its library is not there.
         """
-        source, _, name = self.model.rpartition(":")
+        source, name = _source(self.model)
         if source == "timm":
             return library("timm").create_model(
                 name, pretrained=False, num_classes=self.num_classes, in_chans=self.in_channels
@@ -337,9 +345,10 @@ def build_students(
         except ValueError as error:
             raise UsageError(str(error)) from error
         except (RuntimeError, AssertionError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UsageError(
-                f"--students={name} cannot take images of shape {shape} "
-                f"({str(error).splitlines()[0]}); use another network or larger images"
+                f"--students={name} cannot take images of shape {shape} ({reason}); "
+                "use another network or larger images"
             ) from error
         networks.append(network)
         specs.append(replace(spec, tap=tap))

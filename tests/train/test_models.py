@@ -112,6 +112,21 @@ def test_images_that_are_too_small_are_refused(name):
         build_students([name], (3, 16, 16), 10)
 
 
+def test_a_network_that_says_nothing_when_it_refuses():
+    class Silent(nn.Conv2d):
+        def forward(self, x):
+            raise AssertionError
+
+    class Spec(StudentSpec):
+        def build(self):
+            return Silent(3, 3, 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mfef_ext.train.models.StudentSpec", Spec)
+        with pytest.raises(UsageError, match=r"of shape .* \(AssertionError\)"):
+            build_students(["timm:silent"], (3, 16, 16), 10)
+
+
 def test_grey_images_and_a_network_for_colours():
     with pytest.raises(UsageError, match=r"cannot take images of shape.*3 channels"):
         build_students(["torchvision:resnet18"], (1, 64, 64), 10)
@@ -150,6 +165,10 @@ def test_taps_override():
         build_students(names, (3, 64, 64), 5, ("layer3",))
 
 
+class AdaptivePool(nn.Sequential):
+    """As timm's: a pooling that consists of layers, the last of which gives a 1x1 map."""
+
+
 @pytest.fixture
 def fake_timm(monkeypatch):
     """A module with the part of timm's interface that is used."""
@@ -158,7 +177,10 @@ def fake_timm(monkeypatch):
     class Net(nn.Sequential):
         def __init__(self, num_classes, in_chans):
             conv = nn.Conv2d(in_chans, 6, 3, 2, 1)
-            super().__init__(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_classes))
+            pool = AdaptivePool(nn.AdaptiveAvgPool2d(1), nn.Identity())
+            super().__init__(
+                conv, pool, nn.Conv2d(6, 6, 1), nn.Flatten(), nn.Linear(6, num_classes)
+            )
 
     def create_model(name, pretrained, num_classes, in_chans):
         assert name == "tinynet" and pretrained is False
