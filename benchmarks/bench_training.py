@@ -26,7 +26,7 @@ from timing import interleave, ratios, summarise
 
 from mfef_ext.backends import BACKEND_NAMES
 from mfef_ext.distill import OnlineDistiller
-from mfef_ext.train.models import LAST_MAP, STUDENTS, StudentSpec, strides_for
+from mfef_ext.train.models import STUDENTS, build_students
 from mfef_ext.train.timing import HeadClock
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,12 +38,13 @@ class Trainer:
     def __init__(self, backend: str, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
         side, classes = options.image_size, 100
-        specs = [StudentSpec(s, 3, classes, strides_for(side)) for s in options.students]
+        shape = (3, side, side)
+        students, specs = build_students(options.students, shape, classes)
         self.distiller = OnlineDistiller(
-            [spec.build() for spec in specs],
+            students,
             num_classes=classes,
-            tap=LAST_MAP,
-            input_shape=(3, side, side),
+            tap=[spec.tap for spec in specs],
+            input_shape=shape,
             backend=backend,
         ).to(options.device)
         self.images = torch.randn(options.batch_size, 3, side, side, device=options.device)

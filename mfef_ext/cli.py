@@ -67,6 +67,11 @@ def _run(argv: Sequence[str] | None) -> int:
     table.add_argument(
         "paths", type=Path, metavar="RUN", nargs="+", help="run folders, or folders of these"
     )
+    about_data = commands.add_parser("data", help="check a data set (mfef data verify --help)")
+    actions = about_data.add_subparsers(dest="action", metavar="ACTION", required=True)
+    verify = actions.add_parser("verify", help="counts, hashes, sizes, classes, unreadable files")
+    verify.add_argument("--dataset", required=True, metavar="NAME")
+    verify.add_argument("--data-dir", type=Path, metavar="DIR", help="the folder that holds it")
     commands.add_parser("doctor", help="what was built, what would run here, and why")
     options = vars(parser.parse_args(argv))
     if options["command"] == "doctor":
@@ -74,6 +79,10 @@ def _run(argv: Sequence[str] | None) -> int:
 
         print(doctor())
         return 0
+    if options["command"] == "data":
+        from .train.__main__ import verify as verify_data
+
+        return verify_data(options["dataset"], options["data_dir"])
     from .train.__main__ import look
 
     return look(**options)

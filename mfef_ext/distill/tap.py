@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +31,68 @@ def forward_with_map(network: nn.Module, tap: str, x: Tensor) -> tuple[Tensor, T
     return logits, seen[0]
 
 
+@contextmanager
+def _shown_zeros(network: nn.Module, input_shape: tuple[int, int, int]) -> Iterator[Tensor]:
+    """One zero image to show to the network, which is in eval mode meanwhile: running statistics
+    stay as they are. No gradients."""
+    like = next(network.parameters())
+    was_training = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
+def find_tap(network: nn.Module, input_shape: tuple[int, int, int]) -> str:
+    """The name of the layer whose output is the last map (N, C, H, W) before global pooling.
+
+    Watches every layer while the network sees one zero image of ``input_shape`` (C, H, W). Raises
+    ValueError if there is no such layer, as in transformers on tokens.
+    """
+    outputs: list[tuple[str, str, tuple[int, ...]]] = []  # in order: name, class, shape
+
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def seen(module: nn.Module, inputs: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                outputs.append((name, type(module).__name__.lower(), tuple(output.shape)))
+
+        return module.register_forward_hook(seen)
+
+    hooks = [watch(name, module) for name, module in network.named_modules() if name]
+    try:
+        with _shown_zeros(network, input_shape) as image:
+            network(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # The global pooling is the last adaptive one, unless maps with an extent come after it, as
+    # after the pooling inside squeeze-and-excitation: then it is a function, and no layer.
+    extended = [i for i, (_, _, s) in enumerate(outputs) if len(s) == 4 and max(s[2:]) > 1]
+    after = extended[-1] if extended else -1
+    pools = [i for i, (_, kind, _) in enumerate(outputs) if "adaptive" in kind and i > after]
+    end = pools[-1] if pools else len(outputs)
+    within = outputs[end][0] + "." if pools else None  # a pooling can consist of layers
+    runs = Counter(name for name, _, _ in outputs)
+    maps = [
+        i
+        for i, (name, kind, shape) in enumerate(outputs[:end])
+        if len(shape) == 4 and "pool" not in kind and runs[name] == 1
+        if not (within and name.startswith(within))
+    ]
+    name, shape = (outputs[maps[-1]][0], outputs[maps[-1]][2]) if maps else ("", ())
+    tokens = maps and any(len(s) == 3 for _, _, s in outputs[maps[-1] : end])
+    # A map of a square image that is not square has its channels last.
+    if not maps or tokens or (input_shape[1] == input_shape[2] and shape[2] != shape[3]):
+        raise ValueError(
+            f"no layer of {type(network).__name__} gives a map (N, C, H, W) before global pooling "
+            "that could be found; name one with tap (--tap), or use another network"
+        )
+    return name
+
+
 def probe(
     network: nn.Module,
     tap: str,
@@ -44,16 +110,8 @@ def probe(
             f"tap={tap!r} is no layer of {who} ({type(network).__name__}); its layers are "
             f"{', '.join(name for name, _ in network.named_children())}"
         )
-    like = next(network.parameters())
-    image = torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
-    was_training = {module: module.training for module in network.modules()}
-    network.eval()  # running statistics stay as they are
-    try:
-        with torch.no_grad():
-            logits, last_map = forward_with_map(network, tap, image)
-    finally:
-        for module, training in was_training.items():
-            module.training = training
+    with _shown_zeros(network, input_shape) as image:
+        logits, last_map = forward_with_map(network, tap, image)
     if logits.shape != (1, num_classes):
         raise ValueError(
             f"{who} gives {tuple(logits.shape)} for one image, but num_classes="

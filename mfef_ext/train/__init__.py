@@ -6,8 +6,10 @@ Importing this package costs nothing and needs no extras; ``python -m mfef_ext.t
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # What the trainer imports beyond torch and numpy, by the name it is imported under.
 _NEEDED = ("matplotlib", "rich", "safetensors", "sklearn", "tyro")
@@ -15,6 +17,11 @@ _NEEDED = ("matplotlib", "rich", "safetensors", "sklearn", "tyro")
 
 class UsageError(Exception):
     """What the user asked for cannot be done; the message is one sentence that says what can."""
+
+
+class DataError(Exception):
+    """Data is missing or damaged; the message is one sentence: which file, what was expected and
+    where to get it."""
 
 
 class StoppedError(Exception):
@@ -34,3 +41,11 @@ class InterruptedByUser(StoppedError):
 def missing_extras() -> list[str]:
     """The packages of the ``train`` extra that cannot be found."""
     return [name for name in _NEEDED if find_spec(name) is None]
+
+
+def library(name: str) -> Any:
+    """The optional package ``name``; UsageError with the remedy if it cannot be imported."""
+    try:
+        return import_module(name)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
+        raise UsageError(f"{name} cannot be imported ({error}); run: pip install {name}") from error

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import InterruptedByUser, NotFiniteError, UsageError, folder, missing_extras
+from . import DataError, InterruptedByUser, NotFiniteError, UsageError, folder, missing_extras
 
 if TYPE_CHECKING:
     from .config import TrainConfig
 
-DONE, USAGE, FILES, NOT_FINITE, INTERRUPTED = 0, 2, 4, 5, 75
+DONE, USAGE, DATA, FILES, NOT_FINITE, INTERRUPTED = 0, 2, 3, 4, 5, 75
 
 
 def _refuse(message: str, status: int) -> int:
@@ -26,7 +27,7 @@ def _without_extras() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains as ``argv`` says. 0 done, 2 usage, 4 files, 5 not finite, 75 stopped on request."""
+    """Trains as ``argv`` says. 0 done, 2 usage, 3 data, 4 files, 5 not finite, 75 stopped."""
     if missing_extras():
         return _without_extras()
     import tyro
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _train_and_report(config)
     except UsageError as error:
         return _refuse(str(error), USAGE)
+    except DataError as error:
+        return _refuse(str(error), DATA)
     except CheckpointError as error:  # of a teacher, or to resume
         return _refuse(str(error), FILES)
     except OSError as error:  # a full disk has no file name; the last checkpoint is whole
@@ -84,6 +87,25 @@ def look(command: str, **options: Any) -> int:
         return _refuse(f"a file cannot be read or written: {error}", FILES)
     print(answer)
     return DONE
+
+
+def verify(dataset: str, data_dir: Path | None) -> int:
+    """Prints what the data set holds, and every problem with it. 0 whole, 2 usage, 3 not whole."""
+    if missing_extras():
+        return _without_extras()
+    from . import data
+    from .config import TrainConfig
+
+    try:
+        TrainConfig(dataset=dataset, data_dir=data_dir).check()
+        facts, problems = data.verify(dataset, data_dir or Path())
+    except UsageError as error:
+        return _refuse(str(error), USAGE)
+    print("\n".join(facts))
+    for problem in problems:
+        _refuse(problem, DATA)
+    print(f"{dataset}: {f'{len(problems)} problems' if problems else 'whole'}")
+    return DATA if problems else DONE
 
 
 def _train_and_report(config: TrainConfig) -> None:

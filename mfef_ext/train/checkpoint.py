@@ -111,7 +111,8 @@ def save_student(path: Path, student: nn.Module, spec: StudentSpec, about: dict[
 def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The student in ``path`` (.safetensors), in eval mode, and what its .json says about it.
 
-    Raises CheckpointError if either file is missing or damaged.
+    Raises CheckpointError if either file is missing or damaged, UsageError if the network is of a
+    library that is not there.
     """
     path = Path(path)
     content = _read(path)

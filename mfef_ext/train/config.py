@@ -16,8 +16,8 @@ from ..backends import BACKEND_NAMES
 from ..distill import METHODS
 from ..distill.distiller import method_options
 from . import UsageError
-from .data import DATASETS
-from .models import STUDENTS
+from .data import DATASETS, WITH_FILES
+from .models import check_known as check_student_known
 
 LARGEST = 1e38  # about what float32 holds
 # Options that only some methods take.
@@ -48,10 +48,22 @@ class TrainConfig:
     """How the students learn: mfef; ce for the same students without distillation; dml, ffl, one,
     okddip, kdcl from one another; kd, mimic, ab from a --teacher."""
     dataset: str = "digits"
-    """What they learn: digits (scikit-learn's, 8x8, bundled), or fake and fake32 (drawn, 16x16 and
-    32x32, for trials and timings)."""
+    """What they learn: digits (scikit-learn's, 8x8, bundled); cifar10, cifar100, cinic10, or folder
+    (any images), all in --data-dir; fake and fake32 (drawn, 16x16 and 32x32, for trials)."""
+    data_dir: Path | None = None
+    """The folder that holds the data set: cifar-10-batches-py, cifar-100-python, CINIC-10, or for
+    folder train/CLASS/* and perhaps test/CLASS/*, else a fifth of train is the test set."""
+    download: bool = False
+    """Fetch a cifar10, cifar100 or cinic10 that is not in --data-dir, and check its hash."""
+    image_size: int | None = None
+    """Pixels to a side that the images of folder are cut and resized to; None: 32."""
     students: tuple[str, ...] = ("resnet8", "resnet8")
-    """One network per student: resnet8, resnet14, resnet20, resnet32, resnet56."""
+    """One network per student: resnet8, resnet14, resnet20, resnet32, resnet56, resnet110,
+    resnet110-bottleneck, wrn-16-2 (any wrn-DEPTH-WIDTH), wrn20-8-bottleneck, vgg16, densenet40-12,
+    densenet40-12-plain, torchvision:NAME, timm:NAME."""
+    tap: tuple[str, ...] = ()
+    """The layer whose output is the last map before global pooling, one for all students or one
+    each; none: found automatically."""
     epochs: int = 15
     """Times that every training image is seen."""
     batch_size: int = 64
@@ -150,10 +162,16 @@ class TrainConfig:
         _check_known("--method", self.method, sorted(METHODS))
         _check_known("--dataset", self.dataset, list(DATASETS))
         for student in self.students:
-            _check_known("--students", student, list(STUDENTS))
+            check_student_known(student)
         if self.backend is not None:
             _check_known("--backend", self.backend, list(BACKEND_NAMES))
         _check(len(self.students) > 0, "--students", "", "must name at least one network")
+        if len(self.tap) not in (0, 1, len(self.students)):
+            raise UsageError(
+                f"--tap={' '.join(self.tap)} names {len(self.tap)} layers for "
+                f"{len(self.students)} students; name one for all, one each, or none"
+            )
+        self._check_data()
         for flag, count in (("--epochs", self.epochs), ("--batch-size", self.batch_size)):
             _check(count >= 1, flag, count, "must be at least 1")
         _check(
@@ -213,6 +231,31 @@ class TrainConfig:
             raise UsageError("--resume auto needs --out, the folder of the run to go on with")
         for drop in self.lr_drops:
             _check(0 < drop <= 1, "--lr-drops", drop, "must be above 0 and at most 1")
+
+    def _check_data(self) -> None:
+        """Raises UsageError where --dataset and the options that say where it is do not agree."""
+        if self.dataset in WITH_FILES and self.data_dir is None:
+            raise UsageError(
+                f"--dataset {self.dataset} needs --data-dir: the folder that holds it"
+                + ("" if self.dataset == "folder" else ", or that --download shall put it into")
+            )
+        published = tuple(name for name in WITH_FILES if name != "folder")
+        for flag, given, takers in (
+            ("--data-dir", self.data_dir, WITH_FILES),
+            ("--download", self.download, published),
+            ("--image-size", self.image_size, ("folder",)),
+        ):
+            if given and self.dataset not in takers:
+                raise UsageError(
+                    f"{flag} means nothing to --dataset {self.dataset}; it is for "
+                    f"{', '.join(takers)}"
+                )
+        _check(
+            self.image_size is None or 8 <= self.image_size <= 1024,
+            "--image-size",
+            self.image_size,
+            "must be from 8 to 1024",
+        )
 
 
 def _check(holds: bool, flag: str, value: object, rule: str) -> None:

@@ -21,7 +21,7 @@ from ..version import __version__
 from . import InterruptedByUser, NotFiniteError, StoppedError, UsageError, checkpoint, data, folder
 from .config import TrainConfig
 from .display import Display
-from .models import LAST_MAP, StudentSpec, strides_for
+from .models import StudentSpec, build_students
 from .timing import HeadClock
 
 
@@ -56,6 +56,7 @@ class Run:
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.config).items()}
         return plain | {
             **chosen,
+            "tap": [spec.tap for spec in self.specs],
             "threads": torch.get_num_threads(),
             "out": str(self.path),
             "versions": {"mfef_ext": __version__, "torch": str(torch.__version__)},
@@ -67,8 +68,7 @@ class Run:
             "dataset": self.dataset.name,
             "classes": self.dataset.classes,
             "input_shape": self.dataset.shape,
-            "mean": self.dataset.mean,
-            "std": self.dataset.std,
+            **asdict(self.dataset.normalisation),
             "epoch": len(self.rows),
             "test_accuracy": self.rows[-1][f"test/student{student}"],
         }
@@ -127,7 +127,10 @@ class Run:
 
 
 # Options that two runs may differ in and still compute the same.
-NOT_OF_THE_RESULT = {"out", "resume", "threads", "versions", "device", "teacher", "tensorboard"}
+NOT_OF_THE_RESULT = {
+    *("out", "resume", "threads", "versions", "device", "teacher", "tensorboard"),
+    *("data_dir", "download"),
+}
 
 
 def _plain(value: object) -> object:
@@ -149,27 +152,32 @@ def prepare(config: TrainConfig, path: Path | None = None) -> Run:
         raise UsageError(
             f"--device={config.device} cannot be used ({reason}); use --device cpu"
         ) from error
-    dataset = data.load(config.dataset, config.validation).to(device)
+    dataset = data.load(
+        config.dataset,
+        config.validation,
+        config.data_dir,
+        image_size=config.image_size,
+        download=config.download,
+    ).to(device)
     if config.batch_size > len(dataset.train):
         raise UsageError(
             f"--batch-size={config.batch_size} is more than the {len(dataset.train)} training "
             f"images of {config.dataset}; use {len(dataset.train)} or fewer"
         )
     torch.manual_seed(config.seed)
-    channels, height, _ = dataset.shape
     classes = len(dataset.classes)
-    specs = [StudentSpec(s, channels, classes, strides_for(height)) for s in config.students]
     options = config.method_options()
     if config.teacher is not None:
-        options["teacher"], _ = load_student_for(dataset, config.teacher, "--teacher")
+        options["teacher"], about = load_student_for(dataset, config.teacher, "--teacher")
         if "teacher_tap" in method_options(config.method):
-            options["teacher_tap"] = LAST_MAP
+            options["teacher_tap"] = about["build"]["tap"]
+    students, specs = build_students(config.students, dataset.shape, classes, config.tap)
     try:
         distiller = OnlineDistiller(
-            [spec.build() for spec in specs],
+            students,
             config.method,
             num_classes=classes,
-            tap=LAST_MAP,
+            tap=[spec.tap for spec in specs],
             input_shape=dataset.shape,
             **options,
         ).to(device)
@@ -182,7 +190,7 @@ def prepare(config: TrainConfig, path: Path | None = None) -> Run:
         )
     try:
         with torch.no_grad():
-            distiller.eval()(dataset.test.x[:2], dataset.test.y[:2])
+            distiller.eval()(*dataset.test[:2])
     except (RuntimeError, ValueError) as error:
         forced = os.environ.get("MFEF_BACKEND")
         if not (config.backend or forced):
@@ -242,7 +250,7 @@ def train(config: TrainConfig, display: Display) -> Run:
         run.save(checkpoint.LAST)  # so that there is one from the first step on
     if config.tensorboard:
         display.record(run.path / "tensorboard", len(run.rows) + 1)
-    clock = HeadClock(run.distiller.method, run.dataset.train.x.device)
+    clock = HeadClock(run.distiller.method, run.dataset.train.y.device)
     with _stop_requests() as requests:
         try:
             for epoch in range(len(run.rows), config.epochs):
@@ -345,7 +353,7 @@ def _check_finite_state(distiller: nn.Module, epoch: int) -> None:
 def _calibrate(distiller: OnlineDistiller, images: data.Images) -> None:
     """Shows the method what the students make of images that are not trained on."""
     distiller.eval()
-    logits = [distiller(x).logits for x in images.x.split(512)]
+    logits = [distiller(x).logits for x, _ in images.batches(512)]
     roles = [f"student{i}" for i in range(len(distiller.students))]
     distiller.method.calibrate([torch.cat([z[r] for z in logits]) for r in roles], images.y)
 
@@ -356,7 +364,7 @@ def accuracy(distiller: OnlineDistiller, images: data.Images) -> dict[str, float
     distiller.eval()
     right: dict[str, float] = {}
     with torch.no_grad():
-        for x, y in zip(images.x.split(512), images.y.split(512), strict=True):
+        for x, y in images.batches(512):
             for role, logits in distiller(x).logits.items():
                 right[role] = right.get(role, 0) + int((logits.argmax(1) == y).sum())
     students = {f"student{i}": right[f"student{i}"] for i in range(len(distiller.students))}

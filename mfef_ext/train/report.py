@@ -86,14 +86,15 @@ def draw_gates(run: Run, path: Path) -> bool:
     test, classes = run.dataset.test, run.dataset.classes
     run.distiller.eval()
     first = [int((test.y == c).nonzero()[0]) for c in range(min(len(classes), 10))]
-    x, labels = test.x[first], test.y[first].tolist()
+    x, y = test[first]
+    labels = y.tolist()
     with torch.no_grad():
         gates = [gate.cpu() for gate in run.distiller.spatial_gates(x)]
         answers = {role: z.argmax(1).tolist() for role, z in run.distiller(x).logits.items()}
     if not gates:
         return False
     # Both are brought to one size: pixels stay squares, the coarser gate becomes smooth.
-    size = 8 * max(x.shape[2:])
+    size = max(64, *x.shape[2:])
     large = F.interpolate((x - x.min()) / (x.max() - x.min()), size=size)
     pixels = large.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
     rows, columns = 1 + len(gates), len(first)

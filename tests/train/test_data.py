@@ -1,5 +1,8 @@
 """Splits are fixed and stratified, batches are a function of seed and epoch alone."""
 
+import hashlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -27,9 +30,21 @@ def test_digits_are_split_without_overlap_and_by_class():
 def test_normalisation_can_be_undone():
     d = data.load("digits", 0)
     assert abs(float(d.train.x.mean())) < 1e-4 and abs(float(d.train.x.std()) - 1) < 1e-3
-    pixels = d.train.x * d.std + d.mean
-    torch.testing.assert_close(pixels, pixels.round(), rtol=0, atol=1e-4)
-    assert round(float(pixels.min())) == 0 and round(float(pixels.max())) == 16
+    pixels = d.train.x * d.normalisation.std[0] + d.normalisation.mean[0]
+    torch.testing.assert_close(pixels, d.train.pixels, rtol=0, atol=1e-4)
+    assert float(d.train.pixels.min()) == 0 and float(d.train.pixels.max()) == 16
+
+
+def test_normalisation_of_bytes_by_channel():
+    pixels = torch.tensor([[[[0, 255]], [[51, 102]]]], dtype=torch.uint8)
+    normalisation = data.Normalisation((0.5, 0.25), (0.5, 2.0), 255)
+    expected = torch.tensor([[[[-1.0, 1.0]], [[-0.025, 0.075]]]])
+    torch.testing.assert_close(normalisation(pixels), expected)
+    images = data.Images(pixels.expand(5, -1, -1, -1), torch.arange(5), normalisation)
+    whole = list(images.batches(2))
+    assert [len(y) for _, y in whole] == [2, 2, 1]
+    assert torch.equal(torch.cat([x for x, _ in whole]), images.x)
+    assert torch.equal(torch.cat([y for _, y in whole]), images.y)
 
 
 def test_an_epoch_shows_every_image_once_and_depends_on_seed_and_epoch_alone():
@@ -45,6 +60,30 @@ def test_an_epoch_shows_every_image_once_and_depends_on_seed_and_epoch_alone():
     for seed, epoch in ((3, 2), (4, 1)):
         other = torch.cat([y for _, y in data.training_batches(d, 50, seed, epoch)])
         assert not torch.equal(labels, other)
+
+
+def test_the_batches_of_digits_are_those_they_always_were():
+    d = data.load("digits", 0.1)
+    [x], y = next(data.training_batches(d, 64, seed=0, epoch=0))
+    pixels = (x * d.normalisation.std[0] + d.normalisation.mean[0]).round().byte()
+    assert y[:12].tolist() == [0, 8, 1, 8, 9, 7, 8, 2, 4, 6, 3, 3]
+    assert hashlib.sha256(pixels.numpy().tobytes()).hexdigest().startswith("212c5b0b65dab0d9")
+
+
+@pytest.mark.parametrize("border", ["replicate", "constant"])
+def test_a_step_and_a_part_of_a_batch_are_the_same_alone(border):
+    augmentation = data.Augmentation(2, flip=border == "constant", border=border)
+    d = replace(data.load("fake", 0.1), augmentation=augmentation)
+    whole = list(data.training_batches(d, 50, 3, 1, views=2))
+    later = list(data.training_batches(d, 50, 3, 1, views=2, first_step=2))
+    parts = [list(data.training_batches(d, 50, 3, 1, views=2, rank=r, ranks=3)) for r in range(3)]
+    assert len(later) == len(whole) - 2
+    for (views, y), (views_later, y_later) in zip(whole[2:], later, strict=True):
+        assert torch.equal(torch.stack(views), torch.stack(views_later))
+        assert torch.equal(y, y_later)
+    for (views, y), *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.stack(views), torch.cat([torch.stack(v) for v, _ in shares], 1))
+        assert torch.equal(y, torch.cat([y for _, y in shares]))
 
 
 def test_views_show_the_same_images_shifted_in_their_own_ways():
@@ -64,14 +103,17 @@ def test_views_show_the_same_images_shifted_in_their_own_ways():
             assert bool(same.any(0).all())
 
 
-def test_shifts_move_whole_images_and_repeat_the_border():
-    x = torch.arange(12.0).reshape(1, 1, 3, 4).expand(400, 2, 3, 4)
-    moved = data.shifted(x, 1, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("border", "flip"), [("replicate", False), ("constant", True)])
+def test_augmentation_shows_every_move_of_whole_images_and_nothing_else(border, flip):
+    x = torch.arange(1.0, 13.0).reshape(1, 1, 3, 4).expand(800, 2, 3, 4)
+    augmentation = data.Augmentation(1, flip, border)
+    moved = augmentation(x, augmentation.draw(800, torch.Generator().manual_seed(0)))
     expected = set()
-    padded = torch.nn.functional.pad(x[:1], (1, 1, 1, 1), mode="replicate")
-    for dy in range(3):
-        for dx in range(3):
-            expected.add(padded[0, :, dy : dy + 3, dx : dx + 4].numpy().tobytes())
+    for image in (x[:1], x[:1].flip(3)) if flip else (x[:1],):
+        padded = torch.nn.functional.pad(image, (1, 1, 1, 1), mode=border)
+        for dy in range(3):
+            for dx in range(3):
+                expected.add(padded[0, :, dy : dy + 3, dx : dx + 4].numpy().tobytes())
     assert {m.numpy().tobytes() for m in moved} == expected
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from mfef_ext.distill import OnlineDistiller
-from mfef_ext.train.models import LAST_MAP, StudentSpec
+from mfef_ext.train.models import StudentSpec
 from mfef_ext.train.timing import HeadClock
 
 
@@ -13,7 +13,7 @@ def test_backward_boundary():
         d = OnlineDistiller(
             [spec.build(), spec.build()],
             num_classes=10,
-            tap=LAST_MAP,
+            tap="stage3",
             input_shape=(1, 8, 8),
             detach_features=detach,
         )
@@ -32,7 +32,7 @@ def test_backward_boundary():
 def test_seconds_are_part_of_the_step(monkeypatch):
     spec = StudentSpec("resnet8", 1, 10, (1, 1, 1))
     d = OnlineDistiller(
-        [spec.build()], num_classes=10, tap=LAST_MAP, input_shape=(1, 8, 8), method="mfef"
+        [spec.build()], num_classes=10, tap="stage3", input_shape=(1, 8, 8), method="mfef"
     )
     clock = HeadClock(d.method, torch.device("cpu"))
     started = clock.now()

@@ -1,0 +1,112 @@
+"""The images: whole data sets in memory, fixed splits, seeded shuffling and augmentation.
+
+A file per kind of data set; each has a reader that turns a :class:`Source` into a
+:class:`Dataset`, and says what is wrong with files that are missing, damaged or something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from .. import UsageError
+from . import bundled, cifar, cinic, folder
+from .augmentation import Augmentation, training_batches
+from .dataset import SPLIT_SEED, Dataset, Images, Normalisation, Source, stratified_split
+
+__all__ = [
+    "DATASETS",
+    "WITH_FILES",
+    "Augmentation",
+    "Dataset",
+    "Images",
+    "Normalisation",
+    "Source",
+    "load",
+    "stratified_split",
+    "training_batches",
+    "verify",
+]
+
+# Readers by name. None is returned only where problems were collected.
+DATASETS: dict[str, Callable[[Source], Dataset | None]] = {
+    "digits": bundled.digits,
+    "cifar10": partial(cifar.read, "cifar10"),
+    "cifar100": partial(cifar.read, "cifar100"),
+    "cinic10": cinic.read,
+    "folder": folder.read,
+    "fake": partial(bundled.drawn, "fake", 16, 256),
+    # The size of CIFAR's images, to time a step.
+    "fake32": partial(bundled.drawn, "fake32", 32, 640),
+}
+WITH_FILES = ("cifar10", "cifar100", "cinic10", "folder")
+
+
+def _read(name: str, source: Source) -> Dataset | None:
+    try:
+        return DATASETS[name](source)
+    except OSError as error:
+        source.problem(
+            f"{error.filename or source.folder} cannot be read ({error.strerror}); "
+            "check the disk and the permissions"
+        )
+        return None
+
+
+def load(
+    name: str,
+    validation: float,
+    data_dir: Path | None = None,
+    *,
+    image_size: int | None = None,
+    download: bool = False,
+) -> Dataset:
+    """The data set ``name`` with the share ``validation`` of its training images held out.
+
+    A data set with validation images of its own keeps these, unless ``validation`` is 0. Raises
+    DataError if a file is missing or damaged, UsageError if the share leaves a class without a
+    validation image.
+    """
+    source = Source(data_dir or Path(), download, image_size or 32)
+    dataset = _read(name, source)
+    assert dataset is not None  # a problem would have been raised
+    if dataset.own_validation:
+        kept = len(dataset.validation) if validation else 0
+        return replace(dataset, validation=dataset.validation.part(slice(0, kept)))
+    if validation == 0:
+        return dataset
+    y = dataset.train.y.numpy()
+    rest, held = stratified_split(y, validation, SPLIT_SEED)
+    if len(np.unique(y[held])) < len(dataset.classes):
+        raise UsageError(
+            f"--validation={validation} leaves a class of {name} without a validation image; "
+            "use a larger share, or 0 for none"
+        )
+    train = dataset.train
+    return replace(dataset, train=train.part(rest), validation=train.part(held))
+
+
+def verify(name: str, data_dir: Path) -> tuple[list[str], list[str]]:
+    """Reads the whole data set; what was found, and every problem, a sentence each."""
+    source = Source(data_dir, collect=True)
+    dataset = _read(name, source)
+    if dataset is not None:
+        source.fact(f"{len(dataset.classes)} classes: {', '.join(dataset.classes)}")
+        for split in ("train", "validation", "test"):
+            images: Images = getattr(dataset, split)
+            if not len(images):
+                continue
+            counts = np.bincount(images.y.numpy(), minlength=len(dataset.classes))
+            digest = hashlib.sha256(images.pixels.numpy().tobytes())
+            digest.update(images.y.numpy().tobytes())
+            source.fact(
+                f"{split}: {len(images)} images of {'x'.join(map(str, dataset.shape))}, "
+                f"{counts.min()} to {counts.max()} per class, "
+                f"SHA-256 of pixels and labels {digest.hexdigest()}"
+            )
+    return source.facts, source.problems

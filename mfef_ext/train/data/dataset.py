@@ -1,0 +1,160 @@
+"""Labelled images in memory, split three ways, and what every reader of them needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import DataError
+from .augmentation import Augmentation
+
+# The splits are part of the data set, not of the experiment: every seed is scored on the same
+# test images, so that runs can be compared.
+SPLIT_SEED = 1797
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """``(pixels / scale - mean) / std``, with one number per channel, or one for all."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 1.0
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(N, C, H, W) of any kind of number -> float32."""
+        mean, std = (
+            torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std)
+        )
+        return (pixels.float() / self.scale - mean) / std
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images. pixels: (N, C, H, W) uint8 or float32, as read; y: (N,) int64."""
+
+    pixels: Tensor
+    y: Tensor
+    normalisation: Normalisation
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: slice | list[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """Some images, normalised, and their labels."""
+        return self.normalisation(self.pixels[index]), self.y[index]
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in order, normalised, ``size`` at a time."""
+        return (self[i : i + size] for i in range(0, len(self), size))
+
+    @property
+    def x(self) -> Tensor:
+        """All images at once, normalised: four times the memory where pixels are bytes."""
+        return self.normalisation(self.pixels)
+
+    def part(self, index: np.ndarray | slice) -> Images:
+        """Some of the images as read."""
+        return replace(self, pixels=self.pixels[index], y=self.y[index])
+
+    def to(self, device: torch.device) -> Images:
+        """The same images on ``device``."""
+        return replace(self, pixels=self.pixels.to(device), y=self.y.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set split three ways, normalised all alike; ``validation`` may be empty.
+
+    ``own_validation``: the split was made by the data set's authors.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Images
+    validation: Images
+    test: Images
+    augmentation: Augmentation
+    own_validation: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        c, h, w = self.train.pixels.shape[1:]
+        return c, h, w
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What turns the pixels into what the networks see."""
+        return self.train.normalisation
+
+    def to(self, device: torch.device) -> Dataset:
+        """The same data set on ``device``."""
+        parts = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
+        return replace(self, **parts)
+
+
+@dataclass
+class Source:
+    """Where a reader looks, and what it says about what it finds.
+
+    A reader calls :meth:`fact` for what is worth telling and :meth:`problem` for what is wrong: the
+    first problem ends a training run, while ``mfef data verify`` (``collect``) wants them all.
+    """
+
+    folder: Path
+    download: bool = False
+    image_size: int = 32
+    collect: bool = False
+    facts: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def fact(self, text: str) -> None:
+        """Notes what was found."""
+        self.facts.append(text)
+
+    def problem(self, text: str) -> None:
+        """Notes what is wrong, in one sentence; raises DataError unless problems are collected."""
+        if not self.collect:
+            raise DataError(text)
+        self.problems.append(text)
+
+
+def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (kept, held out), each sorted; every class gives ``share`` of its images, rounded."""
+    rng = np.random.default_rng(seed)
+    held = [
+        rng.permutation(np.flatnonzero(labels == c))[: round(share * int((labels == c).sum()))]
+        for c in np.unique(labels)
+    ]
+    out = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), out), out
+
+
+def check_labels(
+    source: Source,
+    where: str,
+    y: Tensor,
+    classes: Sequence[str],
+    per_class: int | None,
+    remedy: str,
+) -> None:
+    """A problem for labels out of range, and for each class without its number of images: exactly
+    ``per_class``, or any but none."""
+    outside = y[(y < 0) | (y >= len(classes))]
+    if len(outside):
+        source.problem(
+            f"{where} has the label {int(outside[0])}, expected 0 to {len(classes) - 1}; {remedy}"
+        )
+        return
+    for name, count in zip(
+        classes, torch.bincount(y, minlength=len(classes)).tolist(), strict=True
+    ):
+        if count != per_class if per_class is not None else count == 0:
+            expected = "at least one" if per_class is None else per_class
+            source.problem(f"{where} has {count} images of {name}, expected {expected}; {remedy}")
