@@ -20,8 +20,8 @@ TSNE_IMAGES = 1000
 
 
 def plot(path: Path, checkpoint: str = "last", device: str | None = None) -> str:
-    """Draws what the run ``path`` makes of its test images into PNG files in it, and says which, and
-    how diverse the students are. Other checkpoints than the last have their name in the files'."""
+    """Draws what the run ``path`` makes of its test images into PNG files in it, and says which
+    and how diverse the students are. Other checkpoints than the last are in the files' names."""
     run = restore(path, checkpoint, device)
     test, which = run.dataset.test, "" if checkpoint == "last" else f"-{checkpoint}"
     with torch.no_grad():
