@@ -32,7 +32,8 @@ class MutualLearning(Method):
         peers = len(batch.logits) - 1
         pairs = [(i, j) for i in range(peers + 1) for j in range(peers + 1) if i != j]
         students, targets = ([batch.logits[pair[side]] for pair in pairs] for side in (0, 1))
-        lessons = torch.stack(kd_losses(students, targets, self.temperature))
-        for i, lesson in enumerate(lessons.view(peers + 1, peers).mean(1)):
-            terms[f"kd/student{i}"] = lesson
+        lessons = kd_losses(students, targets, self.temperature)
+        for i in range(peers + 1):
+            of_student = lessons[i * peers : (i + 1) * peers]
+            terms[f"kd/student{i}"] = torch.stack(of_student).mean()
         return {}, terms

@@ -81,6 +81,8 @@ def look(command: str, **options: Any) -> int:
         answer = commands[command](**options)
     except UsageError as error:
         return _refuse(str(error), USAGE)
+    except DataError as error:
+        return _refuse(str(error), DATA)
     except CheckpointError as error:
         return _refuse(str(error), FILES)
     except OSError as error:

@@ -111,7 +111,9 @@ def test_not_chosen_by_itself_before_hardware_has_run_it(gpu):
     assert not cuda.BACKEND.verified
     assert backends.choose(one).name == "reference"
     assert backends.choose(one, "cuda").name == "cuda"
-    text = "\n".join(_explain_problem(one, "cuda"))
+    text = "\n".join(_explain_problem(one, "cuda", False))
     assert "runs on: cuda (forced)" in text and "small-map plan: 128 thread block(s)" in text
-    assert "cuda: could, but has not run on hardware yet" in "\n".join(_explain_problem(one, None))
+    assert "cuda: could, but has not run on hardware yet" in "\n".join(
+        _explain_problem(one, None, False)
+    )
     assert "cuda: dual_attention, mfef_block, multi_scale_conv2d; not run on hardware" in doctor()

@@ -5,7 +5,7 @@ import torch
 
 import mfef_ext
 from mfef_ext import functional
-from mfef_ext.distill.method import StudentShape
+from mfef_ext.distill.method import Batch, StudentShape
 from mfef_ext.distill.mfef import MFEF
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,9 +39,9 @@ def step(backend):
     labels = torch.randint(0, 5, (6,), device=DEVICE)
     method.blocks.requires_grad_(False)
     with mfef_ext.use_backend(backend):
-        _, terms = method(logits, maps, labels, 1.0)
+        _, terms = method(Batch([], logits, maps, labels, 1.0))
     loss = sum(terms[name] for name in terms if name.startswith("kd/"))
-    return terms, torch.autograd.grad(loss, [*logits, method.classifier.weight])
+    return terms, torch.autograd.grad(loss, [*logits, method.head.classifier.weight])
 
 
 def test_a_step_is_one_launch_each_way(launches):

@@ -15,19 +15,26 @@ COMPILE = """
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from mfef_ext.backends.triton import aot
 
-one = next(o for o in aot.collect("attention") if o.name.startswith(sys.argv[1]))
-options = {"num_warps": one.num_warps, "num_stages": one.num_stages, "enable_fp_fusion": True}
-code = triton.compile(aot.source(one), target=GPUTarget("cuda", 90, 32), options=options)
+name, channels = sys.argv[1:]
+one = next(
+    o
+    for o in aot.launches()
+    if o.name == name and channels in ("any", str(o.configuration["BLOCK_C"]))
+)
+source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
+code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(one.options))
 print(code.asm["ptx"])
 """
 
 
-def memory(kernel):
-    """The instructions of a kernel on sm_90 that wait, or read or write global memory."""
+def memory(kernel, channels="any"):
+    """The instructions of a kernel, in the tile of so many channels, on sm_90 that wait, or read or
+    write global memory."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, kernel]
+    command = [sys.executable, "-c", COMPILE, kernel, channels]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert ran.returncode == 0, ran.stderr
     return re.findall(r"(bar\.sync|atom\.[\w.]+|(?:ld|st)\.global[\w.]*)", ran.stdout)
@@ -35,7 +42,7 @@ def memory(kernel):
 
 @pytest.mark.slow
 def test_last_program_of_an_image_sees_what_the_others_stored():
-    found = memory("spatial_backward_kernel, rows")
+    found = memory("spatial_backward_kernel")
     (at,) = [i for i, what in enumerate(found) if what.startswith("atom")]
     assert found[at] == "atom.global.gpu.acq_rel.add.u32"
     before, after = found[:at], found[at + 1 :]
@@ -49,7 +56,7 @@ def test_last_program_of_an_image_sees_what_the_others_stored():
 @pytest.mark.parametrize(("direction", "sections"), [("forward", 5), ("backward", 8)])
 def test_threads_of_an_image_wait_for_each_other(direction, sections):
     """Between any two sections that store there is a barrier."""
-    found = memory(f"image_{direction}_kernel, small, contiguous")
+    found = memory(f"image_{direction}_kernel", "32")
     assert not [what for what in found if ".nc" in what]
     runs = "".join("b" if w == "bar.sync" else w[0] for w in found)
     # A load that follows a store without a barrier between them would read another thread's place.
