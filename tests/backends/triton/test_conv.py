@@ -273,8 +273,16 @@ def test_wide_offsets_give_the_same_bits(conv, device, split, monkeypatch):
         calls.cache_clear()
 
 
+def contiguous_weights(branches=((3, 64, 1), (7, 8, 8), (9, 4, 16))):
+    """((shape, strides) per branch, groups); a branch: (k, channels of a group, groups)."""
+    weights = tuple(
+        ((width * g, width, k, k), (width * k * k, k * k, k, 1)) for k, width, g in branches
+    )
+    return weights, tuple(g for _, _, g in branches)
+
+
 def test_offsets_are_as_wide_as_they_have_to_be(conv):
-    weights, groups = conv._example(conv._EXAMPLE)
+    weights, groups = contiguous_weights()
     plan = conv._plan_convolution(weights, groups, True, False, 8, 8, "half")
     small_map, large_map = (
         torch.empty(0).as_strided((0, 2, 8, 8), (0, s, 8, 1)) for s in (64, 2**31)
@@ -415,13 +423,13 @@ def test_large_sums_of_float16_do_not_overflow(conv, device):
 
 def test_plans_do_not_depend_on_the_batch_or_on_large_maps(conv):
     """One compilation serves every batch, and every map that is larger than kernels and tiles."""
-    weights, groups = conv._example(conv._EXAMPLE)
+    weights, groups = contiguous_weights()
     sides = [conv._plan_convolution(weights, groups, True, False, s, s, "half") for s in (9, 14)]
     assert sides[0]._replace(maps=0) == sides[1]._replace(maps=0)
 
 
 def test_slices_cover_the_images(conv):
-    weights, groups = conv._example(conv._EXAMPLE)
+    weights, groups = contiguous_weights()
     strides = tuple(stride for _, stride in weights)
     plan = conv._plan_gradient(weights, strides, groups, True, 8, 8, "half")
     for blocks in (0, 1, 3, 4, 17, 128, 5000):
