@@ -97,7 +97,7 @@ class Run:
         Raises UsageError if that was a run with other options.
         """
         there, here = state["config"], self.resolved
-        for name in here.keys() - NOT_OF_THE_RESULT:
+        for name in (name for name in here if name not in NOT_OF_THE_RESULT):
             # What was saved has been through JSON's types: tuples are lists.
             if name not in there or _plain(there[name]) != _plain(here[name]):
                 flag = f"--{name.replace('_', '-')}"
