@@ -3,8 +3,22 @@
 import pytest
 import torch
 
+CUDA = torch.cuda.is_available()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            "cpu", marks=pytest.mark.skipif(CUDA, reason="Triton is not interpreted beside a GPU")
+        ),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def device(request):
+    return request.param
+
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
-    if not torch.cuda.is_available():
+    if not CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -20,7 +20,6 @@ from tests.accuracy import ATTENTION, FEW, MIRRORS, factor, largest, unit_in_the
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-CUDA = torch.cuda.is_available()
 EXAMPLES = settings(
     max_examples=4,
     deadline=None,
@@ -29,18 +28,6 @@ EXAMPLES = settings(
 )
 # Where a value overflows, a GPU says nothing and the interpreter's numpy warns.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(
-            "cpu", marks=pytest.mark.skipif(CUDA, reason="Triton is not interpreted beside a GPU")
-        ),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ]
-)
-def device(request):
-    return request.param
 
 
 @pytest.fixture

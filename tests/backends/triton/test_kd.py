@@ -24,18 +24,6 @@ CUDA = torch.cuda.is_available()
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(
-            "cpu", marks=pytest.mark.skipif(CUDA, reason="Triton is not interpreted beside a GPU")
-        ),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ]
-)
-def device(request):
-    return request.param
-
-
 @pytest.fixture
 def kd():
     """The module; imported late, when it is settled whether Triton interprets."""
