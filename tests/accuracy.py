@@ -197,7 +197,7 @@ def check_block(
     seed = arguments.pop("seed", 0)
     smallest = min(t.numel() for t in make_case(**arguments).leaves())
     draws = min(max(48 // smallest, 3), 12)
-    errors: dict[str, list[tuple[float, float]]] = {}  # (ours, eager's) of each draw
+    errors = Errors(dtype)
     for draw in range(draws):
         case = make_case(**arguments, dtype=dtype, seed=seed + 101 * draw)
         wanted = run_block(case.cast(torch.float64), reference.mfef_block)
@@ -206,23 +206,46 @@ def check_block(
         eager = eager_errors(case, dtype, wanted)
         names = ["out", "x", *(f"weights[{i}]" for i in range(len(case.weights)))]
         names += [n for n, p in zip(ATTENTION, case.attention, strict=True) if p is not None]
+        assert all(g.device == ours.x.device for g in got)
+        errors.add(names, got, wanted, eager)
+    errors.check()
+
+
+class Errors:
+    """The rule applied to tensors by name over several draws: the largest error of each counts, on
+    both sides; of tensors of few elements, the median over the draws of the largest."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.pairs: dict[str, list[tuple[float, float]]] = {}  # (ours, eager's) of each draw
+
+    def add(
+        self,
+        names: Sequence[str],
+        got: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        eager: Sequence[float],
+    ) -> None:
+        """One draw: our tensors, the float64 ones, and eager's errors."""
         few = []
         for name, g, w, e in zip(names, got, wanted, eager, strict=True):
-            assert g.dtype == dtype and g.shape == w.shape and g.device == ours.x.device, name
-            ulp = unit_in_the_last_place(w, dtype)
-            pair = (largest(g.double().cpu() - w) / ulp, e / ulp)
+            assert g.dtype == self.dtype and g.shape == w.shape, name
+            ulp = unit_in_the_last_place(w, self.dtype)
+            pair = (largest(g.double().to(w.device) - w) / ulp, e / ulp)
             if w.numel() < FEW:
                 few.append(pair)
             else:
-                errors.setdefault(name, []).append(pair)
+                self.pairs.setdefault(name, []).append(pair)
         if few:
             together = tuple(max(column) for column in zip(*few, strict=True))
-            errors.setdefault("few elements", []).append(together)
-    for name, pairs in errors.items():
-        middle = statistics.median if name == "few elements" else max
-        error, eager_error = (middle(column) for column in zip(*pairs, strict=True))
-        bound = factor(dtype) * eager_error + 1
-        assert error <= bound, f"{name}: error of {error:.3g} units is above {bound:.3g}"
+            self.pairs.setdefault("few elements", []).append(together)
+
+    def check(self) -> None:
+        for name, pairs in self.pairs.items():
+            middle = statistics.median if name == "few elements" else max
+            error, eager_error = (middle(column) for column in zip(*pairs, strict=True))
+            bound = factor(self.dtype) * eager_error + 1
+            assert error <= bound, f"{name}: error of {error:.3g} units is above {bound:.3g}"
 
 
 def unit_in_the_last_place(t: Tensor, dtype: torch.dtype) -> float:

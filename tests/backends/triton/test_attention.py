@@ -6,7 +6,6 @@ Interpreted on CPU tensors where there is no GPU; on a GPU where there is one.
 from __future__ import annotations
 
 import importlib
-import statistics
 from dataclasses import dataclass, replace
 
 import pytest
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mfef_ext import reference
-from tests.accuracy import ATTENTION, FEW, MIRRORS, factor, largest, unit_in_the_last_place
+from tests.accuracy import ATTENTION, MIRRORS, Errors, largest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -179,7 +178,7 @@ def check(
     As check_block in tests/accuracy.py: errors in units in the last place of the largest magnitude,
     the largest over the draws; tensors of few elements together, by the median draw.
     """
-    errors: dict[str, list[tuple[float, float]]] = {}
+    errors = Errors(dtype)
     for draw in range(draws):
         case = draw_case(shape, dtype=dtype, seed=seed + 101 * draw, **options)
         wanted = [t.to(device) for t in expected(case)]
@@ -189,23 +188,8 @@ def check(
         got = computed(attention, low, None if tile is None else tile_statistics(low.y, tile))
         names = ["out", "y"]
         names += [n for n, p in zip(ATTENTION, case.parameters, strict=True) if p is not None]
-        few = []
-        for name, g, w, e in zip(names, got, wanted, eager, strict=True):
-            assert g.dtype == dtype and g.shape == w.shape, name
-            ulp = unit_in_the_last_place(w, dtype)
-            pair = (largest(g.double() - w) / ulp, e / ulp)
-            if w.numel() < FEW:
-                few.append(pair)
-            else:
-                errors.setdefault(name, []).append(pair)
-        if few:
-            together = tuple(max(column) for column in zip(*few, strict=True))
-            errors.setdefault("few elements", []).append(together)
-    for name, pairs in errors.items():
-        middle = statistics.median if name == "few elements" else max
-        error, eager_error = (middle(column) for column in zip(*pairs, strict=True))
-        bound = factor(dtype) * eager_error + 1
-        assert error <= bound, f"{name}: error of {error:.3g} units is above {bound:.3g}"
+        errors.add(names, got, wanted, eager)
+    errors.check()
 
 
 @st.composite
