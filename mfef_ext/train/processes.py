@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -75,7 +74,6 @@ class Processes:
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             find_unused_parameters=unused,
-            broadcast_buffers=not synchronise,
         )
 
 
@@ -112,6 +110,22 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+class Total(torch.autograd.Function):
+    """The sum over all processes; the gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: object, dx: Tensor) -> Tensor:  # type: ignore[override]
+        dx = dx.clone()
+        dist.all_reduce(dx)
+        return dx
+
+
 class SynchronisedBatchNorm(_BatchNorm):
     """Batch normalisation over the images of all processes, on the CPU, where
     ``nn.SyncBatchNorm`` does not go."""
@@ -125,11 +139,11 @@ class SynchronisedBatchNorm(_BatchNorm):
         axes = [0, *range(2, x.dim())]
         wide = x.float()
         count = x.new_full((1,), x.numel() // x.shape[1], dtype=torch.float32)
-        *sums, count = all_reduce(torch.cat([wide.sum(axes), count])).split([x.shape[1], 1])
+        total, count = Total.apply(torch.cat([wide.sum(axes), count])).split([x.shape[1], 1])
         shape = (1, -1) + (1,) * (x.dim() - 2)
-        mean = sums[0] / count
+        mean = total / count
         centred = wide - mean.view(shape)
-        variance = all_reduce(centred.square().sum(axes)) / count
+        variance = Total.apply(centred.square().sum(axes)) / count
         if self.num_batches_tracked is not None:  # so running statistics are kept
             self.num_batches_tracked += 1
             cumulative = 1 / float(self.num_batches_tracked)

@@ -58,6 +58,7 @@ def launch(tmp_path, options, plant="pass"):
     command = [*LAUNCH, "--standalone", str(script), str(tmp_path), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
     assert done.returncode == 0, done.stderr
     return [int((tmp_path / f"status{rank}").read_text()) for rank in (0, 1)], done.stderr
 
