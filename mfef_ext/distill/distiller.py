@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .method import METHODS, Batch, Method
+from .stem import share_stem as share_stem_of
 from .tap import forward_with_map, probe
 
 
@@ -52,6 +53,8 @@ class OnlineDistiller(nn.Module):
             global pooling, (N, C_i, H_i, W_i): one for all students or one each.
         input_shape: (C, H, W) of the images; one zero image is shown to the students, in eval
             mode, to learn the shapes of their maps.
+        share_stem: gives all students, which must be of one architecture, the first one's layers
+            before the last stage; what these make of a batch is computed once for all of them.
         options: the method's own, such as temperature or ramp_epochs.
 
     Raises ValueError or TypeError naming the argument, its value and what would do.
@@ -72,6 +75,7 @@ class OnlineDistiller(nn.Module):
         num_classes: int,
         tap: str | Sequence[str] = "layer4",
         input_shape: tuple[int, int, int] = (3, 32, 32),
+        share_stem: bool = False,
         **options: object,
     ) -> None:
         super().__init__()
@@ -95,6 +99,8 @@ class OnlineDistiller(nn.Module):
                 f"tap={taps} names {len(taps)} layers for {len(students)} students: "
                 "give one name for all or one each"
             )
+        self._stem = share_stem_of(students, taps) if share_stem else []
+        self._forward_with_map = forward_with_map
         self.students = nn.ModuleList(students)
         self.taps = taps
         shapes = [
@@ -115,11 +121,23 @@ class OnlineDistiller(nn.Module):
                 f"x holds {len(images)} batches of images for {len(self.students)} students: "
                 "give one tensor for all or one each"
             )
-        pairs = [
-            forward_with_map(s, tap, x)
-            for s, tap, x in zip(self.students, self.taps, images, strict=True)
-        ]
+        try:
+            pairs = [
+                self._forward_with_map(s, tap, x)
+                for s, tap, x in zip(self.students, self.taps, images, strict=True)
+            ]
+        finally:
+            for layer in self._stem:  # the next batch may come in the same tensor
+                layer.seen = None
         return images, [logits for logits, _ in pairs], [last_map for _, last_map in pairs]
+
+    def compile_students(self) -> None:
+        """From now on torch.compile makes the students' forward and backward passes."""
+        # Students share this function's code: each is compiled for training and for evaluation, and
+        # again for the last batch's size.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 4 * len(self.students))
+        self._forward_with_map = torch.compile(forward_with_map)
 
     def forward(
         self, x: Tensor | Sequence[Tensor], labels: Tensor | None = None, epoch: float = 0.0
@@ -145,9 +163,11 @@ class OnlineDistiller(nn.Module):
 
     def parameter_groups(self) -> list[dict]:
         """Groups for one optimiser, named ``student0``, ..., and ``method`` for its own layers."""
-        groups = [
-            {"name": f"student{i}", "params": list(s.parameters())}
-            for i, s in enumerate(self.students)
-        ]
+        known: set[int] = set()  # a stem that is shared is the first student's
+        groups = []
+        for i, student in enumerate(self.students):
+            params = [p for p in student.parameters() if id(p) not in known]
+            known.update(map(id, params))
+            groups.append({"name": f"student{i}", "params": params})
         own = [p for p in self.method.parameters() if p.requires_grad]  # not a frozen teacher's
         return groups + ([{"name": "method", "params": own}] if own else [])

@@ -49,6 +49,8 @@ class Method(nn.Module):
     """Whether each student is to see the images in an augmentation of its own."""
     held_out = False
     """Whether :meth:`calibrate` is to be called after every epoch."""
+    leaves_unused = False
+    """Whether some losses leave some parameters out."""
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(further logits by role, weighted loss terms by name); no terms without labels."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 # What the trainer imports beyond torch and numpy, by the name it is imported under.
-_NEEDED = ("matplotlib", "rich", "safetensors", "sklearn", "tyro")
+_NEEDED = ("matplotlib", "rich", "safetensors", "sklearn", "tyro", "yaml")
 
 
 class UsageError(Exception):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +19,10 @@ if TYPE_CHECKING:
 DONE, USAGE, DATA, FILES, NOT_FINITE, INTERRUPTED = 0, 2, 3, 4, 5, 75
 
 
-def _refuse(message: str, status: int) -> int:
-    print(f"mfef: {message}", file=sys.stderr)
+def _refuse(message: str, status: int, once: bool = False) -> int:
+    """Prints why the command ends; ``once``: of several processes that end so, in the first."""
+    if not (once and int(os.environ.get("RANK", "0"))):
+        print(f"mfef: {message}", file=sys.stderr)
     return status
 
 
@@ -34,10 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from .checkpoint import CheckpointError
     from .config import TrainConfig
+    from .presets import configured
+    from .processes import leave
 
-    config = tyro.cli(TrainConfig, prog="mfef train", args=argv)
     try:
-        _train_and_report(config)
+        config, options = configured(sys.argv[1:] if argv is None else argv)
+        config = tyro.cli(TrainConfig, prog="mfef train", default=config, args=options)
+        config.check()
+        if config.seeds:
+            _train_seeds(config)
+        else:
+            _train_and_report(config)
     except UsageError as error:
         return _refuse(str(error), USAGE)
     except DataError as error:
@@ -51,14 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"stopped: {error}; try a smaller --lr. The last good epoch is kept: "
             f"mfef show {error.folder}",
             NOT_FINITE,
+            once=True,
         )
     except InterruptedByUser as error:
+        out = error.folder.parent if error.folder and config.seeds else error.folder
         return _refuse(
-            f"stopped: {error}. The same command with --out {error.folder} --resume auto goes on",
+            f"stopped: {error}. The same command with --out {out} --resume auto goes on",
             INTERRUPTED,
+            once=True,
         )
     except KeyboardInterrupt:  # before the first step, after the last, or for the second time
         return _refuse("stopped at once; checkpoints already written are whole", INTERRUPTED)
+    finally:
+        leave()
     return DONE
 
 
@@ -110,6 +127,22 @@ def verify(dataset: str, data_dir: Path | None) -> int:
     return DATA if problems else DONE
 
 
+def _train_seeds(config: TrainConfig) -> None:
+    """A run per seed in folders of one, and the table of all."""
+    from . import table
+    from .processes import join
+
+    processes = join(config.device)
+    out = config.out
+    if out is None or not config.resume:
+        name = f"{config.method}-{config.dataset}"
+        out = processes.first(partial(folder.create, out, name))
+    for seed in config.seeds:
+        _train_and_report(replace(config, seed=seed, seeds=(), out=out / f"seed{seed}"))
+    if processes.rank == 0:
+        print(table.table([out]))
+
+
 def _train_and_report(config: TrainConfig) -> None:
     import torch
     from rich.console import Console
@@ -117,8 +150,8 @@ def _train_and_report(config: TrainConfig) -> None:
     from ..inspection import build_info
     from . import loop, report
     from .display import Display
+    from .processes import join
 
-    config.check()
     if config.tensorboard and find_spec("tensorboard") is None:
         raise UsageError("--tensorboard needs a package; run: pip install tensorboard")
     try:
@@ -126,9 +159,12 @@ def _train_and_report(config: TrainConfig) -> None:
     except ValueError as error:  # MFEF_USE_ISA names what this processor has not
         raise UsageError(f"MFEF_USE_ISA: {error}") from error
     torch.set_num_threads(config.thread_count)
-    console = Console()
+    processes = join(config.device)
+    console = Console(quiet=processes.rank > 0)
     with Display(console, config.epochs) as display:
-        run = loop.train(config, display)
+        run = loop.train(config, display, processes)
+    if not run.writes:
+        return
     result = report.summary(run)
     folder.write_json(run.path / "summary.json", result)
     report.draw_curves(run, run.path / "curves.png")

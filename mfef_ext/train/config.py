@@ -42,6 +42,9 @@ class TrainConfig:
     """Train several students together and leave them, with curves and tables, in a run folder.
 
     With no options: two small ResNets, MFEF, scikit-learn's handwritten digits, on the CPU.
+    --preset okd-cifar or quick and --config FILE.yaml set several options at once: what is given
+    here by itself counts more than the file, and the file more than the preset. Under torchrun
+    several processes share the work.
     """
 
     method: str = "mfef"
@@ -67,7 +70,7 @@ class TrainConfig:
     epochs: int = 15
     """Times that every training image is seen."""
     batch_size: int = 64
-    """Images per step."""
+    """Images per step, of all processes together."""
     lr: float = 0.1
     """Learning rate at the start."""
     lr_drops: tuple[float, ...] = (0.5, 0.75)
@@ -76,6 +79,18 @@ class TrainConfig:
     """Nesterov momentum."""
     weight_decay: float = 5e-4
     """L2 penalty, on all parameters."""
+    accumulate: int = 1
+    """Parts in which every process computes its share of a batch, one after the other, to save
+    memory; batch normalisation sees a part at a time."""
+    amp: Literal["bf16", "fp16"] | None = None
+    """Mixed precision: the forward pass computes in bfloat16, or in float16 with a scaled loss."""
+    compile: bool = False
+    """Let torch.compile make the students' passes."""
+    ema: float | None = None
+    """Decay, such as 0.999, of a moving average of each student's weights, which is scored beside
+    it and left as student<i>-ema.safetensors."""
+    sync_batch_norm: bool = True
+    """With several processes: batch normalisation sees the images of all of them."""
     temperature: float | None = None
     """Temperature T of the distillation terms; None: the method's own, 3 for most."""
     alpha: float | None = None
@@ -89,6 +104,9 @@ class TrainConfig:
     ramp_epochs: float | None = None
     """Epochs until the distillation terms have their full weight; None: 80 of 300 epochs, in
     proportion."""
+    share_stem: bool = False
+    """Give all students, which must be of one architecture, the first one's layers before the last
+    stage."""
     detach_features: bool = False
     """Keep the fused loss from reaching the students through their feature maps."""
     multi_scale: bool = True
@@ -103,6 +121,8 @@ class TrainConfig:
     """Share of the training images held out to choose the best epoch; 0: the test set chooses."""
     seed: int = 0
     """The same seed, threads and machine give the same numbers, bit for bit."""
+    seeds: tuple[int, ...] = ()
+    """Several runs, one with each of these seeds, in folders seed<N>; then their table."""
     backend: str | None = None
     """Backend of the MFEF blocks: reference, cpu, triton or cuda; None chooses."""
     threads: int | None = None
@@ -172,8 +192,17 @@ class TrainConfig:
                 f"{len(self.students)} students; name one for all, one each, or none"
             )
         self._check_data()
-        for flag, count in (("--epochs", self.epochs), ("--batch-size", self.batch_size)):
+        for flag, count in (
+            ("--epochs", self.epochs),
+            ("--batch-size", self.batch_size),
+            ("--accumulate", self.accumulate),
+        ):
             _check(count >= 1, flag, count, "must be at least 1")
+        _check(
+            self.ema is None or 0 <= self.ema < 1, "--ema", self.ema, "must be in [0, 1), or None"
+        )
+        if self.compile and self.share_stem:
+            raise UsageError("--compile and --share-stem do not go together; leave one of them out")
         _check(
             self.threads is None or 1 <= self.threads <= MOST_THREADS,
             "--threads",
@@ -187,7 +216,13 @@ class TrainConfig:
             self.device,
             "must be cpu, cuda or cuda:N",
         )
-        _check(0 <= self.seed < 2**31, "--seed", self.seed, "must be from 0 to 2147483647")
+        for flag, seed in (("--seed", self.seed), *(("--seeds", s) for s in self.seeds)):
+            _check(0 <= seed < 2**31, flag, seed, "must be from 0 to 2147483647")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UsageError(
+                f"--seeds={' '.join(map(str, self.seeds))} names a seed twice, which would count "
+                "twice; leave one out"
+            )
         _check(0 < self.lr <= LARGEST, "--lr", self.lr, "must be positive and at most 1e38")
         self.method_options()
         if "teacher" in method_options(self.method) and self.teacher is None:

@@ -11,7 +11,9 @@ from . import UsageError
 from .checkpoint import CheckpointError, load
 from .config import TrainConfig
 from .display import scores
-from .loop import Run, accuracy, load_student_for, prepare
+from .loop import accuracy
+from .processes import join
+from .run import Run, load_student_for, prepare
 
 
 def restore(path: Path, which: str, device: str | None = None) -> Run:
@@ -30,7 +32,7 @@ def restore(path: Path, which: str, device: str | None = None) -> Run:
             f"{file} is from the middle of epoch {state['epoch'] + 1}; end the run with --resume "
             "auto, or use --checkpoint best"
         )
-    saved = state["config"] | {"resume": None}
+    saved = state["config"] | {"resume": None, "download": False}
     if device is not None:  # which chooses its own backend
         saved |= {"device": device, "backend": None}
     options = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}
@@ -39,9 +41,11 @@ def restore(path: Path, which: str, device: str | None = None) -> Run:
             options[f.name] = Path(options[f.name])
     config = TrainConfig(**options)
     torch.set_num_threads(config.thread_count)
-    run = prepare(config, path)
+    run = prepare(config, join(config.device), path)
     try:
         run.distiller.load_state_dict(state["distiller"])
+        if run.average is not None:
+            run.average.load_state_dict(state["average"])
     except RuntimeError as error:
         raise CheckpointError(
             f"{file} does not fit the networks that this version builds; "
@@ -63,7 +67,7 @@ def evaluate(
     test = run.dataset.test
     if student is None:
         what, recorded = path / f"{checkpoint}.ckpt", scores(run.rows[-1], "test")
-        found = accuracy(run.distiller, test)
+        found = accuracy(run, test)
     else:
         network, about = load_student_for(run.dataset, student, "--student")
         what, recorded = student, {"student": about["test_accuracy"]}

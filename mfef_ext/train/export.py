@@ -56,7 +56,7 @@ def export(
     for file in (out, out.with_suffix(".json"))[: 1 + (format == "safetensors")]:
         if file.exists():
             raise UsageError(f"--out={file} exists and nothing is ever overwritten; name another")
-    network, about = run.distiller.students[student].cpu().eval(), run.about(student)
+    network, about = run.distiller.students[student].cpu().eval(), run.about(f"student{student}")
     x = run.dataset.test.x.cpu()[: ONNX_IMAGES if format == "onnx" else IMAGES]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export") as unchecked:

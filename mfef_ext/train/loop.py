@@ -3,272 +3,73 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..distill import OnlineDistiller
-from ..distill.distiller import method_options
-from ..version import __version__
-from . import InterruptedByUser, NotFiniteError, StoppedError, UsageError, checkpoint, data, folder
+from . import InterruptedByUser, NotFiniteError, StoppedError, checkpoint, data, folder
 from .config import TrainConfig
 from .display import Display
-from .models import StudentSpec, build_students
+from .processes import Processes
+from .run import Run, prepare
 from .timing import HeadClock
 
-
-@dataclass
-class Run:
-    """A run, from before its first step to its end: what checkpoints and reports are made from."""
-
-    config: TrainConfig
-    path: Path
-    dataset: data.Dataset
-    specs: list[StudentSpec]
-    distiller: OnlineDistiller
-    optimizer: torch.optim.Optimizer
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    timings: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int = 0
-    # Within an epoch that was stopped: the steps done, and the sums of the loss terms so far.
-    step: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    # What was wrong with checkpoints newer than the one that was resumed.
-    complaints: list[str] = field(default_factory=list)
-
-    @property
-    def resolved(self) -> dict[str, Any]:
-        """The configuration with everything left open filled in, as plain values."""
-        method = self.distiller.method
-        chosen = {
-            name: getattr(method, name)
-            for name in method_options(self.config.method)
-            if isinstance(getattr(method, name, None), int | float | str)
-        }
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.config).items()}
-        return plain | {
-            **chosen,
-            "tap": [spec.tap for spec in self.specs],
-            "threads": torch.get_num_threads(),
-            "out": str(self.path),
-            "versions": {"mfef_ext": __version__, "torch": str(torch.__version__)},
-        }
-
-    def about(self, student: int) -> dict[str, Any]:
-        """What someone who has only the student's weights needs to know, as plain values."""
-        return {
-            "dataset": self.dataset.name,
-            "classes": self.dataset.classes,
-            "input_shape": self.dataset.shape,
-            **asdict(self.dataset.normalisation),
-            "epoch": len(self.rows),
-            "test_accuracy": self.rows[-1][f"test/student{student}"],
-        }
-
-    def save(self, name: str, previous: str | None = None) -> None:
-        """Writes the present state as the checkpoint ``name``; the one before becomes
-        ``previous``, if that is given."""
-        state = {
-            "epoch": len(self.rows),
-            "step": self.step,
-            "sums": self.sums,
-            "best_epoch": self.best_epoch,
-            "metrics": self.rows,
-            "timings": self.timings,
-            "config": self.resolved,
-            "distiller": self.distiller.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        checkpoint.save(self.path / name, state, self.path / previous if previous else None)
-
-    def restore(self, path: Path, state: dict[str, Any]) -> None:
-        """Becomes what :meth:`save` wrote into ``path``, files of metrics included.
-
-        Raises UsageError if that was a run with other options.
-        """
-        there, here = state["config"], self.resolved
-        for name in (name for name in here if name not in NOT_OF_THE_RESULT):
-            # What was saved has been through JSON's types: tuples are lists.
-            if name not in there or _plain(there[name]) != _plain(here[name]):
-                flag = f"--{name.replace('_', '-')}"
-                raise UsageError(
-                    f"{flag}={here[name]} is not what the run in {self.path} was begun with "
-                    f"({there.get(name)}); resume it with the same options, or name a new --out"
-                )
-        try:
-            self.distiller.load_state_dict(state["distiller"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["random"])
-            if torch.cuda.is_available() and state["random_cuda"]:
-                torch.cuda.set_rng_state_all(state["random_cuda"])
-            self.rows, self.timings = state["metrics"], state["timings"]
-            self.best_epoch, self.step, self.sums = (
-                state[k] for k in ("best_epoch", "step", "sums")
-            )
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise checkpoint.CheckpointError(
-                f"{path} does not fit the run that its options describe "
-                f"({str(error).splitlines()[0]}); begin again with a new --out"
-            ) from error
-        # A run that was killed may have recorded an epoch that no checkpoint holds.
-        for suffix in (".jsonl", ".csv"):
-            folder.write_rows(self.path / f"metrics{suffix}", self.rows)
-        folder.write_rows(self.path / "timings.jsonl", self.timings)
+LEAST_SCALE = 1.0  # of float16's loss: what is not finite even so is no overflow
 
 
-# Options that two runs may differ in and still compute the same.
-NOT_OF_THE_RESULT = {
-    *("out", "resume", "threads", "versions", "device", "teacher", "tensorboard"),
-    *("data_dir", "download"),
-}
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def prepare(config: TrainConfig, path: Path | None = None) -> Run:
-    """Data and students on the device, weights drawn from the seed, and a new run folder, unless
-    ``path`` is one that exists.
-
-    Raises UsageError, before anything is written, if an option, the device or the backend does
-    not work out.
-    """
-    config.check()
-    try:
-        device = torch.empty(1, device=config.device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"--device={config.device} cannot be used ({reason}); use --device cpu"
-        ) from error
-    dataset = data.load(
-        config.dataset,
-        config.validation,
-        config.data_dir,
-        image_size=config.image_size,
-        download=config.download,
-    ).to(device)
-    if config.batch_size > len(dataset.train):
-        raise UsageError(
-            f"--batch-size={config.batch_size} is more than the {len(dataset.train)} training "
-            f"images of {config.dataset}; use {len(dataset.train)} or fewer"
-        )
-    torch.manual_seed(config.seed)
-    classes = len(dataset.classes)
-    options = config.method_options()
-    if config.teacher is not None:
-        options["teacher"], about = load_student_for(dataset, config.teacher, "--teacher")
-        if "teacher_tap" in method_options(config.method):
-            options["teacher_tap"] = about["build"]["tap"]
-    students, specs = build_students(config.students, dataset.shape, classes, config.tap)
-    try:
-        distiller = OnlineDistiller(
-            students,
-            config.method,
-            num_classes=classes,
-            tap=[spec.tap for spec in specs],
-            input_shape=dataset.shape,
-            **options,
-        ).to(device)
-    except ValueError as error:  # too few students, an unknown variant
-        raise UsageError(str(error)) from error
-    if distiller.method.held_out and not len(dataset.validation):
-        raise UsageError(
-            f"--method {config.method} --variant {config.variant} weighs the students on held-out "
-            "images; give --validation a share of the training images, such as 0.1"
-        )
-    try:
-        with torch.no_grad():
-            distiller.eval()(*dataset.test[:2])
-    except (RuntimeError, ValueError) as error:
-        forced = os.environ.get("MFEF_BACKEND")
-        if not (config.backend or forced):
-            raise
-        asked = f"--backend={config.backend}" if config.backend else f"MFEF_BACKEND={forced}"
-        raise UsageError(f"{asked} does not work here: {error}") from error
-    optimizer = torch.optim.SGD(
-        distiller.parameter_groups(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=True,
-    )
-    found = checkpoint.newest(config.out) if config.resume and config.out else None
-    if found is not None:
-        path = found[0].parent
-    elif path is None:
-        path = folder.create(config.out, f"{config.method}-{config.dataset}")
-    run = Run(config, path, dataset, specs, distiller, optimizer)
-    if found is not None:
-        file, state, run.complaints = found
-        run.restore(file, state)
-    return run
-
-
-def load_student_for(
-    dataset: data.Dataset, path: Path, flag: str
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained network in ``path`` and what its .json says; UsageError unless it was trained for
-    the images and classes of ``dataset``. ``flag``: the option that named it."""
-    network, about = checkpoint.load_student(path)
-    for what, learnt, here in (
-        ("classes", about["classes"], dataset.classes),
-        ("images of shape", about["input_shape"], dataset.shape),
-    ):
-        if list(learnt) != list(here):
-            raise UsageError(
-                f"{flag}={path} was trained for {what} {tuple(learnt)}, but {dataset.name} has "
-                f"{tuple(here)}; train it on this data set"
-            )
-    return network, about
-
-
-def train(config: TrainConfig, display: Display) -> Run:
+def train(config: TrainConfig, display: Display, processes: Processes) -> Run:
     """Trains as configured and leaves metrics, checkpoints and students in a new run folder.
 
     Raises UsageError before anything is written, a StoppedError later; the folder then holds the
     checkpoint of the last whole epoch.
     """
-    run = prepare(config)
+    run = prepare(config, processes)
     for complaint in run.complaints:
         display.say(f"{complaint}. Going on from the one before it.")
     if run.rows or run.step:
         display.say(f"{run.path}: going on after epoch {len(run.rows)}, step {run.step}")
-    else:
+    elif run.writes:
         folder.write_json(run.path / "config.json", run.resolved)
         run.save(checkpoint.LAST)  # so that there is one from the first step on
-    if config.tensorboard:
+    if config.tensorboard and run.writes:
         display.record(run.path / "tensorboard", len(run.rows) + 1)
-    clock = HeadClock(run.distiller.method, run.dataset.train.y.device)
+    module = processes.share(
+        run.distiller,
+        synchronise=config.sync_batch_norm,
+        unused=run.distiller.method.leaves_unused,
+    )
+    clock = HeadClock(run.distiller.method, processes.device)
     with _stop_requests() as requests:
         try:
             for epoch in range(len(run.rows), config.epochs):
-                _one_epoch(run, epoch, clock, display, requests)
+                _one_epoch(run, module, epoch, clock, display, requests)
         except StoppedError as error:
             error.folder = run.path
             raise
-    for i, (student, spec) in enumerate(zip(run.distiller.students, run.specs, strict=True)):
-        checkpoint.save_student(run.path / f"student{i}.safetensors", student, spec, run.about(i))
+    if run.writes:
+        run.save_students()
     return run
 
 
 def _one_epoch(
-    run: Run, epoch: int, clock: HeadClock, display: Display, requests: list[str]
+    run: Run,
+    module: nn.Module,
+    epoch: int,
+    clock: HeadClock,
+    display: Display,
+    requests: list[str],
 ) -> None:
     """Trains, scores, records and saves one epoch; 0 is the first."""
     started, clock.seconds = clock.now(), 0.0
-    losses = _steps(run, epoch, clock, display, requests)
+    losses = _steps(run, module, epoch, clock, display, requests)
     seconds = clock.now() - started
     _check_finite_state(run.distiller, epoch)
     row = {
@@ -281,7 +82,7 @@ def _one_epoch(
     for split in ("validation", "test"):
         images = getattr(run.dataset, split)
         if len(images):
-            scores = accuracy(run.distiller, images)
+            scores = accuracy(run, images)
             row |= {f"{split}/{role}": value for role, value in scores.items()}
     if run.distiller.method.held_out:
         _calibrate(run.distiller, run.dataset.validation)
@@ -294,52 +95,119 @@ def _one_epoch(
     is_best = row[key] == max(earlier[key] for earlier in run.rows)
     if is_best:
         run.best_epoch = epoch + 1
-    folder.append_row(run.path / "metrics.jsonl", row)
-    folder.append_row(run.path / "metrics.csv", row)
-    folder.append_row(run.path / "timings.jsonl", run.timings[-1])
-    if is_best:  # first: a run killed in between does this epoch again
-        run.save(checkpoint.BEST)
-    run.save(checkpoint.LAST, checkpoint.PREVIOUS)
+    if run.writes:
+        folder.append_row(run.path / "metrics.jsonl", row)
+        folder.append_row(run.path / "metrics.csv", row)
+        folder.append_row(run.path / "timings.jsonl", run.timings[-1])
+        if is_best:  # first: a run killed in between does this epoch again
+            run.save(checkpoint.BEST)
+        run.save(checkpoint.LAST, checkpoint.PREVIOUS)
     display.epoch(row, rate)
 
 
 def _steps(
-    run: Run, epoch: int, clock: HeadClock, display: Display, requests: list[str]
+    run: Run,
+    module: nn.Module,
+    epoch: int,
+    clock: HeadClock,
+    display: Display,
+    requests: list[str],
 ) -> dict[str, float]:
     """One pass over the training images; the mean of each loss term over them, by name."""
-    config, images = run.config, len(run.dataset.train)
+    config, processes, images = run.config, run.processes, len(run.dataset.train)
     for group in run.optimizer.param_groups:
         group["lr"] = config.lr_at(epoch)
     run.distiller.train()
     steps = math.ceil(images / config.batch_size)
-    done, sums = run.step, run.sums
+    sums = run.sums
     views = len(run.distiller.students) if run.distiller.method.views else 1
-    batches = data.training_batches(run.dataset, config.batch_size, config.seed, epoch, views)
-    for step, (x, y) in enumerate(batches):
-        if step < done:
-            continue
-        out = run.distiller(x if views > 1 else x[0], y, epoch + step / steps)
-        values = torch.stack([term.detach() for term in out.losses.values()]).tolist()
-        for name, value in zip(out.losses, values, strict=True):
+    batches = data.training_batches(
+        run.dataset,
+        config.batch_size,
+        config.seed,
+        epoch,
+        views,
+        first_step=run.step,
+        rank=processes.rank,
+        ranks=processes.ranks,
+    )
+    for step, (x, y) in enumerate(batches, run.step):
+        _seed(config.seed, epoch, step, processes.rank)
+        where = f"epoch {epoch + 1}, step {step + 1}"
+        size = min(config.batch_size, images - step * config.batch_size)
+        terms = _gradients(run, module, x, y, size, epoch + step / steps, clock)
+        run.scaler.unscale_(run.optimizer)
+        gradients = [p.grad for p in run.distiller.parameters() if p.grad is not None]
+        broken = ~torch.nn.utils.get_total_norm(gradients).isfinite()
+        # One sum says all that the processes must agree on.
+        asked = broken.new_tensor(float(bool(requests)), dtype=torch.float64)
+        *values, broken, stop = processes.sum(
+            torch.stack([*terms.values(), broken.double(), asked])
+        ).tolist()
+        for name, value in zip(terms, values, strict=True):
             if not math.isfinite(value):
-                raise NotFiniteError(
-                    f"epoch {epoch + 1}, step {step + 1}: the loss term {name} is {value}"
-                )
-            sums[name] = sums.get(name, 0.0) + value * len(y) / images
-        run.optimizer.zero_grad()
-        clock.backward_starts()
-        out.loss.backward()
-        run.optimizer.step()
+                raise NotFiniteError(f"{where}: the loss term {name} is {value}")
+            sums[name] = sums.get(name, 0.0) + value * size / images
+        if broken and not (run.scaler.is_enabled() and run.scaler.get_scale() > LEAST_SCALE):
+            name = next(
+                (n for n, p in run.distiller.named_parameters() if _broken(p.grad)), "their norm"
+            )
+            raise NotFiniteError(f"{where}: the gradient of {name} is not finite")
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        if run.average is not None:
+            run.average.update_parameters(run.distiller.students)
         display.step(epoch + 1, step + 1, steps, sum(values))
-        if requests:
+        if stop:
             _check_finite_state(run.distiller, epoch)
             run.step = step + 1
-            run.save(checkpoint.LAST, checkpoint.PREVIOUS)
-            raise InterruptedByUser(
-                f"{requests[0]} in epoch {epoch + 1}, after step {step + 1} of {steps}"
-            )
+            if run.writes:
+                run.save(checkpoint.LAST, checkpoint.PREVIOUS)
+            who = requests[0] if requests else "another process was stopped"
+            raise InterruptedByUser(f"{who} in epoch {epoch + 1}, after step {step + 1} of {steps}")
     run.step, run.sums = 0, {}
     return sums
+
+
+def _gradients(
+    run: Run,
+    module: nn.Module,
+    x: list[Tensor],
+    y: Tensor,
+    size: int,
+    epoch: float,
+    clock: HeadClock,
+) -> dict[str, Tensor]:
+    """Leaves in ``.grad`` the gradients of the mean loss over a batch of ``size`` images, of which
+    this process has x and y; returns its share of each term of that mean, float64."""
+    config, ranks = run.config, run.processes.ranks
+    parts = max(1, min(config.accumulate, size // ranks))
+    terms: dict[str, Tensor] = {}
+    run.optimizer.zero_grad()
+    pieces = zip(*(v.tensor_split(parts) for v in x), y.tensor_split(parts), strict=True)
+    for i, (*views, labels) in enumerate(pieces):
+        alone = isinstance(module, DistributedDataParallel) and i + 1 < parts
+        with module.no_sync() if alone else nullcontext():  # type: ignore[operator]
+            with run.autocast():
+                out = module(views if len(views) > 1 else views[0], labels, epoch)
+            clock.backward_starts()
+            # Processes' gradients are averaged: weighed so, they are those of the whole mean.
+            run.scaler.scale(out.loss * (len(labels) * ranks / size)).backward()
+        for name, term in out.losses.items():
+            share = term.detach().double() * (len(labels) / size)
+            terms[name] = terms[name] + share if name in terms else share
+    return terms
+
+
+def _seed(*numbers: int) -> None:
+    """Whatever the networks draw, such as dropout, is a function of ``numbers``: a run that is
+    resumed draws the same, with nothing to be saved for it."""
+    mixed = np.random.SeedSequence(numbers).generate_state(1)
+    torch.manual_seed(int(mixed[0]))
+
+
+def _broken(gradient: Tensor | None) -> bool:
+    return gradient is not None and not bool(gradient.isfinite().all())
 
 
 def _check_finite_state(distiller: nn.Module, epoch: int) -> None:
@@ -358,16 +226,25 @@ def _calibrate(distiller: OnlineDistiller, images: data.Images) -> None:
     distiller.method.calibrate([torch.cat([z[r] for z in logits]) for r in roles], images.y)
 
 
-def accuracy(distiller: OnlineDistiller, images: data.Images) -> dict[str, float]:
+@torch.no_grad()
+def accuracy(run: Run, images: data.Images) -> dict[str, float]:
     """Right answers in percent by role: ``student<i>``, ``students`` (the mean of these),
-    ``ensemble``, and what the method adds, such as ``fused``."""
-    distiller.eval()
-    right: dict[str, float] = {}
-    with torch.no_grad():
-        for x, y in images.batches(512):
-            for role, logits in distiller(x).logits.items():
-                right[role] = right.get(role, 0) + int((logits.argmax(1) == y).sum())
-    students = {f"student{i}": right[f"student{i}"] for i in range(len(distiller.students))}
+    ``ensemble``, what the method adds, such as ``fused``, and ``student<i>-ema``.
+
+    Every image counts once, whatever the number of processes."""
+    run.distiller.eval()
+    mine = images.part(slice(run.processes.rank, None, run.processes.ranks))
+    counts: dict[str, Tensor] = {}
+    for x, y in mine.batches(512) if len(mine) else [mine[:0]]:
+        with run.autocast():
+            answers = run.distiller(x).logits
+            answers |= {f"student{i}-ema": s(x) for i, s in enumerate(run.averaged)}
+        for role, logits in answers.items():
+            right = (logits.argmax(1) == y).sum()
+            counts[role] = counts[role] + right if role in counts else right
+    numbers = run.processes.sum(torch.stack(list(counts.values()))).tolist()
+    right = dict(zip(counts, numbers, strict=True))
+    students = {f"student{i}": right[f"student{i}"] for i in range(len(run.distiller.students))}
     mean = {"students": sum(students.values()) / len(students)}
     return {role: 100 * n / len(images) for role, n in (students | mean | right).items()}
 

@@ -151,6 +151,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
         block: Callable[[int, int, int], nn.Module] = BasicBlock
         widths = (16, 32, 64)
         if bottleneck_width is not None:
@@ -162,7 +163,7 @@ class ResNet(nn.Module):
         _kaiming(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.stem(x)))
+        x = self.relu(self.norm(self.stem(x)))
         x = self.stage3(self.stage2(self.stage1(x)))
         return self.classifier(x.mean((2, 3)))
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import checkpoint
 from .display import score_line, scores
-from .loop import Run
+from .run import Run
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -49,7 +49,9 @@ def table(run: Run) -> Table:
     grid.add_column(f"last epoch ({result['last_epoch']})", justify="right")
     grid.add_column(f"best epoch ({result['best_epoch']})", justify="right")
     names = {"students": "mean of the students", "ensemble": "ensemble (mean of logits)"}
-    names |= {f"student{i}": f"student {i} ({s})" for i, s in enumerate(config.students)}
+    for i, student in enumerate(config.students):
+        names |= {f"student{i}": f"student {i} ({student})"}
+        names |= {f"student{i}-ema": f"student {i}, averaged weights"}
     best = result["best_test_accuracy"]
     for role, last in result["last_test_accuracy"].items():
         grid.add_row(names.get(role, role), f"{last:.2f}", f"{best[role]:.2f}")

@@ -14,7 +14,7 @@ from .checkpoint import CheckpointError
 from .config import METHOD_OPTIONS
 
 # Runs that differ in nothing else are one experiment, repeated. Threads change rounding alone.
-_NOT_COMPARED = ("seed", "out", "resume", "threads", "tensorboard")
+_NOT_COMPARED = ("seed", "seeds", "out", "resume", "threads", "tensorboard")
 _ALWAYS_SHOWN = ("method", "dataset", "students")
 
 

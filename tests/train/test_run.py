@@ -16,6 +16,7 @@ from mfef_ext.train import checkpoint, data, loop
 from mfef_ext.train.__main__ import look, main
 from mfef_ext.train.config import TrainConfig
 from mfef_ext.train.display import Display
+from mfef_ext.train.processes import join
 
 QUICK = ("--dataset", "fake", "--epochs", "2", "--threads", "1", "--batch-size", "48")
 
@@ -125,7 +126,7 @@ def test_student_alone_gives_the_same_logits_in_another_process(run_folder, tmp_
     student, result = run_folder / "student1.safetensors", tmp_path / "logits.pt"
     subprocess.run([sys.executable, "-c", code, str(student), str(result)], check=True)
     config = TrainConfig(dataset="fake", seed=5, out=tmp_path / "unused")
-    distiller = loop.prepare(config).distiller
+    distiller = loop.prepare(config, join(config.device)).distiller
     distiller.load_state_dict(checkpoint.load(run_folder / "last.ckpt")["distiller"])
     with torch.no_grad():
         expected = distiller.eval()(data.load("fake", 0.1).test.x[:32]).logits["student1"]
@@ -155,7 +156,7 @@ def test_the_learning_rate_reaches_every_group(tmp_path):
     config = TrainConfig(dataset="fake", epochs=2, lr_drops=(0.5,), out=tmp_path / "run")
     from rich.console import Console
 
-    run = loop.train(config, Display(Console(quiet=True), 2))
+    run = loop.train(config, Display(Console(quiet=True), 2), join(config.device))
     assert [g["name"] for g in run.optimizer.param_groups] == ["student0", "student1", "method"]
     assert [g["lr"] for g in run.optimizer.param_groups] == pytest.approx([0.01] * 3)
 

@@ -1,0 +1,277 @@
+"""A run: everything that training works on, made from the options and saved in checkpoints."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..distill import OnlineDistiller
+from ..distill.distiller import method_options
+from ..version import __version__
+from . import UsageError, checkpoint, data, folder
+from .config import TrainConfig
+from .models import StudentSpec, build_students
+from .processes import Processes
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Run:
+    """A run, from before its first step to its end: what checkpoints and reports are made from."""
+
+    config: TrainConfig
+    path: Path
+    processes: Processes
+    dataset: data.Dataset
+    specs: list[StudentSpec]
+    distiller: OnlineDistiller
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: AveragedModel | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    timings: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    # Within an epoch that was stopped: the steps done, and the sums of the loss terms so far.
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    # What was wrong with checkpoints newer than the one that was resumed.
+    complaints: list[str] = field(default_factory=list)
+
+    @property
+    def averaged(self) -> list[nn.Module]:
+        """The students with averaged weights, or []."""
+        return list(self.average.module.children()) if self.average is not None else []
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes files."""
+        return self.processes.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        """A context in which the forward pass computes in --amp's precision."""
+        amp = self.config.amp
+        return torch.autocast(
+            self.processes.device.type, AMP[amp] if amp else None, enabled=amp is not None
+        )
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The configuration with everything left open filled in, as plain values."""
+        method = self.distiller.method
+        chosen = {
+            name: getattr(method, name)
+            for name in method_options(self.config.method)
+            if isinstance(getattr(method, name, None), int | float | str)
+        }
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.config).items()}
+        return plain | {
+            **chosen,
+            "tap": [spec.tap for spec in self.specs],
+            "threads": torch.get_num_threads(),
+            "processes": self.processes.ranks,
+            "out": str(self.path),
+            "versions": {"mfef_ext": __version__, "torch": str(torch.__version__)},
+        }
+
+    def about(self, role: str) -> dict[str, Any]:
+        """What someone who has only the student's weights needs to know, as plain values."""
+        return {
+            "dataset": self.dataset.name,
+            "classes": self.dataset.classes,
+            "input_shape": self.dataset.shape,
+            **asdict(self.dataset.normalisation),
+            "epoch": len(self.rows),
+            "test_accuracy": self.rows[-1][f"test/{role}"],
+        }
+
+    def save(self, name: str, previous: str | None = None) -> None:
+        """Writes the present state as the checkpoint ``name``; the one before becomes
+        ``previous``, if that is given."""
+        state = {
+            "epoch": len(self.rows),
+            "step": self.step,
+            "sums": self.sums,
+            "best_epoch": self.best_epoch,
+            "metrics": self.rows,
+            "timings": self.timings,
+            "config": self.resolved,
+            "distiller": self.distiller.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.state_dict() if self.average else {},
+        }
+        checkpoint.save(self.path / name, state, self.path / previous if previous else None)
+
+    def save_students(self) -> None:
+        """Leaves every student alone in a file of its own, and its average where there is one."""
+        students = {f"student{i}": s for i, s in enumerate(self.distiller.students)}
+        students |= {f"student{i}-ema": s for i, s in enumerate(self.averaged)}
+        for (role, student), spec in zip(students.items(), self.specs * 2, strict=False):
+            path = self.path / f"{role}.safetensors"
+            checkpoint.save_student(path, student, spec, self.about(role))
+
+    def restore(self, path: Path, state: dict[str, Any]) -> None:
+        """Becomes what :meth:`save` wrote into ``path``, files of metrics included.
+
+        Raises UsageError if that was a run with other options.
+        """
+        there, here = state["config"], self.resolved
+        begun_with, now = there.get("processes"), here["processes"]
+        if begun_with != now:
+            raise UsageError(
+                f"the run in {self.path} was begun with {begun_with} processes, not {now}; resume "
+                f"it with torchrun --nproc-per-node {begun_with}, or name a new --out"
+            )
+        for name in (name for name in here if name not in NOT_OF_THE_RESULT):
+            # What was saved has been through JSON's types: tuples are lists.
+            if name not in there or _plain(there[name]) != _plain(here[name]):
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(
+                    f"{flag}={here[name]} is not what the run in {self.path} was begun with "
+                    f"({there.get(name)}); resume it with the same options, or name a new --out"
+                )
+        try:
+            self.distiller.load_state_dict(state["distiller"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            if self.average:
+                self.average.load_state_dict(state["average"])
+            self.rows, self.timings = state["metrics"], state["timings"]
+            self.best_epoch, self.step, self.sums = (
+                state[k] for k in ("best_epoch", "step", "sums")
+            )
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path} does not fit the run that its options describe "
+                f"({str(error).splitlines()[0]}); begin again with a new --out"
+            ) from error
+        if not self.writes:
+            return
+        # A run that was killed may have recorded an epoch that no checkpoint holds.
+        for suffix in (".jsonl", ".csv"):
+            folder.write_rows(self.path / f"metrics{suffix}", self.rows)
+        folder.write_rows(self.path / "timings.jsonl", self.timings)
+
+
+# Options that two runs may differ in and still compute the same.
+NOT_OF_THE_RESULT = {
+    *("out", "resume", "threads", "versions", "device", "teacher", "tensorboard"),
+    *("data_dir", "download", "seeds", "processes"),
+}
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def prepare(config: TrainConfig, processes: Processes, path: Path | None = None) -> Run:
+    """Data and students on the device, weights drawn from the seed, and a new run folder, unless
+    ``path`` is one that exists.
+
+    Raises UsageError, before anything is written, if an option, the device or the backend does
+    not work out.
+    """
+    config.check()
+    device = processes.device
+    dataset = processes.in_turn(
+        partial(
+            data.load,
+            config.dataset,
+            config.validation,
+            config.data_dir,
+            image_size=config.image_size,
+            download=config.download,
+        )
+    ).to(device)
+    if config.batch_size > len(dataset.train):
+        raise UsageError(
+            f"--batch-size={config.batch_size} is more than the {len(dataset.train)} training "
+            f"images of {config.dataset}; use {len(dataset.train)} or fewer"
+        )
+    torch.manual_seed(config.seed)
+    classes = len(dataset.classes)
+    options = config.method_options()
+    if config.teacher is not None:
+        options["teacher"], about = load_student_for(dataset, config.teacher, "--teacher")
+        if "teacher_tap" in method_options(config.method):
+            options["teacher_tap"] = about["build"]["tap"]
+    students, specs = build_students(config.students, dataset.shape, classes, config.tap)
+    try:
+        distiller = OnlineDistiller(
+            students,
+            config.method,
+            num_classes=classes,
+            tap=[spec.tap for spec in specs],
+            input_shape=dataset.shape,
+            share_stem=config.share_stem,
+            **options,
+        ).to(device)
+    except ValueError as error:  # too few students, an unknown variant
+        raise UsageError(str(error)) from error
+    if distiller.method.held_out and not len(dataset.validation):
+        raise UsageError(
+            f"--method {config.method} --variant {config.variant} weighs the students on held-out "
+            "images; give --validation a share of the training images, such as 0.1"
+        )
+    try:
+        with torch.no_grad():
+            distiller.eval()(*dataset.test[:2])
+    except (RuntimeError, ValueError) as error:
+        forced = os.environ.get("MFEF_BACKEND")
+        if not (config.backend or forced):
+            raise
+        asked = f"--backend={config.backend}" if config.backend else f"MFEF_BACKEND={forced}"
+        raise UsageError(f"{asked} does not work here: {error}") from error
+    optimizer = torch.optim.SGD(
+        distiller.parameter_groups(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=True,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    average = None
+    if config.ema is not None:
+        average = AveragedModel(
+            distiller.students, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
+        ).eval()
+    if config.compile:
+        distiller.compile_students()
+    found = checkpoint.newest(config.out) if config.resume and config.out else None
+    processes.wait()  # nobody writes before all have read
+    if found is not None:
+        path = found[0].parent
+    elif path is None:
+        name = f"{config.method}-{config.dataset}"
+        path = processes.first(partial(folder.create, config.out, name))
+    run = Run(config, path, processes, dataset, specs, distiller, optimizer, scaler, average)
+    if found is not None:
+        file, state, run.complaints = found
+        run.restore(file, state)
+    return run
+
+
+def load_student_for(
+    dataset: data.Dataset, path: Path, flag: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network in ``path`` and what its .json says; UsageError unless it was trained for
+    the images and classes of ``dataset``. ``flag``: the option that named it."""
+    network, about = checkpoint.load_student(path)
+    for what, learnt, here in (
+        ("classes", about["classes"], dataset.classes),
+        ("images of shape", about["input_shape"], dataset.shape),
+    ):
+        if list(learnt) != list(here):
+            raise UsageError(
+                f"{flag}={path} was trained for {what} {tuple(learnt)}, but {dataset.name} has "
+                f"{tuple(here)}; train it on this data set"
+            )
+    return network, about
