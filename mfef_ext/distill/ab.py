@@ -30,6 +30,8 @@ class ActivationBoundaries(SoftTargets):
         temperature, alpha: of phase 2, as in ``kd``.
     """
 
+    leaves_unused = True
+
     def __init__(
         self,
         shapes: Sequence[StudentShape],

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..distill import OnlineDistiller
@@ -34,7 +35,7 @@ class Run:
     specs: list[StudentSpec]
     distiller: OnlineDistiller
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scaler: GradScaler
     average: AveragedModel | None
     rows: list[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, float]] = field(default_factory=list)
@@ -237,7 +238,7 @@ def prepare(config: TrainConfig, processes: Processes, path: Path | None = None)
         weight_decay=config.weight_decay,
         nesterov=True,
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    scaler = GradScaler(device.type, enabled=config.amp == "fp16")
     average = None
     if config.ema is not None:
         average = AveragedModel(

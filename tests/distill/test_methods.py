@@ -327,3 +327,14 @@ def test_teacher_of_other_classes(batch):
     )
     with pytest.raises(ValueError, match=r"teacher gives \(6, 6\).*\(6, 5\)"):
         d(*batch)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_losses_that_leave_parameters_out_are_declared(method, batch):
+    """Several processes wait for the gradient of every parameter, unless they are told."""
+    options = {"teacher": teacher()} if method in ("kd", "mimic", "ab") else {}
+    options |= {"teacher_tap": "features"} if method == "ab" else {}
+    d = distiller(method, (16, 24, 8), **options)
+    d(*batch, 0.0).loss.backward()
+    unused = [n for n, p in d.named_parameters() if p.requires_grad and p.grad is None]
+    assert d.method.leaves_unused or not unused, unused

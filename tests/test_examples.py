@@ -1,0 +1,51 @@
+"""The documents' examples of the trainer, run as they stand there."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mfef_ext.distill.method import METHODS
+from mfef_ext.train.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def example(document, word):
+    """The first Python block of the document that holds ``word``."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.S)
+    return next(block for block in blocks if word in block)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder of images, ten of each of two classes, in the working directory."""
+    draw = np.random.default_rng(0)
+    for label, name in enumerate(("cats", "dogs")):
+        folder = tmp_path / "photos" / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(10):
+            pixels = draw.integers(100 * label, 100 * label + 90, (70, 64, 3))
+            Image.fromarray(pixels.astype("uint8")).save(folder / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.slow
+def test_own_networks_and_images(photos):
+    code = example("README.md", "OnlineDistiller")
+    assert code.count("range(10)") == code.count("batch_size=64") == 1
+    exec(code.replace("range(10)", "range(2)").replace("batch_size=64", "batch_size=10"), {})
+    weights = torch.load("student.pt", weights_only=True)
+    assert weights["fc.weight"].shape == (2, 512)
+
+
+def test_own_method(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "mean-of-peers", None)  # goes away after the test
+    del METHODS["mean-of-peers"]
+    exec(example("docs/recipes.md", "mean-of-peers"), {})
+    options = ["--method", "mean-of-peers", "--temperature", "2", "--dataset", "fake"]
+    assert main([*options, "--epochs", "1", "--threads", "1", "--out", str(tmp_path / "run")]) == 0
+    assert "kd/student1" in (tmp_path / "run" / "metrics.csv").read_text()

@@ -1,0 +1,81 @@
+"""Options by the name of a recipe and out of YAML files: what counts more, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from mfef_ext.train import UsageError
+from mfef_ext.train.__main__ import main
+from mfef_ext.train.config import TrainConfig
+from mfef_ext.train.presets import PRESETS, configured
+
+
+def written(tmp_path, text):
+    (tmp_path / "options.yaml").write_text(text)
+    return ["--config", str(tmp_path / "options.yaml")]
+
+
+def test_the_papers_recipe():
+    config, rest = configured(["--preset", "okd-cifar", "--lr", "0.05"])
+    assert rest == ["--lr", "0.05"]
+    rates = [config.lr_at(epoch) for epoch in (149, 150, 224, 225)]
+    assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001])
+    assert (config.epochs, config.batch_size, config.ramp_length) == (300, 128, 80)
+    assert (config.momentum, config.weight_decay, config.seeds) == (0.9, 5e-4, (0, 1, 2))
+    for name, options in PRESETS.items():
+        if options["dataset"] != "digits":
+            options = options | {"data_dir": Path("x")}
+        TrainConfig(**options).check()
+        assert configured([f"--preset={name}"])[1] == []
+
+
+def test_the_file_counts_more_than_the_preset(tmp_path):
+    text = "epochs: 7\nlr-drops: [0.4, 1]\nweight_decay: 1e-4\nfusion: false\nema: 0.9\ntap: []\n"
+    config, _ = configured([*written(tmp_path, text), "--preset", "okd-cifar"])
+    assert (config.epochs, config.batch_size, config.fusion, config.ema) == (7, 128, False, 0.9)
+    assert config.lr_drops == (0.4, 1.0) and config.weight_decay == 1e-4 and config.tap == ()
+    assert isinstance(config.lr_drops[1], float)
+
+
+def test_the_command_line_counts_most(tmp_path):
+    options = ["--preset", "quick", *written(tmp_path, "epochs: 7\nmethod: ce\ndata_dir: null")]
+    out = tmp_path / "run"
+    assert main([*options, "--dataset", "fake", "--epochs", "1", "--out", str(out)]) == 0
+    content = (out / "config.json").read_text()
+    assert '"epochs": 1' in content and '"method": "ce"' in content
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epocs: 3", "epocs is unknown; did you mean epochs?"),
+        ("epochs: many", "epochs='many' is not a whole number"),
+        ("epochs: 1.5", "epochs=1.5 is not a whole number"),
+        ("epochs: true", "epochs=True is not a whole number"),
+        ("lr: fast", "lr='fast' is not a number"),
+        ("lr: null", "lr=None is not a number"),
+        ("fusion: 1", "fusion=1 is not true or false"),
+        ("students: resnet8", "students='resnet8' is not a list such as \\[text, text\\]"),
+        ("amp: fp8", "amp='fp8' is not one of bf16, fp16"),
+        ("lr-drops: 0.1\nlr_drops: 0.2", "lr-drops=0.1 is not a list"),
+        ("- epochs", "holds no options"),
+        ("", "holds no options"),
+        ("a: [", "is no YAML"),
+    ],
+)
+def test_refused(tmp_path, text, words):
+    with pytest.raises(UsageError, match=words):
+        configured(written(tmp_path, text))
+
+
+def test_refused_by_the_command(tmp_path, capsys):
+    for options, words in (
+        (["--preset", "okd-cifr"], "--preset=okd-cifr is unknown; did you mean okd-cifar?"),
+        (["--preset"], "--preset needs a value"),
+        (["--config", str(tmp_path)], "cannot be read (Is a directory)"),
+        (["--config", str(tmp_path / "none")], "cannot be read (No such file or directory)"),
+        (written(tmp_path, "lr: -1"), "--lr=-1.0 must be positive"),
+    ):
+        assert main(options) == 2
+        error = capsys.readouterr().err
+        assert words in error and len(error.splitlines()) == 1
