@@ -39,7 +39,7 @@ def refused(options, capsys, *words):
         ),
         (["--dataset", "digit"], ["--dataset=digit", "did you mean digits?"]),
         (["--students", "resnet8", "resnet9"], ["--students=resnet9", "resnet8"]),
-        (["--students", "timm:resnet18"], ["timm", "pip install timm"]),
+        (["--students", "timm:resnet8t"], ["--students=timm:resnet8t", "did you mean timm:resnet"]),
         (["--students", "vgg16"], ["--students=vgg16 cannot take images of shape (1, 8, 8)"]),
         (["--tap", "stage9"], ["tap='stage9' is no layer of --students=resnet8", "stage3"]),
         (["--tap", "a", "b", "c"], ["--tap=a b c names 3 layers for 2 students"]),
