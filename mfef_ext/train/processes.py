@@ -120,7 +120,7 @@ class Total(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: object, dx: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, dx: Tensor) -> Tensor:
         dx = dx.clone()
         dist.all_reduce(dx)
         return dx
