@@ -75,10 +75,10 @@ def _run(argv: Sequence[str] | None) -> int:
     commands.add_parser("doctor", help="what was built, what would run here, and why")
     options = vars(parser.parse_args(argv))
     if options["command"] == "doctor":
-        from .inspection import doctor
+        from .inspection import doctor, wrong_setting
 
         print(doctor())
-        return 0
+        return 2 if wrong_setting() else 0
     if options["command"] == "data":
         from .train.__main__ import verify as verify_data
 

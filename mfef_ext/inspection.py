@@ -159,9 +159,13 @@ def _explain_problem(problem: Problem, forced: str | None, channels_last: bool) 
     lines.append(f"  runs on: {chosen.name} ({why})")
     if chosen.name == "cpu":
         plan = cpu_plan(problem)
-        kept = int(str(plan["backward_scratch_bytes"])) / 1024
         text = _PLAN_TEXT[str(plan["plan"])].format(**plan)
-        lines.append(f"    {plan['isa']}, {text}; scratch {kept:,.0f} KiB a thread")
+        lines.append(f"    {plan['isa']}, {text}")
+        forward, backward = (
+            f"{direction} {int(str(plan[f'{direction}_scratch_bytes'])) / 1024:,.0f} KiB"
+            for direction in ("forward", "backward")
+        )
+        lines.append(f"    scratch a thread: {forward}, {backward}")
         lines += _explain_convolutions(problem, plan)
     if chosen.name == "triton":
         lines += _explain_launches(problem, channels_last)
@@ -199,12 +203,28 @@ def explain(x: Tensor, block: nn.Module) -> Explanation:
     return Explanation("\n".join(lines))
 
 
+def wrong_setting() -> str:
+    """The sentence about an environment variable that no call can obey; "" if there is none."""
+    try:
+        _C.cpu_isa()
+    except ValueError as error:
+        return f"MFEF_USE_ISA: {error}"
+    forced = backends.forced_name()
+    try:
+        if forced is not None:
+            backends.check_backend_name(forced, f"MFEF_BACKEND={forced!r}", "unset it")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def doctor() -> str:
     """A report of what was built, what was found on this machine, and what is missing."""
+    wrong = wrong_setting()
     try:
         info = build_info()
-    except ValueError as error:  # MFEF_USE_ISA names what this processor has not
-        return f"mfef_ext {__version__}: MFEF_USE_ISA: {error}"
+    except ValueError:  # MFEF_USE_ISA names what this processor has not
+        return f"mfef_ext {__version__}: {wrong}"
     built, usable = list(_C.build_info()["cpu_isas_built"]), _C.build_info()["cpu_isas_usable"]
     lines = [
         f"mfef_ext {__version__}, Python {platform.python_version()}, torch {torch.__version__} "
@@ -222,7 +242,9 @@ def doctor() -> str:
             + ("" if torch.version.cuda else " (it is a build without CUDA)")
         )
     lines.append(f"Triton: {triton.state()}")
-    if info["backend_forced"]:
+    if wrong:
+        lines.append(wrong)
+    elif info["backend_forced"]:
         lines.append(f"forced for every call (MFEF_BACKEND): {info['backend_forced']}")
     for device_type in ("cpu", "cuda"):
         order = " -> ".join(b.name for b in backends.order(device_type))

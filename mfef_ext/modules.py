@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from . import functional as F
 from . import reference
 from .backends import check_backend_name
-from .problem import FLOAT_DTYPES, check_groups, check_kernel_size
+from .problem import FLOAT_DTYPES, check_groups, check_int, check_kernel_size
 
 Mode = Literal["split", "pyramid", "hierarchical"]
 MODES = ("split", "pyramid", "hierarchical")
 
 
 def _check_positive(name: str, value: object, hint: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    value = check_int(name, value)
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1; {hint}")
     return value
@@ -95,9 +94,14 @@ class MultiScaleConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_positive("channels", channels, "it is the number of channels of the input")
-        out_channels = channels if out_channels is None else out_channels
-        _check_positive("out_channels", out_channels, "leave it out to keep the number of channels")
+        channels = _check_positive(
+            "channels", channels, "it is the number of channels of the input"
+        )
+        out_channels = _check_positive(
+            "out_channels",
+            channels if out_channels is None else out_channels,
+            "leave it out to keep the number of channels",
+        )
         _check_float_dtype(dtype)
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown; use one of {', '.join(map(repr, MODES))}")
@@ -106,8 +110,9 @@ class MultiScaleConv2d(nn.Module):
             raise ValueError(
                 "kernel_sizes=() must list at least one kernel size, for example (3, 5, 7, 9)"
             )
-        for i, k in enumerate(kernel_sizes):
-            check_kernel_size(f"kernel_sizes[{i}]", k)
+        kernel_sizes = tuple(
+            check_kernel_size(f"kernel_sizes[{i}]", k) for i, k in enumerate(kernel_sizes)
+        )
         branches = len(kernel_sizes)
         if isinstance(groups, str) and groups != "auto":
             raise ValueError(f'groups={groups!r} must be "auto" or one number per kernel size')
@@ -129,14 +134,15 @@ class MultiScaleConv2d(nn.Module):
         if isinstance(groups, str):
             wanted = [1 if k <= 3 else 2 ** ((k - 1) // 2) for k in kernel_sizes]
             groups = [gcd(*t) for t in zip(wanted, in_parts, out_parts, strict=True)]
-        for i, g in enumerate(groups):
-            check_groups(f"groups[{i}]", g, in_parts[i], out_parts[i])
+        groups = tuple(
+            check_groups(f"groups[{i}]", g, in_parts[i], out_parts[i]) for i, g in enumerate(groups)
+        )
         if backend is not None:
             check_backend_name(backend)
         self.channels = channels
         self.out_channels = out_channels
-        self.kernel_sizes = tuple(kernel_sizes)
-        self.groups = tuple(groups)
+        self.kernel_sizes = kernel_sizes
+        self.groups = groups
         self.mode = mode
         self.backend = backend
         self.weights = nn.ParameterList(
@@ -222,10 +228,12 @@ class DualAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_positive("channels", channels, "it is the number of channels of the input")
-        _check_positive("reduction", reduction, "16 is usual")
+        channels = _check_positive(
+            "channels", channels, "it is the number of channels of the input"
+        )
+        reduction = _check_positive("reduction", reduction, "16 is usual")
         _check_float_dtype(dtype)
-        check_kernel_size("spatial_kernel_size", spatial_kernel_size)
+        spatial_kernel_size = check_kernel_size("spatial_kernel_size", spatial_kernel_size)
         if backend is not None:
             check_backend_name(backend)
         self.channels = channels
@@ -324,7 +332,7 @@ class MFEFBlock(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.channels = channels
+        self.channels = self.conv.channels
         self.backend = backend
 
     def reset_parameters(self) -> None:
@@ -380,10 +388,14 @@ class FeatureFusion(nn.Module):
             raise ValueError(
                 "in_channels=() must list the channels of at least one map, for example (64, 64)"
             )
-        for i, c in enumerate(in_channels):
+        in_channels = tuple(
             _check_positive(f"in_channels[{i}]", c, "it is the number of channels of a map")
-        _check_positive("out_channels", out_channels, "it is the number of channels of the result")
-        self.in_channels = tuple(in_channels)
+            for i, c in enumerate(in_channels)
+        )
+        out_channels = _check_positive(
+            "out_channels", out_channels, "it is the number of channels of the result"
+        )
+        self.in_channels = in_channels
         self.out_channels = out_channels
         total = sum(in_channels)
         self.depthwise = nn.Conv2d(

@@ -1,7 +1,8 @@
-"""The torch.library side of the operators: fakes, autograd, autocast.
+"""The torch.library side of the operators: fakes, autograd, vmap, autocast.
 
 The schemas are in csrc/ops.cpp, the kernels behind them. Fakes repeat what the kernels allocate;
-autograd formulas only pass tensors on; autocast converts to the autocast dtype, float64 excepted.
+autograd formulas only pass tensors on; vmap calls once per element of its batch; autocast converts
+to the autocast dtype, float64 excepted.
 ``register`` does all that for a namespace: "mfef" is the native one, and a backend whose kernels
 are written in Python registers the same operators under a name of its own.
 """
@@ -10,11 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from . import _C as _C  # registers the operators' schemas and CPU kernels
 from . import problem
@@ -148,6 +154,9 @@ _FAKES: dict[str, Callable] = {
 #
 # Only the first result has a gradient. The others leave a Function's forward by way of the list
 # `saved`, so that autograd need not wrap each of them to say that it has none.
+#
+# Only these kernels ask for tensors to be saved. So nobody who calls an operator need know whether
+# the call will be recorded, nor need a program that torch.export made of it.
 
 
 def _below_autograd(overload, keyset, *args):
@@ -179,13 +188,52 @@ def _is_direct(tensors) -> bool:
     return keys & ~_DIRECT == 0 and not torch.autograd._profiler_enabled()
 
 
-def _requires_grad(tensors) -> bool:
-    """Whether autograd records a call with these tensors, None being one that is not given."""
+def _records(tensors) -> bool:
+    """Whether autograd may record a call with these tensors, None being one that is not given."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
-    return False
+    # Whether there are tangents, a Function finds out by itself.
+    return forward_ad._current_level >= 0
+
+
+_REMEDY = 'use backend="reference" (or mfef_ext.use_backend("reference")), which can'
+
+
+class Function(torch.autograd.Function):
+    """An operator, named by ``ctx.op``, without a forward-mode derivative."""
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(
+            f"{ctx.op} cannot be differentiated in forward mode (torch.func.jvp, jacfwd, hessian, "
+            f"torch.autograd.forward_ad) by its kernels, where that is not implemented; {_REMEDY}"
+        )
+
+
+@cache
+def _single_level(function: type[Function]) -> Any:
+    """``function`` for one level of the transforms of torch.func."""
+
+    def forward(ctx, *args):
+        # `apply` switches both off, which is meant for this level and not for those below.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return function.forward(ctx, *args)
+
+    methods = {"forward": forward, "backward": function.backward, "jvp": function.jvp}
+    statics = {name: staticmethod(method) for name, method in methods.items()}
+    return type(function.__name__, (_SingleLevelFunction,), statics)
+
+
+def _apply(function: type[Function], *args):
+    """``function.apply`` on the Autograd key."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    # Under transforms of torch.func, `apply` is for calls from outside of the dispatcher and takes
+    # care of all levels. Here the dispatcher has come to one of them, and takes care of the others.
+    with enable_single_level_autograd_function():
+        return _single_level(function).apply(*args)
 
 
 def _call(overload, records: bool, *args):
@@ -199,14 +247,6 @@ def _call(overload, records: bool, *args):
         return overload(*args)
 
 
-def _check_saved(saved: Tensor, op: str, n: int) -> None:
-    if saved.shape[0] != n:
-        raise RuntimeError(
-            f"torch.ops.mfef.{op} was called with save=False but its backward was asked for; "
-            f"pass save=True, or use mfef_ext.functional.{op}, which does"
-        )
-
-
 @dataclass(frozen=True)
 class _Pair:
     """An operator and its backward, of one namespace, and their kernels if those are in Python.
@@ -216,14 +256,16 @@ class _Pair:
     where they can.
     """
 
+    op: str
     autograd: Callable  # of _AUTOGRAD
     forward: torch._ops.OpOverload
     backward: torch._ops.OpOverload
     forward_kernel: Callable | None = None
     backward_kernel: Callable | None = None
 
-    def call(self, tensors, records: bool, *args):
-        """Calls the operator; ``tensors`` are all of args', ``records`` as in :func:`_call`."""
+    def call(self, tensors, *args):
+        """Calls the operator; ``tensors`` are all of args'."""
+        records = _records(tensors)
         if self.forward_kernel is not None and _is_direct(tensors):
             call = self.autograd if records else _Pair.below_autograd
             return call(self, None, *args)
@@ -238,17 +280,17 @@ class _Pair:
             return self.forward_kernel(*args)
 
     def call_backward(self, tensors, *args):
-        records = torch.is_grad_enabled()
+        records = _records(tensors)
         if self.backward_kernel is not None and not records and _is_direct(tensors):
             with torch._C._AutoDispatchBelowAutograd():
                 return self.backward_kernel(*args)
         return _call(self.backward, records, *args)
 
 
-class _MultiScaleConv2d(torch.autograd.Function):
+class _MultiScaleConv2d(Function):
     @staticmethod
     def forward(ctx, pair, keyset, groups, split, x, bias, *weights):
-        ctx.pair = pair
+        ctx.pair, ctx.op = pair, pair.op
         ctx.options = groups, split
         ctx.save_for_backward(x, bias, *weights)
         return pair.below_autograd(keyset, x, weights, groups, split, bias)
@@ -273,8 +315,8 @@ class _MultiScaleConv2d(torch.autograd.Function):
 
 
 def _multi_scale_conv2d(pair, keyset, x, weights, groups, split, bias):
-    if _requires_grad((x, *weights, bias)):
-        return _MultiScaleConv2d.apply(pair, keyset, groups, split, x, bias, *weights)
+    if _records((x, *weights, bias)):
+        return _apply(_MultiScaleConv2d, pair, keyset, groups, split, x, bias, *weights)
     return pair.below_autograd(keyset, x, weights, groups, split, bias)
 
 
@@ -284,11 +326,11 @@ def _parameter_grads(grads, parameters, need):
     return [g if p is not None else None for g, p in zip(grads, parameters, strict=True)]
 
 
-class _DualAttention(torch.autograd.Function):
+class _DualAttention(Function):
     @staticmethod
-    def forward(ctx, pair, keyset, save, saved, y, *parameters):
-        ctx.pair = pair
-        out, *others = pair.below_autograd(keyset, y, *parameters, save)
+    def forward(ctx, pair, keyset, saved, y, *parameters):
+        ctx.pair, ctx.op = pair, pair.op
+        out, *others = pair.below_autograd(keyset, y, *parameters, True)
         saved.extend(others)
         ctx.save_for_backward(y, *parameters, *saved)
         ctx.set_materialize_grads(False)
@@ -300,14 +342,12 @@ class _DualAttention(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         y, *rest = ctx.saved_tensors
         parameters, saved = rest[:5], rest[5:]
-        _check_saved(saved[0], "dual_attention", y.shape[0])
-        need_x, need_parameters = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
+        need_x, need_parameters = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
         grad_y, *grads = ctx.pair.call_backward(
             (grad, y, *rest),
             grad, y, *parameters, *saved, need_x, need_parameters,
         )  # fmt: skip
         return (
-            None,
             None,
             None,
             None,
@@ -317,19 +357,19 @@ class _DualAttention(torch.autograd.Function):
 
 
 def _dual_attention(pair, keyset, y, *rest):
-    *parameters, save = rest
-    if _requires_grad((y, *parameters)):
+    *parameters, _ = rest
+    if _records((y, *parameters)):
         saved: list[Tensor] = []
-        return (_DualAttention.apply(pair, keyset, save, saved, y, *parameters), *saved)
+        return (_apply(_DualAttention, pair, keyset, saved, y, *parameters), *saved)
     return pair.below_autograd(keyset, y, *rest)
 
 
-class _MfefBlock(torch.autograd.Function):
+class _MfefBlock(Function):
     @staticmethod
-    def forward(ctx, pair, keyset, groups, split, save, saved, x, w1, b1, w2, b2, ws, *weights):
-        ctx.pair = pair
+    def forward(ctx, pair, keyset, groups, split, saved, x, w1, b1, w2, b2, ws, *weights):
+        ctx.pair, ctx.op = pair, pair.op
         out, *others = pair.below_autograd(
-            keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save
+            keyset, x, weights, groups, split, w1, b1, w2, b2, ws, True
         )
         saved.extend(others)
         ctx.options = groups, split
@@ -343,14 +383,12 @@ class _MfefBlock(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, *rest = ctx.saved_tensors
         parameters, saved, weights = rest[:5], rest[5:11], rest[11:]
-        _check_saved(saved[1], "mfef_block", x.shape[0])
-        need_x, need_parameters = ctx.needs_input_grad[6], any(ctx.needs_input_grad[7:])
+        need_x, need_parameters = ctx.needs_input_grad[5], any(ctx.needs_input_grad[6:])
         grad_x, grad_weights, *grads = ctx.pair.call_backward(
             (grad, x, *rest),
             grad, x, weights, *ctx.options, *parameters, *saved, need_x, need_parameters,
         )  # fmt: skip
         return (
-            None,
             None,
             None,
             None,
@@ -364,9 +402,9 @@ class _MfefBlock(torch.autograd.Function):
 
 def _mfef_block(pair, keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save):
     parameters = w1, b1, w2, b2, ws
-    if _requires_grad((x, *parameters, *weights)):
+    if _records((x, *parameters, *weights)):
         saved: list[Tensor] = []
-        out = _MfefBlock.apply(pair, keyset, groups, split, save, saved, x, *parameters, *weights)
+        out = _apply(_MfefBlock, pair, keyset, groups, split, saved, x, *parameters, *weights)
         return (out, *saved)
     return pair.below_autograd(keyset, x, weights, groups, split, *parameters, save)
 
@@ -378,14 +416,56 @@ _AUTOGRAD: dict[str, Callable] = {
 }
 
 
-def _refuse_double_backward(namespace: str, op: str) -> None:
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{op} cannot be differentiated twice by its kernels; "
-            'use backend="reference" (or mfef_ext.use_backend("reference")), which can'
-        )
+class _Once(Function):
+    """An operator's backward, which has no backward of its own."""
 
-    torch.library.register_autograd(f"{namespace}::{op}_backward", backward)
+    @staticmethod
+    def forward(ctx, op, call, structure, *tensors):
+        ctx.op = op
+        results, tree = tree_flatten(call())
+        structure.append(tree)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{ctx.op} cannot be differentiated twice by its kernels; {_REMEDY}")
+
+
+def _once(op, overload, keyset, *args):
+    call = partial(_below_autograd, overload, keyset, *args)
+    tensors = [a for a in tree_leaves(args) if isinstance(a, Tensor)]
+    if not _records(tensors):
+        return call()
+    structure: list = []
+    results = _apply(_Once, op, call, structure, *tensors)
+    return tree_unflatten(results, structure[0])
+
+
+# --- torch.func -------------------------------------------------------------------------------
+
+
+def _element(a, dim: int | None, i: int):
+    if dim is None:
+        return a
+    # Of an empty batch, one element of the right shape.
+    return a.select(dim, i) if a.shape[dim] else a.new_zeros((*a.shape[:dim], *a.shape[dim + 1 :]))
+
+
+def _one_by_one(overload, info, in_dims, *args):
+    """The results of an operator for each element of a batch of torch.func.vmap, stacked."""
+    n = info.batch_size
+    results = [overload(*tree_map(partial(_element, i=i), args, in_dims)) for i in range(max(n, 1))]
+    stacked = tree_map(lambda *r: torch.stack(r)[:n], *results)
+    return stacked, tree_map(lambda _: 0, stacked)
+
+
+def register_transforms(lib: torch.library.Library, op: str) -> None:
+    """Registers vmap for an operator of ``lib`` and its backward, and autograd for the latter."""
+    for name in (op, f"{op}_backward"):
+        overload = getattr(getattr(torch.ops, lib.ns), name).default
+        rule = partial(_one_by_one, overload)
+        torch.library.register_vmap(f"{lib.ns}::{name}", rule, lib=lib)
+    lib.impl(name, partial(_once, op, overload), "Autograd", with_keyset=True)
 
 
 # --- autocast ---------------------------------------------------------------------------------
@@ -418,7 +498,7 @@ _libraries: list[torch.library.Library] = []  # what is registered goes with its
 
 
 def register(namespace: str, kernels: Mapping[str, Callable] | None = None) -> dict[str, Callable]:
-    """Registers fakes, autograd and autocast of a namespace's operators, whose schemas are there.
+    """Registers what is above of a namespace's operators, whose schemas are there.
 
     ``kernels`` are the implementations by the operators' names, if they are written in Python.
     Returns the functions of :mod:`mfef_ext.functional`, without checks, that call them.
@@ -430,13 +510,14 @@ def register(namespace: str, kernels: Mapping[str, Callable] | None = None) -> d
     for op in OPERATORS:
         names = op, f"{op}_backward"
         pair = _Pair(
+            op,
             _AUTOGRAD[op],
             *(getattr(defined, name).default for name in names),
             *(kernels[name] for name in names if kernels is not None),
         )
         pairs[op] = pair
         lib.impl(op, partial(pair.autograd, pair), "Autograd", with_keyset=True)
-        _refuse_double_backward(namespace, op)
+        register_transforms(lib, op)
         _register_autocast(lib, op, pair.forward)
         for name in names:
             torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
@@ -448,13 +529,11 @@ def register(namespace: str, kernels: Mapping[str, Callable] | None = None) -> d
     def multi_scale_conv2d(x, weights, groups, split=True, bias=None) -> Tensor:
         weights = list(weights)
         tensors = (x, *weights, bias)
-        records = _requires_grad(tensors)
-        return conv.call(tensors, records, x, weights, list(groups), split, bias)
+        return conv.call(tensors, x, weights, list(groups), split, bias)
 
     def dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight) -> Tensor:
         tensors = (y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
-        save = _requires_grad(tensors)
-        return attention.call(tensors, save, *tensors, save)[0]
+        return attention.call(tensors, *tensors, False)[0]
 
     def mfef_block(
         x, conv_weights, groups, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight,
@@ -463,8 +542,7 @@ def register(namespace: str, kernels: Mapping[str, Callable] | None = None) -> d
         weights = list(conv_weights)
         parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
         tensors = (x, *parameters, *weights)
-        save = _requires_grad(tensors)
-        return block.call(tensors, save, x, weights, list(groups), split, *parameters, save)[0]
+        return block.call(tensors, x, weights, list(groups), split, *parameters, False)[0]
 
     return {
         "multi_scale_conv2d": multi_scale_conv2d,

@@ -7,6 +7,7 @@ asked whether they can solve it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -141,13 +142,14 @@ def signature(
         return None
     if not isinstance(split, bool):
         return None
-    x, everything = tensors[0], (*tensors, *weights)
-    if x is None or not PLAIN.issuperset(map(type, everything)):
+    x, everything, kinds = tensors[0], (*tensors, *weights), tuple(map(type, groups))
+    # A tensor among the groups may hold another number next time.
+    if x is None or not PLAIN.issuperset(map(type, everything)) or not PLAIN.isdisjoint(kinds):
         return None
     return (
         tuple([t if t is None else (t.shape, t.dtype, t.device) for t in everything]),
         tuple(groups),
-        tuple(map(type, groups)),  # 1 == 1.0 == True, and only the first is accepted
+        kinds,  # 1 == 1.0 == True, and only the first is accepted
         split,
         _autocast_dtype(x),
     )
@@ -158,10 +160,19 @@ def _check_shape(name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> 
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape} ({meaning})")
 
 
+def check_int(name: str, value: object) -> int:
+    """What stands for an integer, such as one of NumPy's, as an int; booleans do not."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be an int, got {_kind(value)} {value!r}")
+
+
 def check_kernel_size(name: str, k: object) -> int:
     """A positive odd integer, or an error that says so."""
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"{name} must be an int, got {_kind(k)} {k!r}")
+    k = check_int(name, k)
     if k < 1 or k % 2 == 0:
         raise ValueError(
             f"{name}={k} must be odd and positive, so that H and W are kept; "
@@ -174,8 +185,7 @@ def check_kernel_size(name: str, k: object) -> int:
 
 def check_groups(name: str, groups: object, in_channels: int, out_channels: int) -> int:
     """A positive integer that divides both channel counts, or an error listing those that do."""
-    if not isinstance(groups, int) or isinstance(groups, bool):
-        raise TypeError(f"{name} must be an int, got {_kind(groups)} {groups!r}")
+    groups = check_int(name, groups)
     if groups < 1 or in_channels % groups or out_channels % groups:
         common = gcd(in_channels, out_channels)
         good = ", ".join(str(g) for g in range(1, common + 1) if common % g == 0)
@@ -220,8 +230,9 @@ def _describe_branches(
         check_kernel_size(f"the kernel size of {name}", int(weight.shape[2]))
         if weight.shape[0] == 0 or weight.shape[1] == 0:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}: no channels")
-        if not isinstance(g, int) or isinstance(g, bool) or g < 1:
-            raise ValueError(f"groups[{i}]={g!r} must be a positive int")
+        g = check_int(f"groups[{i}]", g)
+        if g < 1:
+            raise ValueError(f"groups[{i}]={g} must be a positive int")
         in_channels = weight.shape[1] * g if split else x.shape[1]
         check_groups(f"groups[{i}]", g, int(in_channels), int(weight.shape[0]))
         if not split and weight.shape[1] * g != in_channels:

@@ -9,7 +9,7 @@ import torch
 
 import mfef_ext
 from mfef_ext import backends, functional
-from mfef_ext.inspection import doctor
+from mfef_ext.inspection import _explain_problem, cpu_plan, doctor
 from mfef_ext.modules import DualAttention, MFEFBlock, MultiScaleConv2d
 from mfef_ext.problem import describe_multi_scale_conv2d
 
@@ -85,6 +85,10 @@ def test_explain_says_what_runs_and_why_the_others_do_not():
     assert "runs on: cpu" in text and "images plan" in text
     assert "triton: no, its tensors must be on a CUDA device" in text
     assert "cuda: no, " in text
+    plan = cpu_plan(problem())
+    kept = [plan[f"{direction}_scratch_bytes"] / 1024 for direction in ("forward", "backward")]
+    wanted = "scratch a thread: forward {:,.0f} KiB, backward {:,.0f} KiB".format(*kept)
+    assert wanted in _explain_problem(problem(), None, False)[3]
     assert repr(text) == str(text)
     assert "pixels plan" in mfef_ext.explain(torch.randn(1, 64, 56, 56), MFEFBlock(64))
     with mfef_ext.use_backend("reference"):

@@ -49,6 +49,29 @@ def test_doctor_prints_what_inspection_says(monkeypatch, capsys):
     assert capsys.readouterr().out == "all is well\n"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        (
+            "MFEF_BACKEND",
+            "foo",
+            "MFEF_BACKEND='foo' is unknown; use one of 'reference', 'cpu', 'triton', 'cuda', or "
+            "unset it to choose automatically",
+        ),
+        ("MFEF_USE_ISA", "sse9", "MFEF_USE_ISA: CPU instruction set 'sse9' cannot be used; built:"),
+    ],
+)
+def test_doctor_says_what_is_set_wrong(variable, value, sentence):
+    run = subprocess.run(
+        [sys.executable, "-m", "mfef_ext.cli", "doctor"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, variable: value},
+    )
+    assert run.returncode == 2
+    assert sentence in run.stdout and run.stderr == ""
+
+
 def test_show_of_nothing(tmp_path, capsys):
     assert cli.main(["show", str(tmp_path)]) == 4
     assert "last.ckpt cannot be read" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -130,6 +131,42 @@ def test_gates_are_those_of_the_forward():
     torch.testing.assert_close(
         block(x), y * channel[:, :, None, None] * spatial[:, None], rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, torch.tensor])
+def test_any_integers_become_ints(integer):
+    def check(layer, *names):
+        for name in names:
+            value = getattr(layer, name)
+            for v in value if isinstance(value, tuple) else (value,):
+                assert type(v) is int, name
+
+    sizes, groups = [integer(3), integer(5)], [integer(1), integer(4)]
+    block = MFEFBlock(
+        integer(16),
+        kernel_sizes=sizes,
+        groups=groups,
+        reduction=integer(4),
+        spatial_kernel_size=integer(3),
+    )
+    check(block, "channels")
+    check(block.conv, "channels", "out_channels", "kernel_sizes", "groups")
+    check(block.attention, "channels", "hidden", "spatial_kernel_size")
+    fusion = FeatureFusion([integer(16), integer(16)], integer(8))
+    check(fusion, "in_channels", "out_channels")
+    check(MultiScaleConv2d(integer(16), integer(8), groups="auto"), "channels", "out_channels")
+    plain = MFEFBlock(16, kernel_sizes=(3, 5), groups=(1, 4), reduction=4, spatial_kernel_size=3)
+    plain.load_state_dict(block.state_dict())
+    x = torch.randn(2, 16, 5, 5)
+    assert repr(block) == repr(plain)
+    assert torch.equal(block(x), plain(x))
+    assert fusion([x, x]).shape == (2, 8, 5, 5)
+    weights = list(plain.conv.weights)
+    for backend in ("cpu", "reference"):
+        assert torch.equal(
+            mfef_ext.functional.multi_scale_conv2d(x, weights, groups, backend=backend),
+            mfef_ext.functional.multi_scale_conv2d(x, weights, (1, 4), backend=backend),
+        )
 
 
 def test_attention_without_biases():

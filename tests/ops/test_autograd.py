@@ -1,10 +1,13 @@
-"""gradcheck, opcheck, torch.compile, autocast, double backward."""
+"""gradcheck, opcheck, torch.compile, autocast, double backward, torch.func."""
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mfef_ext import _C, functional, use_backend
 from mfef_ext.modules import MFEFBlock
+from mfef_ext.ops import OPERATORS
 from tests.accuracy import make_case
 
 OPS = torch.ops.mfef
@@ -194,14 +197,14 @@ def test_reference_differentiates_twice():
     assert torch.autograd.gradgradcheck(f, (x,))
 
 
-def test_backward_without_save_is_refused():
+def test_a_recorded_call_saves_whether_asked_to_or_not():
     x, weights, groups, attention, _ = block_arguments(torch.float32)
-    out = OPS.mfef_block(x, weights, groups, True, *attention, False)[0]
-    with pytest.raises(RuntimeError, match="save=True"):
-        out.sum().backward()
-    out = OPS.dual_attention(x, *attention, False)[0]
-    with pytest.raises(RuntimeError, match="save=True"):
-        out.sum().backward()
+    for call in (
+        lambda save: OPS.mfef_block(x, weights, groups, True, *attention, save)[0],
+        lambda save: OPS.dual_attention(x, *attention, save)[0],
+    ):
+        asked, not_asked = (torch.autograd.grad(call(s).square().sum(), x) for s in (True, False))
+        assert torch.equal(*asked, *not_asked)
 
 
 def test_what_is_saved_for_backward():
@@ -289,21 +292,169 @@ def test_gradients_of_the_raw_operators_for_one_input_only(wanted):
             t.requires_grad_(False)
 
 
-def test_torch_func_gets_no_wrong_answer():
-    """README: not by the kernels. They must not say that there is no gradient."""
+# --- torch.func -------------------------------------------------------------------------------
+
+
+def functions(backend):
+    """Each operator of (x, weights, attention), and arguments of float64."""
+    x, weights, groups, attention, _ = block_arguments(torch.float64, grad=False)
+    bias = torch.randn(8, dtype=torch.float64)
+    options = {"backend": backend}
+    return {
+        "multi_scale_conv2d": lambda x, w, a: functional.multi_scale_conv2d(
+            x, w, groups, True, bias + 0 * a[1].sum(), **options
+        ),
+        "dual_attention": lambda x, w, a: functional.dual_attention(x, *a, **options),
+        "mfef_block": lambda x, w, a: functional.mfef_block(x, w, groups, *a, **options),
+    }, (x, weights, attention)
+
+
+def twice(arguments):
+    """A batch of two of all arguments, for vmap."""
+    return tree_map(lambda t: torch.stack([t, t.flip(-1)]), arguments)
+
+
+def total(f):
+    return lambda *arguments: f(*arguments).square().sum()
+
+
+TRANSFORMS = {
+    "grad": lambda f, args: torch.func.grad(total(f), (0, 1, 2))(*args),
+    "grad of x": lambda f, args: torch.func.grad(total(f))(*args),
+    "grad under no_grad": lambda f, args: torch.no_grad()(torch.func.grad(total(f)))(*args),
+    "vjp": lambda f, args: torch.func.vjp(f, *args)[1](args[0]),
+    "grad of another level": lambda f, args: torch.func.grad(
+        lambda x: torch.func.grad(lambda y: (f(x * 1, *args[1:]) * y).square().sum())(x.sum())
+    )(args[0]),
+    "vmap": lambda f, args: torch.vmap(f)(*twice(args)),
+    "vmap of x": lambda f, args: torch.vmap(f, (0, None, None))(twice(args[0]), *args[1:]),
+    "vmap of channels": lambda f, args: torch.vmap(lambda x: f(x, *args[1:]), 2, 1)(
+        twice(args[0]).movedim(0, 2)
+    ),
+    "vmap of vmap": lambda f, args: torch.vmap(torch.vmap(f))(*twice(twice(args))),
+    "vmap of another": lambda f, args: torch.vmap(lambda x: f(*args) * x)(twice(args[0])),
+    "grad by example": lambda f, args: torch.vmap(torch.func.grad(total(f), (0, 1, 2)))(
+        *twice(args)
+    ),
+    "grad of vmap": lambda f, args: torch.func.grad(total(torch.vmap(f)), (0, 1, 2))(*twice(args)),
+    "jacrev": lambda f, args: torch.func.jacrev(lambda *a: f(*a).sum((1, 2, 3)), (0, 1))(*args),
+    "jvp of another": lambda f, args: torch.func.jvp(
+        lambda x: f(*args) * x, (args[0],), (args[0],)
+    ),
+    "functional_call": lambda f, args: torch.func.grad(
+        lambda p, x: torch.func.functional_call(Wrapper(f, args), p, (x,)).square().sum()
+    )({"spatial": args[2][4]}, args[0]),
+}
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, f, arguments):
+        super().__init__()
+        self.f, (_, self.weights, self.attention) = f, arguments
+        self.spatial = torch.nn.Parameter(self.attention[4])
+
+    def forward(self, x):
+        return self.f(x, self.weights, [*self.attention[:4], self.spatial])
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_torch_func(transform, op):
+    results = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(0)
+        calls, arguments = functions(backend)
+        results.append(tree_leaves(TRANSFORMS[transform](calls[op], arguments)))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_vmap_of_nothing():
     x, weights, groups, attention, _ = block_arguments(torch.float32, grad=False)
+    out = torch.vmap(lambda x: functional.mfef_block(x, weights, groups, *attention))(
+        x.expand(0, *x.shape)
+    )
+    assert out.shape == (0, *x.shape)
 
-    def f(x):
-        return functional.mfef_block(x, weights, groups, *attention, backend="cpu").sum()
 
+def nested_grad(f, args):
+    return torch.func.grad(lambda x: torch.func.grad(lambda y: total(f)(y, *args[1:]))(x).sum())(
+        args[0]
+    )
+
+
+def outer_backward(f, args):
+    x = args[0].requires_grad_()
+    torch.func.grad(lambda x: total(f)(x, *args[1:]))(x).square().sum().backward()
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("call", [nested_grad, outer_backward])
+def test_torch_func_differentiates_once(call, op):
+    calls, arguments = functions("cpu")
+    with pytest.raises(RuntimeError, match=f"^{op} cannot be differentiated twice.*reference"):
+        call(calls[op], arguments)
+
+
+def dual(f, args, requires_grad=False):
+    x = args[0].requires_grad_(requires_grad)
+    with forward_ad.dual_level():
+        f(forward_ad.make_dual(x, torch.ones_like(x)), *args[1:])
+
+
+def dual_of_a_weight(f, args):
+    with forward_ad.dual_level():
+        f(*tree_map(lambda t: forward_ad.make_dual(t, torch.ones_like(t)), args))
+
+
+def dual_of_the_gradient(f, args):
+    """Forward over reverse, where only what comes after the operator has a tangent."""
+    x, one = args[0].requires_grad_(), torch.ones((), dtype=torch.float64)
+    with forward_ad.dual_level():
+        loss = total(f)(*args) * forward_ad.make_dual(one, one)
+        torch.autograd.grad(loss, x)
+
+
+FORWARD_MODE = {
+    "jvp": lambda f, args: torch.func.jvp(lambda x: f(x, *args[1:]), (args[0],), (args[0],)),
+    "jvp under no_grad": lambda f, args: torch.no_grad()(FORWARD_MODE["jvp"])(f, args),
+    "jvp of parameters": lambda f, args: torch.func.jvp(
+        lambda *rest: f(args[0], *rest), args[1:], args[1:]
+    ),
+    "linearize": lambda f, args: torch.func.linearize(lambda x: f(x, *args[1:]), args[0]),
+    "jacfwd": lambda f, args: torch.func.jacfwd(f)(*args),
+    "hessian": lambda f, args: torch.func.hessian(total(f))(*args),
+    "jvp of grad": lambda f, args: torch.func.jvp(
+        torch.func.grad(lambda x: total(f)(x, *args[1:])), (args[0],), (args[0],)
+    ),
+    "dual": dual,
+    "dual that requires a gradient": lambda f, args: dual(f, args, True),
+    "dual of parameters": dual_of_a_weight,
+    "dual of the gradient": dual_of_the_gradient,
+}
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("mode", FORWARD_MODE)
+def test_forward_mode_is_refused_with_the_remedy(mode, op):
+    calls, arguments = functions("cpu")
+    match = f'^{op} cannot be differentiated in forward mode.*use backend="reference"'
+    with pytest.raises(RuntimeError, match=match):
+        FORWARD_MODE[mode](calls[op], arguments)
+    FORWARD_MODE[mode](functions("reference")[0][op], arguments)  # which can
+
+
+def test_the_raw_operators_refuse_forward_mode_too():
+    x, weights, groups, attention, _ = block_arguments(torch.float32, grad=False)
     for call in (
-        lambda: torch.func.grad(f)(x),
-        lambda: torch.no_grad()(torch.func.grad(f))(x),
-        lambda: torch.func.grad(lambda x: torch.func.grad(lambda y: f(x) * y)(x.sum()))(x),
-        lambda: torch.func.grad(lambda x: torch.vmap(f)(x.expand(2, *x.shape)).sum())(x),
+        lambda x: OPS.multi_scale_conv2d(x, weights, groups, True, None),
+        lambda x: OPS.dual_attention(x, *attention, False)[0],
+        lambda x: OPS.mfef_block(x, weights, groups, True, *attention, False)[0],
     ):
-        with pytest.raises(RuntimeError):
-            call()
+        with pytest.raises(RuntimeError, match="forward mode"):
+            torch.func.jvp(call, (x,), (x,))
+        with forward_ad.dual_level():
+            assert torch.equal(call(x), call(x))  # no tangent, no objection
 
 
 def test_buffers_are_poisoned_in_these_tests():

@@ -3,6 +3,7 @@
 import re
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,7 +36,8 @@ CONV = [
     ({"weights": [torch.randn(0, 4, 3, 3)]}, ValueError, "no channels"),
     ({"groups": (1, 1)}, ValueError, "weights has 1 branches but groups has 2"),
     ({"groups": (0,)}, ValueError, "groups.0.=0 must be a positive int"),
-    ({"groups": (1.0,)}, ValueError, "groups.0.=1.0"),
+    ({"groups": (1.0,)}, TypeError, "groups.0. must be an int, got float 1.0"),
+    ({"groups": (True,)}, TypeError, "groups.0. must be an int, got bool True"),
     ({"groups": 1}, TypeError, "groups must be a list"),
     (
         {"weights": [torch.randn(4, 4, 3, 3)], "groups": (3,)},
@@ -116,6 +118,11 @@ LAYERS = [
     (lambda: MFEFBlock(64, backend="fast"), ValueError, "backend='fast' is unknown"),
     (lambda: MFEFBlock(66, mode="hierarchical", groups="auto"), ValueError, "divisible by the 4"),
     (lambda: DualAttention(True), TypeError, "channels must be an int"),
+    (lambda: DualAttention(np.bool_(True)), TypeError, "channels must be an int"),
+    (lambda: DualAttention(np.float64(8)), TypeError, "channels must be an int"),
+    (lambda: DualAttention(np.int64(0)), ValueError, "channels=0 must be at least 1"),
+    (lambda: MFEFBlock(64, groups=(1, 4, 8, True)), TypeError, "groups.3. must be an int"),
+    (lambda: MFEFBlock(64, kernel_sizes=(True,)), TypeError, "kernel_sizes.0. must be an int"),
     (lambda: MultiScaleConv2d(64, 0), ValueError, "out_channels=0"),
     (lambda: FeatureFusion((), 4), ValueError, r"in_channels=\(\)"),
     (lambda: FeatureFusion((4, 0), 4), ValueError, "in_channels.1.=0"),
@@ -174,8 +181,12 @@ def test_what_passed_before_says_nothing_about_other_arguments():
         with pytest.raises(error, match=match):
             conv(**arguments)
     for groups in ((True,), (1.0,), [[1]], ("1",)):
-        with pytest.raises(ValueError, match=r"groups\[0\]="):
+        with pytest.raises(TypeError, match=r"groups\[0\] must be an int"):
             conv(groups=groups)
+    changing = torch.tensor(1)
+    conv(groups=[changing])
+    with pytest.raises(ValueError, match=r"groups\[0\]=0"):
+        conv(groups=[changing.zero_()])
     x, weights = torch.randn(2, 4, 5, 5), [torch.randn(4, 4, 3, 3)]
     conv(x=x, weights=weights)
     weights[0].data = weights[0].data.double()

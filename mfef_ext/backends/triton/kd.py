@@ -375,9 +375,10 @@ _FORWARD = torch.ops.mfef_triton.kd_loss.default
 _BACKWARD = torch.ops.mfef_triton.kd_loss_backward.default
 
 
-class _KdLoss(torch.autograd.Function):
+class _KdLoss(ops.Function):
     @staticmethod
     def forward(ctx, keyset, temperature, detach_target, student_tensors, *tensors):
+        ctx.op = "kd_loss"
         ctx.options = temperature, detach_target, student_tensors
         ctx.save_for_backward(*tensors)
         students, targets = tensors[:student_tensors], tensors[student_tensors:]
@@ -391,7 +392,7 @@ class _KdLoss(torch.autograd.Function):
         need_students = any(needs[:student_tensors])
         need_targets = not detach_target and any(needs[student_tensors:])
         student_grads, target_grads = ops._call(
-            _BACKWARD, torch.is_grad_enabled(),
+            _BACKWARD, ops._records((grad, *tensors)),
             grad, students, targets, temperature, need_students, need_targets,
         )  # fmt: skip
         grads = [
@@ -408,17 +409,18 @@ class _KdLoss(torch.autograd.Function):
 
 
 def _records(students: Sequence[Tensor], targets: Sequence[Tensor], detach_target: bool) -> bool:
-    return ops._requires_grad(students if detach_target else (*students, *targets))
+    return ops._records(students if detach_target else (*students, *targets))
 
 
 def _autograd(keyset, students, targets, temperature, detach_target):
     if _records(students, targets, detach_target):
-        return _KdLoss.apply(keyset, temperature, detach_target, len(students), *students, *targets)
+        count = len(students)
+        return ops._apply(_KdLoss, keyset, temperature, detach_target, count, *students, *targets)
     return ops._below_autograd(_FORWARD, keyset, students, targets, temperature, detach_target)
 
 
 _lib.impl("kd_loss", _autograd, "Autograd", with_keyset=True)
-ops._refuse_double_backward("mfef_triton", "kd_loss")
+ops.register_transforms(_lib, "kd_loss")
 
 
 # --- what is called ---------------------------------------------------------------------------

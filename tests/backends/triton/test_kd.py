@@ -355,6 +355,21 @@ def test_double_backward_is_refused(device):
         grad.sum().backward()
 
 
+def test_torch_func(device):
+    def loss(student):
+        return functional.kd_loss(student, target, 3.0, backend="triton")
+
+    student, target = draw_logits(3, 5, torch.float32, device, 0)
+    pair = torch.stack([student, target])
+    for gradient, s in zip(torch.vmap(torch.func.grad(loss))(pair), pair, strict=True):
+        (s,) = leaves(s)
+        assert torch.equal(gradient, torch.autograd.grad(loss(s), s)[0])
+    with pytest.raises(RuntimeError, match="kd_loss cannot be differentiated in forward mode"):
+        torch.func.jvp(loss, (student,), (target,))
+    with pytest.raises(RuntimeError, match="kd_loss cannot be differentiated twice"):
+        torch.func.grad(lambda s: torch.func.grad(loss)(s).square().sum())(student)
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("detach_target", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])

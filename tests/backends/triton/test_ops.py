@@ -143,6 +143,23 @@ def test_double_backward_is_refused():
         grad.sum().backward()
 
 
+def test_torch_func():
+    case = make_case((1, 4, 3, 3), kernel_sizes=(3,), dtype=torch.float32).cast(torch.float32)
+    weights, attention = [w.detach() for w in case.weights], [p.detach() for p in case.attention]
+
+    def total(x):
+        out = functional.mfef_block(x, weights, case.groups, *attention, backend="triton")
+        return out.square().sum()
+
+    x = case.x.detach()
+    pair = torch.stack([x, -x])
+    for gradient, y in zip(torch.vmap(torch.func.grad(total))(pair), pair, strict=True):
+        y = y.clone().requires_grad_()
+        assert torch.equal(gradient, torch.autograd.grad(total(y), y)[0])
+    with pytest.raises(RuntimeError, match="mfef_block cannot be differentiated in forward mode"):
+        torch.func.jvp(total, (x,), (x,))
+
+
 def test_compiles_without_graph_breaks():
     block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto", backend="triton")
     x = torch.randn(2, 8, 4, 5, requires_grad=True)
