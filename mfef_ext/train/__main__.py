@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         config, options = configured(sys.argv[1:] if argv is None else argv)
-        config = tyro.cli(TrainConfig, prog="mfef train", default=config, args=options)
+    except UsageError as error:
+        return _refuse(str(error), USAGE)
+    config = tyro.cli(TrainConfig, prog="mfef train", default=config, args=options)
+    try:
         config.check()
         if config.seeds:
             _train_seeds(config)
