@@ -24,7 +24,7 @@ def run_aot(*arguments, **environment):
 @pytest.mark.slow
 def test_page_says_what_the_kernels_take():
     """No spills, shared memory within the limit; and the page is what is compiled now, if by the
-    same Triton (another one brings another ptxas). It takes XXX minutes of a core."""
+    same Triton (another one brings another ptxas). It takes about twelve minutes of a core."""
     page = aot.DOCUMENT.read_text()
     ran = run_aot()
     assert ran.returncode == 0, ran.stderr
