@@ -51,7 +51,8 @@ DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "triton_kernels.md"
 # Of a launch; the others that Triton has are left as they are.
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
-ALIKE = ("TOTAL", "TILES", "SAVE", "weight_c", "weight_h", "weight_w")  # see Specialisation.kind
+# See Specialisation.kind.
+ALIKE = ("COUNT", "TOTAL", "TILES", "SAVE", "weight_c", "weight_h", "weight_w")
 
 DTYPES = {
     "float32": torch.float32,
@@ -247,9 +248,9 @@ class Specialisation:
 
     @property
     def kind(self) -> tuple:
-        """What is compiled once: launches of a kind differ only in the shapes of the weights, in
-        which integers are multiples of 16, in dtypes with the same arithmetic, in whether results
-        are stored for the backward, and in which way the attention's spatial weight lies."""
+        """What is compiled once: launches of a kind differ only in the number and shapes of the
+        weights, in which integers are multiples of 16, in dtypes with the same arithmetic, in
+        whether results are stored for the backward, and in how the spatial weight lies."""
         given = {k: v for k, v in self.configuration.items() if k not in ALIKE}
         absent = [at for at, value in self.constants.items() if value is None]
         return self.name, *sorted(given.items()), *absent, *self.options.values()
@@ -423,11 +424,11 @@ def document(rows: Sequence[Row], architectures: Sequence[int]) -> str:
 
 Written by `python -m mfef_ext.backends.triton.aot --write`; a test compiles again and compares.
 Compiled ahead of time by Triton {triton.__version__}, without a GPU, as the launches of the cases
-specialise them. Launches that differ only in the shapes of the weights, in which strides are
-multiples of 16, in dtypes with the same arithmetic, in whether something is stored for the backward
-and in how the spatial weight lies are compiled once, for the first case. "Other choices" are those
-that may run where a GPU has timed them. Registers and spilled bytes are a thread's, shared bytes a
-block's; the smallest of the GPUs has {SHARED_MEMORY} of them.
+specialise them. Launches that differ only in the number and shapes of the weights, in which strides
+are multiples of 16, in dtypes with the same arithmetic, in whether something is stored for the
+backward and in how the spatial weight lies are compiled once, for the first case. "Other choices"
+are those that may run where a GPU has timed them. Registers and spilled bytes are a thread's,
+shared bytes a block's; the smallest of the GPUs has {SHARED_MEMORY} of them.
 """
     for file in FILES:
         of_file = [row for row in rows if row[0].file == file]
