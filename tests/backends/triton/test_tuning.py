@@ -238,6 +238,7 @@ MODES = {
 SHAPES = {"cpu": [(2, 8, 5, 4)], "cuda": [(2, 8, 5, 4), (3, 64, 8, 8), (2, 64, 33, 31)]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_candidate_obeys_the_rule(monkeypatch, device, tuning, timed, mode):
     """Whatever is the fastest: here the last of each list."""
