@@ -128,7 +128,10 @@ def _explain_launches(problem: Problem, channels_last: bool) -> list[str]:
         lines.append(f"    convolutions, forward: {plans.convolutions(problem)}")
     for direction, launches in plans.launches(problem, channels_last).items():
         lines.append(f"    {direction}: {len(launches)} launch(es)")
-        lines += [f"      {launch}" for launch in launches]
+        for launch in launches:
+            lines.append(f"      {launch}")
+            if launch.choices():
+                lines.append(f"        {launch.choices()}")
     return lines
 
 

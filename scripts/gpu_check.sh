@@ -7,12 +7,16 @@
 # backend that has kernels, and compute-sanitizer over a few tests. OUT gets summary.md, .json and
 # .csv, a log of each part, and a folder of results.json and results.csv per backend.
 #
+# The parts come in the order of what they are worth; their limits, with two backends, add up to what
+# there is, so that each has its time even if all that come before it use theirs up.
+#
 # A part that fails or runs out of time is shown and does not stop the rest. The exit status is 1 if
 # one failed, 2 if nothing was run. PYTHON names the interpreter, python3 by default.
 set -u
 
 PYTHON=${PYTHON:-python3}
 SECONDS_IN_ALL=540
+SECONDS_BETWEEN=15 # of which no part has any: which backends there are, the summary
 # Tests that reach every kernel, with strides, borders and sizes that are odd; all names are matched.
 SANITIZED="sanitized or any_strides or empty_batch"
 # Where tests marked gpu are; the trainer's tests need packages that a GPU machine may lack.
@@ -41,7 +45,8 @@ parts=$work/parts.tsv # name, status, seconds, limit
 
 # part NAME LIMIT COMMAND...: runs it for at most LIMIT seconds, or what is left of the whole.
 part() {
-  local name=$1 limit=$2 left=$((SECONDS_IN_ALL - 10 - (SECONDS - begin))) since=$SECONDS status said
+  local name=$1 limit=$2 since=$SECONDS status said
+  local left=$((SECONDS_IN_ALL - SECONDS_BETWEEN - (SECONDS - begin)))
   shift 2
   if [ "$limit" -gt "$left" ]; then limit=$left; fi
   echo "== $name"
@@ -80,7 +85,7 @@ print(f'{major}.{minor}' + 'a' * (major == 9))")
 fi
 # Into a folder of its own: whatever is installed stays as it is.
 cd "$root" || exit 2
-part build 180 "$PYTHON" -m pip install --no-index --no-build-isolation --no-deps \
+part build 150 "$PYTHON" -m pip install --no-index --no-build-isolation --no-deps \
   --disable-pip-version-check --target "$work/site" .
 export PYTHONPATH=$work/site
 
@@ -88,17 +93,16 @@ export PYTHONPATH=$work/site
 mkdir "$work/tree"
 cp -r tests benchmarks docs scripts pyproject.toml "$work/tree"
 cd "$work/tree" || exit 2
-part doctor 30 "$PYTHON" -c "from mfef_ext.inspection import doctor; print(doctor())"
+part doctor 15 "$PYTHON" -c "from mfef_ext.inspection import doctor; print(doctor())"
 
 # --- tests ------------------------------------------------------------------------------------
 
 pytest=("$PYTHON" -m pytest -p no:cacheprovider -m gpu "${GPU_TESTS[@]}")
 # Compilers, graphs and tensors of gigabytes by themselves: they must not take the others' time.
 used=tests/backends/triton/test_gpu.py
-part tests 130 "${pytest[@]}" --ignore "$used" --junitxml "$out/tests.xml"
-part tests-as-used 60 "$PYTHON" -m pytest -p no:cacheprovider -m gpu "$used" --junitxml "$out/tests-as-used.xml"
+part tests 100 "${pytest[@]}" --ignore "$used" --junitxml "$out/tests.xml"
 
-# --- benchmark --------------------------------------------------------------------------------
+# --- benchmark of the kernels -----------------------------------------------------------------
 
 # The backends that can run a block on this GPU, the reference excepted: that is the baseline.
 backends=$("$PYTHON" - << 'END'
@@ -119,32 +123,44 @@ if [ -z "$backends" ]; then
   missing bench_fusion "no backend has kernels that run here"
 fi
 for backend in $backends; do
-  part "bench_fusion-$backend" 75 "$PYTHON" benchmarks/bench_fusion.py --device cuda --quick \
-    --seconds 50 --backend "$backend" --out "$out/bench_fusion-$backend"
+  part "bench_fusion-$backend" 55 "$PYTHON" benchmarks/bench_fusion.py --device cuda --quick \
+    --seconds 35 --backend "$backend" --out "$out/bench_fusion-$backend"
 done
-
-if [ -n "$backends" ]; then
-  # shellcheck disable=SC2086 # a list of words
-  part bench_training 45 "$PYTHON" benchmarks/bench_training.py --device cuda --seconds 20 \
-    --backends $backends reference --out "$out/bench_training"
-fi
-
-case " $backends " in
-  *" triton "*) part bench_host 20 "$PYTHON" benchmarks/bench_host.py --rounds 20 ;;
-esac
 
 # --- compute-sanitizer ------------------------------------------------------------------------
 
 sanitizer=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin command -v compute-sanitizer)
-if [ -z "$sanitizer" ]; then
-  missing sanitizer "compute-sanitizer is neither on PATH nor in \$CUDA_HOME/bin"
-else
-  # One allocation of torch's holds many tensors; without it every overrun meets a border.
-  part sanitizer-memcheck 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    "$sanitizer" --tool memcheck --error-exitcode 9 "${pytest[@]}" -x -k "$SANITIZED"
-  part sanitizer-racecheck 45 \
-    "$sanitizer" --tool racecheck --error-exitcode 9 "${pytest[@]}" -x -k "$SANITIZED"
+
+# sanitize TOOL LIMIT VARIABLE=VALUE...: over tests that reach every kernel.
+sanitize() {
+  local tool=$1 limit=$2
+  shift 2
+  if [ -z "$sanitizer" ]; then
+    missing "sanitizer-$tool" "compute-sanitizer is neither on PATH nor in \$CUDA_HOME/bin"
+  else
+    part "sanitizer-$tool" "$limit" env "$@" \
+      "$sanitizer" --tool "$tool" --error-exitcode 9 "${pytest[@]}" -x -k "$SANITIZED"
+  fi
+}
+# One allocation of torch's holds many tensors; without it every overrun meets a border.
+sanitize memcheck 40 PYTORCH_NO_CUDA_MEMORY_CACHING=1
+
+# --- what is worth less -----------------------------------------------------------------------
+
+part tests-as-used 40 "$PYTHON" -m pytest -p no:cacheprovider -m gpu "$used" --junitxml "$out/tests-as-used.xml"
+
+# The kernels that shapes alone would choose: timing the others takes longer than there is here.
+if [ -n "$backends" ]; then
+  # shellcheck disable=SC2086 # a list of words
+  part bench_training 25 env MFEF_TRITON_AUTOTUNE=0 "$PYTHON" benchmarks/bench_training.py \
+    --device cuda --seconds 8 --backends $backends reference --out "$out/bench_training"
 fi
+sanitize racecheck 20
+case " $backends " in
+  *" triton "*)
+    part bench_host 25 env MFEF_TRITON_AUTOTUNE=0 "$PYTHON" benchmarks/bench_host.py --rounds 10
+    ;;
+esac
 
 # --- summary ----------------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ def state() -> str:
         return "not installed (pip install triton); everything else works without it"
     try:
         import triton
+
+        from . import tuning
     except Exception as error:
         return f"cannot be imported ({error}); everything else works without it"
     if interpreted():
@@ -52,7 +54,7 @@ def state() -> str:
     else:
         how = "no GPU to compile kernels for; TRITON_INTERPRET=1 interprets them on CPU tensors"
     verified = "" if BACKEND.verified else "; not yet run on hardware, so only where it is forced"
-    return f"{triton.__version__}, {how}{verified}"
+    return f"{triton.__version__}, {how}{verified}; autotuning {tuning.state()}"
 
 
 def _capability(problem: Problem) -> tuple[int, int] | None:

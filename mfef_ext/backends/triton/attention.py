@@ -28,7 +28,7 @@ partial results in the order of their tiles. The only atomic counts finished til
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, like, usual
+from .launch import REGISTERS, Launch, like, usual
+from .tuning import about, of_warps
 
 # --- maxima -----------------------------------------------------------------------------------
 #
@@ -955,30 +956,36 @@ class Tile(NamedTuple):
 
     block_c: int
     block_p: int
-    num_warps: int
+    warps: tuple[int, ...]  # of which tuning.py takes one
 
     def constants(self) -> dict[str, int]:
         """As a kernel takes them."""
         return {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p}
 
 
-# Nothing was measured on hardware yet, so nothing is tuned at run time: the shape decides, by
-# reasoning. At most 16 elements per thread keep the accumulators of the widest loop (three each)
-# in registers; the fastest axis of a tile is a whole number of sectors of 32 bytes in memory.
+# Nothing was measured on hardware yet: the shape decides, by reasoning. At most 16 elements per
+# thread keep the accumulators of the widest loop (three each) in registers; the fastest axis of a
+# tile is a whole number of sectors of 32 bytes in memory. Of a small image, a chain of short steps
+# with barriers in between, no reasoning says how many warps do it fastest.
 IMAGE_TILES = {
-    "tiny": Tile(64, 16, 8),  # maps of up to 4 x 4
-    "small": Tile(32, 64, 4),  # up to 8192 elements per image
-    "large": Tile(64, 64, 8),
+    "tiny": Tile(64, 16, (8,)),  # maps of up to 4 x 4
+    "small": Tile(32, 64, (4, 8)),  # up to 8192 elements per image
+    "large": Tile(64, 64, (8, 16)),
 }
 PIXEL_TILES = {
-    "rows": Tile(16, 128, 4),  # pixels are neighbours in memory, large maps
-    "short rows": Tile(32, 64, 4),  # the same, fewer pixels: more programs
-    "channels": Tile(128, 16, 4),  # channels are neighbours in memory
-    "few channels": Tile(32, 32, 4),
+    "rows": Tile(16, 128, (4,)),  # pixels are neighbours in memory, large maps
+    "short rows": Tile(32, 64, (4,)),  # the same, fewer pixels: more programs
+    "channels": Tile(128, 16, (4,)),  # channels are neighbours in memory
+    "few channels": Tile(32, 32, (4,)),
 }
 # (hidden units, channels) per tile of the MLP, for up to 4, up to 16 and more hidden units.
 MLP_TILES = {4: (4, 256), 16: (16, 128), 32: (32, 64)}
 GATE_WARPS = 4
+# Warps for which ptxas must not choose: see of_warps.
+BOUNDED = {
+    ("image_forward_kernel", IMAGE_TILES["large"]): (16,),
+    ("spatial_backward_kernel", PIXEL_TILES["short rows"]): (4,),
+}
 # Channels per step where the statistics of an image are added up, and tiles per step, which is 1
 # where the convolution's tile is the whole map.
 GATHER_CHANNELS = 128
@@ -1142,6 +1149,13 @@ class _Call(NamedTuple):
     launches: tuple[Launch, ...]
 
 
+def _gate(images: int, numbers: tuple[int, ...], constants: dict[str, Any], reuse: bool) -> Launch:
+    # Left alone, ptxas makes it spill on sm_100.
+    return Launch(
+        gate_kernel, images, numbers, constants, GATE_WARPS, STAGES, reuse, registers=REGISTERS
+    )
+
+
 @lru_cache(maxsize=1024)
 def _forward_call(
     shape: tuple[int, ...],
@@ -1151,6 +1165,7 @@ def _forward_call(
     parameters: _Parameters,
     given_tiles: int,
     save: bool,
+    deterministic: bool,
     reuse: bool,
 ) -> _Call:
     """``given_tiles`` are those of the convolution's statistics, 0 if there are none."""
@@ -1177,8 +1192,12 @@ def _forward_call(
         "BLOCK_T": GATHER_TILES[tiles > 2],
     }
 
-    def launch(kernel: Any, programs: int, *numbers: int, warps: int = tile.num_warps) -> Launch:
-        return Launch(kernel, programs, numbers, constants, warps, STAGES, reuse)
+    def launch(kernel: Any, programs: int, *numbers: int) -> Launch:
+        # Not what is saved: with and without it the bits are the same.
+        problem = dtype, c, hidden, k, flat, _is_channels_last(y), given_tiles > 0, *about(n, hw)
+        make = partial(Launch, kernel, programs, numbers, constants, stages=STAGES, reuse=reuse)
+        bounded = BOUNDED.get((kernel.__name__, tile), ())
+        return of_warps(tile.warps, make, problem, device, deterministic, bounded)
 
     if plan.image:
         tiles = given_tiles or 1
@@ -1191,7 +1210,7 @@ def _forward_call(
     else:
         programs = n * plan.tiles
         launches = [
-            launch(gate_kernel, n, plan.work, c, hw, hidden, tiles, warps=GATE_WARPS),
+            _gate(n, (plan.work, c, hw, hidden, tiles), constants, reuse),
             launch(pool_kernel, programs, plan.work, *sizes, *from_y),
             launch(output_kernel, programs, plan.work, *sizes, *taps, *from_y, *to_out),
         ]
@@ -1212,6 +1231,7 @@ def _backward_call(
     parameters: _Parameters,
     need_x: bool,
     need_parameters: bool,
+    deterministic: bool,
     reuse: bool,
 ) -> _Call:
     """The last launch is that of the parameters' gradients, if they are needed."""
@@ -1239,8 +1259,12 @@ def _backward_call(
     }
     work, programs = plan.work_backward, n * plan.tiles
 
-    def launch(kernel: Any, programs: int, *numbers: int, warps: int = tile.num_warps) -> Launch:
-        return Launch(kernel, programs, numbers, constants, warps, STAGES, reuse)
+    def launch(kernel: Any, programs: int, *numbers: int) -> Launch:
+        # Not which gradients are needed: each has the same bits whatever the others.
+        problem = dtype, c, hidden, k, flat, _is_channels_last(y), *about(n, hw)
+        make = partial(Launch, kernel, programs, numbers, constants, stages=STAGES, reuse=reuse)
+        bounded = BOUNDED.get((kernel.__name__, tile), ())
+        return of_warps(tile.warps, make, problem, device, deterministic, bounded)
 
     if plan.image:
         numbers = work, *sizes, hidden, plan.taps, *taps, *of_maps, *(() if need_x else (0,) * 4)
@@ -1248,7 +1272,7 @@ def _backward_call(
     else:
         numbers = work, *sizes, hidden, plan.taps, *taps, *of_maps[:8]
         launches = [
-            launch(gate_kernel, n, work, c, hw, hidden, 1, warps=GATE_WARPS),
+            _gate(n, (work, c, hw, hidden, 1), constants, reuse),
             launch(pool_backward_kernel, programs, work, *sizes, *of_maps[:8]),
             launch(spatial_backward_kernel, programs, *numbers),
         ]
@@ -1302,6 +1326,7 @@ def forward(
     call = _forward_call(
         shape, y.stride(), y.device, y.dtype, _key(*parameters),
         0 if statistics is None else statistics[0].shape[2], save,
+        torch.are_deterministic_algorithms_enabled(),
         usual(y.dtype, y, *parameters) and (statistics is None or usual(real, *statistics[:2])),
     )  # fmt: skip
     out = y.new_empty_strided(*call.result)
@@ -1374,7 +1399,7 @@ def backward(
         return (y.new_empty((0,)), *grads)
     call = _backward_call(
         grad.stride(), y.shape, y.stride(), y.device, y.dtype, _key(*parameters),
-        need_x, need_parameters,
+        need_x, need_parameters, torch.are_deterministic_algorithms_enabled(),
         usual(y.dtype, grad, y, *parameters)
         and usual(torch.float32, mean, max, spatial_gate)
         and usual(torch.int32, max_index, channel_index),

@@ -33,13 +33,14 @@ Operations: 2 N P K for each of the three, less the taps that are farther than m
 the centre: they lie outside of every map and are not looped over.
 
 The order of every sum depends on the shapes of the weights, on H and on W, for the weight gradient
-also on N; never on the device or on chance. There are no atomics.
+also on N, and on how many warps tuning.py has found fastest, which is settled once for a process
+and not at all in deterministic mode. There are no atomics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import REGISTERS, Launch, like, usual
+from .launch import Launch, like, usual
+from .tuning import about, of_warps
 
 WIDE = 8  # channels per group from which tl.dot pays: below, most of its block is padding
 WIDE_GRADIENT = 2  # the same for the weight gradient on tensor cores: its columns are always full
@@ -58,36 +60,37 @@ PROGRAMS = 1024  # of _weight_partials, about; slices are made until there are a
 
 
 class Configuration(NamedTuple):
-    """Tiles of a launch. Chosen by shape alone, so the same call always runs the same code.
+    """Tiles of a launch.
 
     Nothing has been measured on hardware: sizes follow from registers (an accumulator of at most
-    64 x 64 floats in four warps) and shared memory, not from timings, and nothing is autotuned.
+    64 x 64 floats in four warps) and shared memory, not from timings.
     """
 
     name: str
     pixels: int  # of a tile
     channels: int  # destination channels (weight gradient: output channels) of a tile at most
     depth: int  # of a tl.dot (weight gradient: columns of a tile, taps x input channels, at most)
-    warps: int
+    warps: tuple[int, ...]  # of which tuning.py takes one
     stages: int
-    registers: int | None = REGISTERS
+    bounded: tuple[int, ...] = ()  # warps for which ptxas must not choose: see of_warps
 
 
 # "half" is 16-bit floats, "tf32" float32 on tensor cores, "ieee" float32 on the ordinary units:
 # there tl.dot keeps its operands in registers, so blocks are small.
+# Twice the warps halve the registers of a thread and the work between two of its loads; in "ieee"
+# there is one choice, since it is rarely asked for and every candidate is compiled at first calls.
 CONVOLUTION = {
-    ("half", False): Configuration("half", 64, 64, 32, 4, 3),
-    ("half", True): Configuration("half, large maps", 128, 32, 32, 4, 3),
-    # ptxas's own bound is about 100: with ours it takes 255 on sm_80, and spills.
-    ("tf32", False): Configuration("tf32", 64, 32, 32, 4, 3, None),
-    ("tf32", True): Configuration("tf32, large maps", 128, 32, 32, 4, 3),
-    ("ieee", False): Configuration("ieee", 64, 32, 16, 4, 2),
-    ("ieee", True): Configuration("ieee, large maps", 128, 32, 16, 8, 2),
+    ("half", False): Configuration("half", 64, 64, 32, (4, 8), 3),
+    ("half", True): Configuration("half, large maps", 128, 32, 32, (4, 8), 3, (4,)),
+    ("tf32", False): Configuration("tf32", 64, 32, 32, (4, 8), 3),
+    ("tf32", True): Configuration("tf32, large maps", 128, 32, 32, (4, 8), 3),
+    ("ieee", False): Configuration("ieee", 64, 32, 16, (4,), 2, (4,)),
+    ("ieee", True): Configuration("ieee, large maps", 128, 32, 16, (8,), 2),
 }
 WEIGHT_GRADIENT = {
-    "half": Configuration("half", 64, 64, 64, 4, 3),
-    "tf32": Configuration("tf32", 32, 64, 64, 4, 3),
-    "ieee": Configuration("ieee", 32, 32, 32, 4, 2),
+    "half": Configuration("half", 64, 64, 64, (4, 8), 3),
+    "tf32": Configuration("tf32", 32, 64, 64, (4, 8), 3, (4,)),
+    "ieee": Configuration("ieee", 32, 32, 32, (4,), 2),
 }
 
 
@@ -827,6 +830,11 @@ def _key(weights: Sequence[Tensor]) -> _Weights:
     return tuple([(w.shape, w.stride()) for w in weights])
 
 
+def _shapes(weights: _Weights) -> tuple[tuple[int, ...], ...]:
+    """What a class of problems knows of the weights: their layout hardly matters."""
+    return tuple([shape for shape, _ in weights])
+
+
 def _arithmetic(dtype: torch.dtype) -> str:
     """How products are computed: see CONVOLUTION."""
     if dtype != torch.float32:
@@ -905,6 +913,7 @@ def _convolution(
     has_bias: bool,
     has_statistics: bool,
     products: str,
+    deterministic: bool,
     reuse: bool,
 ) -> _Convolution:
     """``x`` is what the result looks like."""
@@ -926,17 +935,22 @@ def _convolution(
         "WIDEN": _WIDEN,
         "INDEX": _index(plan, src, dst),
     }
-    launch = Launch(
+    launch = partial(
+        Launch,
         _convolve,
         -(-n // plan.images) * plan.maps * plan.tiles,
         (n, h, w, *src_strides, *dst.stride()),
         constants,
-        plan.configuration.warps,
-        plan.configuration.stages,
-        reuse,
-        plan.configuration.registers,
+        stages=plan.configuration.stages,
+        reuse=reuse,
     )
-    return _Convolution((dst.shape, dst.stride()), (n, plan.total, plan.maps), launch)
+    problem = (
+        dtype, products, _shapes(weights), groups, split, backwards, has_statistics,
+        constants["SRC_FLAT"], constants["DST_FLAT"], *about(n, h * w),
+    )  # fmt: skip
+    warps, bounded = plan.configuration.warps, plan.configuration.bounded
+    tuned = of_warps(warps, launch, problem, device, deterministic, bounded)
+    return _Convolution((dst.shape, dst.stride()), (n, plan.total, plan.maps), tuned)
 
 
 def _slices(plan: _Plan, blocks: int) -> tuple[int, int]:
@@ -957,6 +971,7 @@ def _weight_gradient(
     groups: tuple[int, ...],
     split: bool,
     products: str,
+    deterministic: bool,
     reuse: bool,
 ) -> _WeightGradient:
     n, _, h, w = x_shape
@@ -979,16 +994,21 @@ def _weight_gradient(
         "WIDEN": _WIDEN,
         "INDEX": _index(plan, grad, x),
     }
-    partials = Launch(
+    partials = partial(
+        Launch,
         _weight_partials,
         plan.tiles * slices,
         (n, h, w, blocks, per_slice, *grad_strides, *x_strides),
         constants,
-        plan.configuration.warps,
-        plan.configuration.stages,
-        reuse,
-        plan.configuration.registers,
+        stages=plan.configuration.stages,
+        reuse=reuse,
     )
+    problem = (
+        dtype, products, _shapes(weights), groups, split,
+        constants["GRAD_FLAT"], constants["X_FLAT"], *about(n, h * w),
+    )  # fmt: skip
+    warps, bounded = plan.configuration.warps, plan.configuration.bounded
+    tuned = of_warps(warps, partials, problem, device, deterministic, bounded)
     constants = {
         "BRANCHES": plan.sums,
         "COUNT": len(plan.sums),
@@ -996,7 +1016,7 @@ def _weight_gradient(
         "BLOCK": SUMS,
     }
     sums = Launch(_weight_sums, plan.programs, (slices,), constants, 4, 3, reuse)
-    return _WeightGradient((slices, plan.total), (partials, sums))
+    return _WeightGradient((slices, plan.total), (tuned, sums))
 
 
 # --- what operators call ----------------------------------------------------------------------
@@ -1022,7 +1042,8 @@ def forward(
         bias = bias.contiguous()
     call = _convolution(
         shape, strides, shape, strides, x.device, dtype, _key(weights), tuple(groups), split,
-        False, bias is not None, statistics, _arithmetic(dtype), usual(dtype, x, bias, *weights),
+        False, bias is not None, statistics, _arithmetic(dtype),
+        torch.are_deterministic_algorithms_enabled(), usual(dtype, x, bias, *weights),
     )  # fmt: skip
     y = x.new_empty_strided(*call.result)
     if not statistics:
@@ -1042,7 +1063,8 @@ def data_gradient(
     dtype = x.dtype
     call = _convolution(
         grad.shape, grad.stride(), x.shape, x.stride(), x.device, dtype, _key(weights),
-        tuple(groups), split, True, False, False, _arithmetic(dtype), usual(dtype, grad, *weights),
+        tuple(groups), split, True, False, False, _arithmetic(dtype),
+        torch.are_deterministic_algorithms_enabled(), usual(dtype, grad, *weights),
     )  # fmt: skip
     grad_x = x.new_empty_strided(*call.result)
     call.launch(grad, grad_x, tuple(weights), None, None, None, None)
@@ -1056,7 +1078,8 @@ def weight_gradient(
     dtype = x.dtype
     call = _weight_gradient(
         grad.stride(), x.shape, x.stride(), x.device, dtype, _key(weights), tuple(groups), split,
-        _arithmetic(dtype), usual(dtype, grad, x, *weights),
+        _arithmetic(dtype), torch.are_deterministic_algorithms_enabled(),
+        usual(dtype, grad, x, *weights),
     )  # fmt: skip
     results = [torch.empty_like(w) for w in weights]
     partial = x.new_empty(call.partial, dtype=torch.float32)

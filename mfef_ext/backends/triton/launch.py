@@ -22,6 +22,7 @@ from triton.compiler import CompiledKernel
 # What is said of a tile: constants of kernels, in words.
 TILE = {"IMAGES": "images", "PIXELS": "pixels", "BLOCK_C": "channels", "BLOCK_P": "pixels"}
 REGISTERS = 255  # of a thread: as many as NVIDIA's instructions can name
+ALL_REGISTERS = 65536  # of a multiprocessor, on all architectures
 
 
 def usual(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
@@ -50,8 +51,8 @@ class Launch:
         constants: at least all compile-time arguments, which are the last ones, by name.
         warps, stages: of the kernel.
         reuse: whether to remember the compiled code. False if tensors may be at odd addresses.
-        registers: the most that a thread may have. With None ptxas decides, and may spill some
-            bytes so that one more block fits: see docs/decisions.md.
+        registers: the most that a thread may have. With None ptxas decides, so that more blocks
+            fit; it makes a few kernels spill for it: see docs/decisions.md.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Launch:
         warps: int,
         stages: int,
         reuse: bool,
-        registers: int | None = REGISTERS,
+        registers: int | None = None,
     ) -> None:
         self.kernel = kernel
         self.grid = (programs, 1, 1)
@@ -82,10 +83,21 @@ class Launch:
         if self._run is not None:
             self._run(*tensors, *self.rest)
         elif self.grid[0] > 0:
-            code = self.kernel[self.grid](*tensors, *self.rest, **self.options)
-            # Interpreted kernels have none.
-            if self.reuse and isinstance(code, CompiledKernel):
-                self._run = code[self.grid]
+            self._bind(tensors)
+
+    def _bind(self, tensors: tuple) -> None:
+        """Launches the way that finds the compiled code, and remembers it."""
+        code = self.kernel[self.grid](*tensors, *self.rest, **self.options)
+        # Interpreted kernels have none.
+        if self.reuse and isinstance(code, CompiledKernel):
+            self._run = code[self.grid]
+
+    def look_up(self) -> None:
+        """Becomes what would run now, where that is a choice: see tuning.py."""
+
+    def choices(self) -> str:
+        """For people: of what launches this is one, and why; "" if there is no other."""
+        return ""
 
     def __str__(self) -> str:
         """For people: name, grid, tile, warps."""

@@ -27,7 +27,7 @@ def launches(problem: Problem, channels_last: bool) -> dict[str, tuple[Launch, .
     y_shape, y_strides = (n, problem.out_channels, h, w), strides(problem.out_channels)
     forward: list[Launch] = []
     backward: list[Launch] = []
-    tiles = 0
+    tiles, deterministic = 0, torch.are_deterministic_algorithms_enabled()
     if problem.branches:
         has_statistics = problem.hidden > 0
         shapes = [
@@ -36,18 +36,18 @@ def launches(problem: Problem, channels_last: bool) -> dict[str, tuple[Launch, .
         ]
         weights = conv._key([torch.empty(shape, device="meta") for shape in shapes])
         groups = tuple([b.groups for b in problem.branches])
-        products = conv._arithmetic(dtype)
+        mode = conv._arithmetic(dtype), deterministic
         x, y = (x_shape, x_strides), (y_shape, y_strides)
         convolution = conv._convolution(
             *x, *x, device, dtype, weights, groups, problem.split, False, False, has_statistics,
-            products, False,
+            *mode, False,
         )  # fmt: skip
         data = conv._convolution(
-            *y, *x, device, dtype, weights, groups, problem.split, True, False, False, products,
+            *y, *x, device, dtype, weights, groups, problem.split, True, False, False, *mode,
             False,
         )  # fmt: skip
         gradients = conv._weight_gradient(
-            y_strides, *x, device, dtype, weights, groups, problem.split, products, False
+            y_strides, *x, device, dtype, weights, groups, problem.split, *mode, False
         )
         forward.append(convolution.launch)
         backward += [data.launch, *gradients.launches]
@@ -57,13 +57,17 @@ def launches(problem: Problem, channels_last: bool) -> dict[str, tuple[Launch, .
         taps = like((1, 2, k, k), (2 * k * k, k * k, k, 1)).stride()
         parameters = attention._Parameters(problem.hidden, True, True, k, taps)
         common = (device, dtype, parameters)
-        forward += attention._forward_call(y_shape, y_strides, *common, tiles, True, False).launches
+        forward += attention._forward_call(
+            y_shape, y_strides, *common, tiles, True, deterministic, False
+        ).launches
         backward = [
             *attention._backward_call(
-                y_strides, y_shape, y_strides, *common, True, True, False
+                y_strides, y_shape, y_strides, *common, True, True, deterministic, False
             ).launches,
             *backward,
         ]
+    for launch in (*forward, *backward):
+        launch.look_up()
     return {"forward": tuple(forward), "backward": tuple(backward)}
 
 

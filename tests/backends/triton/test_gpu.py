@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import mfef_ext
 from mfef_ext import functional
 from mfef_ext.modules import MFEFBlock
 from tests.accuracy import check_block
@@ -153,6 +154,25 @@ def test_threads():
         same_bits(gradients(block, x), got)
 
 
+# --- tuning -----------------------------------------------------------------------------------
+
+
+@GPU
+@pytest.mark.parametrize("shape", [(4, 8, 5, 4), (128, 64, 8, 8), (4, 64, 33, 31)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_call_that_tunes_has_the_bits_of_those_after(shape, dtype):
+    """Out of deterministic mode, with real timings; a smaller batch of the class, too, runs what
+    was chosen."""
+    torch.use_deterministic_algorithms(False)
+    block = block_on("cuda", dtype, shape[1])
+    x = torch.randn(shape, device="cuda", dtype=dtype)
+    first = gradients(block, x)
+    for _ in range(3):
+        same_bits(first, gradients(block, x))
+    assert "microseconds at its first call" in mfef_ext.explain(x, block)
+    assert "microseconds at its first call" in mfef_ext.explain(x[1:], block)
+
+
 # --- graphs and compilers ---------------------------------------------------------------------
 
 
@@ -200,19 +220,26 @@ def test_compile(device):
 # --- sizes ------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def untuned(monkeypatch):
+    """Batches and maps of any size get the same code; deterministic mode fills memory with NaN,
+    which takes too much of it here."""
+    monkeypatch.setenv("MFEF_TRITON_AUTOTUNE", "0")
+    torch.use_deterministic_algorithms(False)
+
+
 def needs(gigabytes):
     free, _ = torch.cuda.mem_get_info()
     if free < gigabytes * 2**30:
         pytest.skip(f"{free / 2**30:.0f} GB of GPU memory are free, {gigabytes} are needed")
 
 
-def test_many_images(device):
+def test_many_images(device, untuned):
     """The last images of more than 2^31 elements have the bits that they have alone."""
     images, channels = 5, 8
     if device == "cuda":
         images, channels = 2**19 + 8, 64
         needs(32)
-    torch.use_deterministic_algorithms(False)  # else torch fills 26 GB with NaN
     block = block_on(device, torch.bfloat16, channels)
     x = torch.randn(4, channels, 8, 8, device=device, dtype=torch.bfloat16)
     many = torch.zeros(images, channels, 8, 8, device=device, dtype=torch.bfloat16)
@@ -224,13 +251,12 @@ def test_many_images(device):
     same_bits([out[-4:], grad_x[-4:]], [alone, alone_x])
 
 
-def test_large_image(device):
+def test_large_image(device, untuned):
     """The last rows of one image of more than 2^31 elements, and of its gradient."""
     side = 40
     if device == "cuda":
         side = 11_600
         needs(20)
-    torch.use_deterministic_algorithms(False)
     groups, rows = [16], 12
     weights = [torch.randn(16, 1, 5, 5, device=device, dtype=torch.bfloat16)]
     x = torch.zeros(1, 16, side, side, device=device, dtype=torch.bfloat16)

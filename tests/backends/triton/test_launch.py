@@ -110,7 +110,7 @@ with torch.no_grad():
     # The same shapes on another device have their own code, which is loaded there.
     meta = dict(dtype=x.dtype, shape=(2, 8, 4, 4), strides=x.stride())
     key = (meta["shape"], meta["strides"]) * 2
-    rest = (x.dtype, conv._key(weights), (1,), True, False, False, True, "ieee", True)
+    rest = (x.dtype, conv._key(weights), (1,), True, False, False, True, "ieee", True, True)
     calls = [conv._convolution(*key, torch.device("cuda", i), *rest) for i in (0, 1, 0)]
     assert calls[0] is calls[2] and calls[0].launch is not calls[1].launch
 """
