@@ -4,6 +4,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "large_plan.h"
 
@@ -397,6 +398,42 @@ inline Plan make_plan(const Sizes& s, int64_t limit) {
   Plan p = make_small_plan(s, limit);
   if (!p.fits) make_large_plan(s, limit, &p);
   return p;
+}
+
+// The kernels of a whole call, in order; `backward` with all gradients.
+inline std::vector<std::string> launches(const Sizes& s, const Plan& p, bool backward) {
+  const bool convolution = s.branch_count > 0, attention = s.hidden > 0;
+  if (!p.large && !backward) return {"Forward"};
+  std::vector<std::string> all;
+  if (!p.large) {
+    all = {"Backward"};
+    if (convolution) all.push_back("WeightGradient");
+  } else if (!backward) {
+    all = {"LargeConvolution"};
+    if (attention) all.insert(all.end(), {"ChannelGates", "PoolChannels", "GateMap"});
+    return all;
+  } else {
+    if (attention) all = {"ChannelGates", "PixelGradient", "ChannelGradient", "MlpBackward", "MapGradient"};
+    if (convolution) all.insert(all.end(), {"LargeConvolution", "LargeWeightGradient"});
+  }
+  all.push_back("Sums");
+  return all;
+}
+
+// Bytes in float32 that a whole call has beside its tensors while it runs; of large maps without the y that a forward
+// which saves nothing needs.
+inline int64_t scratch_bytes(const Sizes& s, const Plan& p, bool backward) {
+  const int64_t n = s.batch, pixels = s.pixels(), map = n * s.out * pixels;
+  const bool convolution = s.branch_count > 0, attention = s.hidden > 0;
+  const int64_t pieces = p.large ? n * p.maps.pieces.count() : (n + most(p.images, 1) - 1) / most(p.images, 1);
+  int64_t floats = 0;
+  if (p.large && attention && !backward) floats += n * (3 * p.maps.tiles.count() * int64_t(s.out) + s.out + 2 * pixels);
+  if (p.large && attention && backward) floats += n * (3 * s.out + 5 * pixels) + pieces * s.out;
+  if (backward && attention) {
+    floats += n * (s.out + 3 * int64_t(s.hidden)) + pieces * 2 * s.spatial_k * s.spatial_k + map * convolution;
+  }
+  if (backward && convolution) floats += p.slices * first_sum(s, s.branch_count);
+  return 4 * floats;
 }
 
 // What the large-map kernels read beside the problem: their plan, scratch, and the maps of the launch. All in float32
