@@ -75,9 +75,10 @@ SHAPES = [
 ]
 
 
-def is_large(shape, **options) -> bool:
+def is_large(shape, split=True, **options) -> bool:
     """Whether the planner takes the large-map kernels."""
-    plan = cuda.plan(problem(shape[0], *shape[1:], **options), H200)
+    mode = "split" if split else "pyramid"
+    plan = cuda.plan(problem(shape[0], *shape[1:], mode=mode, **options), H200)
     return plan["plan"] == "large-map"
 
 

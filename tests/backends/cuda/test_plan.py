@@ -77,9 +77,9 @@ def test_imagenets_maps_are_large(shape, limit):
         assert 0 < plan[f"{name}_shared_bytes"] <= 80 * 1024
     (rows, columns), tiles = plan["tile"], plan["tiles"]
     assert tiles * rows * columns >= shape[2] ** 2 > (tiles - 1) * rows * columns / 2
-    # enough thread blocks for every multiprocessor, four times over
-    assert min(plan["forward_units"], plan["backward_units"]) * tiles * shape[0] >= 2 * 132
-    assert plan == cuda.plan(problem(*shape), H200)
+    # thread blocks for nearly all places of a GPU of 132 multiprocessors that hold two each
+    assert min(plan["forward_units"], plan["backward_units"]) * tiles * shape[0] >= 2 * 128
+    assert plan | {"reason": ""} == cuda.plan(problem(*shape), H200) | {"reason": ""}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,8 @@ def test_imagenets_maps_are_large(shape, limit):
     [
         ((1, 64, 2**20, 4), {"kernel_sizes": (201,)}, "not one channel of a convolution of a tile"),
         ((1, 2**21, 1), {}, "2^20 channels are the most"),
-        ((1, 2**18, 1), {}, "the MLP takes"),
+        ((1, 2**14, 16384), {}, "a weight has over 2^28 taps"),
+        ((1, 2**16, 1), {"kernel_sizes": (1,), "groups": (2**16,)}, "the MLP takes"),
         ((1, 4, 200), {"spatial_kernel_size": 257}, "255 x 255 is the largest"),
         ((1, 4, 200), {"spatial_kernel_size": 255}, "the spatial convolution takes"),
     ],
