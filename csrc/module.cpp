@@ -131,7 +131,7 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
     plan["tile"] = std::make_tuple(p.maps.tiles.rows, p.maps.tiles.columns);
     plan["pieces"] = p.maps.pieces.count();
     plan["piece"] = std::make_tuple(p.maps.pieces.rows, p.maps.pieces.columns);
-    plan["threads"] = kLargeThreads;
+    plan["threads"] = kConvolutionThreads;
   } else {
     plan["images"] = p.images;
     plan["blocks"] = (batch + p.images - 1) / p.images;

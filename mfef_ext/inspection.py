@@ -137,8 +137,8 @@ _CUDA_TEXT = {
     "each; shared memory {forward_shared_bytes:,} bytes, backward {backward_shared_bytes:,}",
     "large-map": "large-map plan: per image {tiles} tile(s) of {tile[0]} x {tile[1]} pixels by "
     "{forward_units} unit(s) of channels, backward {backward_units}, and {pieces} piece(s) of "
-    "{piece[0]} x {piece[1]} pixels; shared memory {forward_shared_bytes:,} bytes, backward "
-    "{backward_shared_bytes:,}",
+    "{piece[0]} x {piece[1]} pixels; {threads} threads, shared memory {forward_shared_bytes:,} "
+    "bytes, backward {backward_shared_bytes:,}",
 }
 _CUDA_STAGES_TEXT = "weights in {forward_stages} stage(s), backward {backward_stages}"
 _CUDA_GRADIENT_TEXT = (

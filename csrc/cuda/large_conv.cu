@@ -6,9 +6,9 @@ namespace mfef::cuda {
 
 const char* launch_large_convolution(const BlockArgs& args, const Plan& plan, void* stream) {
   const LargeArgs& l = args.large;
-  return launch<LargeConvolution, kLargeThreads, 2>(args, args.sizes.batch * l.tiles.count() * l.units.count,
-                                                    kLargeThreads,
-                                                    l.backward ? plan.maps.shared_backward : plan.maps.shared, stream);
+  return launch<LargeConvolution, kConvolutionThreads, kConvolutionBlocks>(
+      args, args.sizes.batch * l.tiles.count() * l.units.count, kLargeThreads,
+      l.backward ? plan.maps.shared_backward : plan.maps.shared, stream);
 }
 
 }  // namespace mfef::cuda

@@ -8,9 +8,12 @@
 namespace mfef::cuda {
 
 constexpr int kLargeThreads = 256;
-// Bytes of shared memory of a thread block that convolves: a multiprocessor of sm_80 and later holds two. Those that do
-// not convolve take less, but for thousands of channels.
-constexpr int64_t kLargeShared = 80 * 1024;
+// The convolution has smaller thread blocks: with its 168 registers a multiprocessor holds three of them, not one of
+// 256 threads (at 128 registers, which would let it hold two, they spilled on sm_80 and sm_90a). So many bytes of
+// shared memory let one of sm_90 and later hold three too, and one of sm_80 two. Launches without a convolution take
+// less, but for thousands of channels.
+constexpr int kConvolutionThreads = 128, kConvolutionBlocks = 3;
+constexpr int64_t kLargeShared = 74 * 1024;
 constexpr int kSpan = 8;                // neighbouring pixels of a row that a thread owns
 constexpr int kTileSpans = 4;           // the widest tile
 constexpr int kTileItems = 32;          // most spans of a tile times pairs of rows
@@ -179,9 +182,9 @@ MFEF_HD Units statistic_units(const Sizes& s) {
 
 // Cuts a direction of the convolution into units; false if the smallest does not fit.
 inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Units* units, int64_t* shared) {
-  // As many channels as give every thread a pair of rows, a span and, where groups are even, two channels.
+  // As many channels as give every thread two items: a pair of rows, a span and, where groups are even, two channels.
   const int items = tiles.columns / kSpan * ceil_div(tiles.rows, 2);
-  const int wanted = least(most(kLargeThreads / items, 1), kUnitChannels / 2);
+  const int wanted = least(most(2 * kConvolutionThreads / items, 1), kUnitChannels / 2);
   const bool merged = Units::merged(s, backward);
   *units = {};
   *shared = 0;

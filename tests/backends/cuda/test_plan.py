@@ -74,10 +74,10 @@ def test_imagenets_maps_are_large(shape, limit):
         assert plan["fits"] and plan["plan"] == "large-map"
         assert len(plan["forward_launches"]) == 4
     for name in ("forward", "backward", "weight_gradient"):
-        assert 0 < plan[f"{name}_shared_bytes"] <= 80 * 1024
+        assert 0 < plan[f"{name}_shared_bytes"] <= 74 * 1024
     (rows, columns), tiles = plan["tile"], plan["tiles"]
     assert tiles * rows * columns >= shape[2] ** 2 > (tiles - 1) * rows * columns / 2
-    # thread blocks for nearly all places of a GPU of 132 multiprocessors that hold two each
+    # nearly two thread blocks for each of 132 multiprocessors
     assert min(plan["forward_units"], plan["backward_units"]) * tiles * shape[0] >= 2 * 128
     assert plan | {"reason": ""} == cuda.plan(problem(*shape), H200) | {"reason": ""}
 
@@ -87,7 +87,7 @@ def test_imagenets_maps_are_large(shape, limit):
     [
         ((1, 64, 2**20, 4), {"kernel_sizes": (201,)}, "not one channel of a convolution of a tile"),
         ((1, 2**21, 1), {}, "2^20 channels are the most"),
-        ((1, 2**14, 16384), {}, "a weight has over 2^28 taps"),
+        ((1, 2**15, 17), {}, "a weight has over 2^28 taps"),
         ((1, 2**16, 1), {"kernel_sizes": (1,), "groups": (2**16,)}, "the MLP takes"),
         ((1, 4, 200), {"spatial_kernel_size": 257}, "255 x 255 is the largest"),
         ((1, 4, 200), {"spatial_kernel_size": 255}, "the spatial convolution takes"),
@@ -115,7 +115,7 @@ def test_reasons(gpu):
     assert supports(problem(1, 64, 8, dtype=torch.float64))[1].startswith("dtype torch.float64")
     assert supports(problem(1, 64, 56)) == (True, "")
     assert (
-        "wider than 16 pixels, and by the large-map kernels not one channel"
+        "does not fit into a thread block, and by the large-map kernels not one channel"
         in supports(problem(1, 64, 2**20, 4, kernel_sizes=(201,)))[1]
     )
     many = problem(1, 17, 4, kernel_sizes=(3,) * 17)

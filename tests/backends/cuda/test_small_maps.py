@@ -410,8 +410,9 @@ def test_wrong_indices_of_a_direct_call_stay_in_the_map(host, wrong, repeats):
 
 
 @pytest.mark.gpu
-def test_repeats_on_two_streams_are_bit_identical():
-    case = make_case((70, 24, 8, 8), dtype=torch.bfloat16).cast(torch.bfloat16, "cuda")
+@pytest.mark.parametrize("shape", [(70, 24, 8, 8), (3, 24, 30, 40)])
+def test_repeats_on_two_streams_are_bit_identical(shape):
+    case = make_case(shape, dtype=torch.bfloat16).cast(torch.bfloat16, "cuda")
     first = run_block(case, functional.mfef_block, backend="cuda")
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.synchronize()
@@ -422,8 +423,9 @@ def test_repeats_on_two_streams_are_bit_identical():
 
 
 @pytest.mark.gpu
-def test_cuda_graph():
-    case = make_case((9, 64, 8, 8), dtype=torch.float32).cast(torch.float32, "cuda")
+@pytest.mark.parametrize("shape", [(9, 64, 8, 8), (2, 64, 30, 40)])
+def test_cuda_graph(shape):
+    case = make_case(shape, dtype=torch.float32).cast(torch.float32, "cuda")
     wanted = run_block(case, functional.mfef_block, backend="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -435,12 +437,13 @@ def test_cuda_graph():
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_more_than_2_31_elements():
+@pytest.mark.parametrize("side", [8, 24])
+def test_more_than_2_31_elements(side):
     """Offsets are 64 bits wide: the last images of 2^31 + elements come out right."""
-    n = 2**31 // (64 * 8 * 8) + 40
-    x = torch.zeros(n, 64, 8, 8, dtype=torch.bfloat16, device="cuda")
-    x[-20:] = torch.randn(20, 64, 8, 8, device="cuda")
-    case = make_case((20, 64, 8, 8), dtype=torch.bfloat16).cast(torch.bfloat16, "cuda")
+    n = 2**31 // (64 * side**2) + 40
+    x = torch.zeros(n, 64, side, side, dtype=torch.bfloat16, device="cuda")
+    x[-20:] = torch.randn(20, 64, side, side, device="cuda")
+    case = make_case((20, 64, side, side), dtype=torch.bfloat16).cast(torch.bfloat16, "cuda")
     arguments = (case.weights, case.groups, *case.attention)
     with torch.no_grad():
         out = functional.mfef_block(x, *arguments, backend="cuda")
