@@ -7,7 +7,7 @@ namespace mfef::cuda {
 const char* launch_large_convolution(const BlockArgs& args, const Plan& plan, void* stream) {
   const LargeArgs& l = args.large;
   return launch<LargeConvolution, kConvolutionThreads, kConvolutionBlocks>(
-      args, args.sizes.batch * l.tiles.count() * l.units.count, kLargeThreads,
+      args, args.sizes.batch * l.tiles.count() * l.units.count, kConvolutionThreads,
       l.backward ? plan.maps.shared_backward : plan.maps.shared, stream);
 }
 
