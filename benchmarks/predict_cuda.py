@@ -2,10 +2,11 @@
 
     python benchmarks/predict_cuda.py
 
-Prints a table of the paper and imagenet suites in float32 on an H200, as docs/kernels.md has it.
-Floors are what no schedule can beat: products that meet a pixel at the peak FMA rate of the busiest
-multiprocessor, and bytes at the bandwidth of a copy. They say nothing of latency, barriers and
-loads from shared memory, which only a measurement will.
+Prints tables of the paper and imagenet suites on an H200, as docs/kernels.md has them. Floors are
+what no schedule can beat: products that meet a pixel at the peak FMA rate of the busiest
+multiprocessor, and bytes at the bandwidth of a copy (large maps: the bytes of all launches, as if
+no cache kept a map for the next). They say nothing of latency, barriers and loads from shared
+memory, which only a measurement will.
 """
 
 from __future__ import annotations
@@ -28,19 +29,25 @@ RESERVED = 1024
 SHARED_LIMIT = SHARED - RESERVED
 
 
+FORWARD_PASSES = 5  # over a map: x read; y written, read twice; the result written
+# The gradient and y read twice, the gradient once more, x read, its gradient written; that of y, in
+# float32, written and read twice.
+BACKWARD_PASSES, BACKWARD_FLOAT_PASSES = 7, 3
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """Counts of one shape; times in microseconds. ``plan`` is that of backends.cuda."""
+    """Counts of one case by direction, times in microseconds. ``plan``: of backends.cuda."""
 
     plan: dict[str, object]
-    fma_floor: dict[str, float]  # by direction, of the convolutions
-    memory_floor: dict[str, float]
+    fma_floor: dict[str, float]  # of the convolutions
+    memory_floor: dict[str, float]  # small maps: also what the launches leave for one another
     weights: int  # bytes of weights that the forward reads from L2, all thread blocks together
     resident: int  # thread blocks of the forward that shared memory lets a multiprocessor hold
 
 
-def predict(case: suites.Case) -> Prediction | None:
-    """Both directions of a case's shape; None where no kernel fits."""
+def predict(case: suites.Case) -> Prediction:
+    """Both directions of a case's shape and dtype."""
     block = MFEFBlock(case.channels, groups=case.groups, device="meta")
     a = block.attention
     x = torch.empty(case.batch, case.channels, case.side, case.side, device="meta")
@@ -49,51 +56,90 @@ def predict(case: suites.Case) -> Prediction | None:
         a.fc2_bias, a.spatial_weight, True,
     )  # fmt: skip
     plan = cuda.plan(problem, SHARED_LIMIT)
-    if not plan["fits"]:
-        return None
-    images, blocks = int(str(plan["images"])), int(str(plan["blocks"]))
-    busiest = -(-blocks // MULTIPROCESSORS) * images
+    large = plan["plan"] == "large-map"
+    images = 1 if large else int(str(plan["images"]))
+    blocks = -(-case.batch // images)
+    # A small map's multiprocessor has whole images; a large one's pieces are spread evenly.
+    busiest = blocks / MULTIPROCESSORS if large else -(-blocks // MULTIPROCESSORS) * images
+    element = suites.DTYPES[case.dtype].itemsize
     fma, memory = {}, {}
     for direction in suites.DIRECTIONS:
         work = suites.count_work(replace(case, direction=direction))
+        both = direction == suites.BOTH
         fma[direction] = work.real_ops / 2 / case.batch * busiest / FMAS / CLOCK * 1e6
-        # The gradient of y goes to the weight gradient in float32.
-        dy = 2 * 4 * x.numel() if direction == suites.BOTH else 0
-        memory[direction] = (work.bytes_floor + dy) / COPY * 1e6
+        if large:
+            passes = FORWARD_PASSES + BACKWARD_PASSES * both
+            moved = (passes * element + 4 * BACKWARD_FLOAT_PASSES * both) * x.numel()
+        else:
+            # The gradient of y goes to the weight gradient in float32.
+            moved = work.bytes_floor + 2 * 4 * x.numel() * both
+        memory[direction] = moved / COPY * 1e6
     taps = sum(w.shape[0] * w.shape[1] * min(w.shape[2], 2 * case.side - 1) ** 2
                for w in block.conv.weights)  # fmt: skip
+    readers = case.batch * int(str(plan["tiles"])) if large else blocks
     shared = int(str(plan["forward_shared_bytes"])) + RESERVED
-    return Prediction(plan, fma, memory, 4 * taps * blocks, SHARED // shared)
+    return Prediction(plan, fma, memory, 4 * taps * readers, SHARED // shared)
 
 
-def rows() -> list[str]:
-    """The table, line by line."""
+def pair(plan: dict[str, object], name: str, scale: int = 1) -> str:
+    """One number of the plan, forward / backward."""
+    values = (int(str(plan[f"{d}_{name}"])) for d in ("forward", "backward"))
+    return " / ".join(f"{v / scale:.0f}" for v in values)
+
+
+def launches(plan: dict[str, object]) -> str:
+    """How many, forward / forward and backward."""
+    lists = (plan[f"{d}_launches"] for d in ("forward", "backward"))
+    forward, backward = (len(one) for one in lists if isinstance(one, list))
+    return f"{forward} / {forward + backward}"
+
+
+def floors(of: dict[str, float]) -> str:
+    return " / ".join(f"{of[d]:.1f}" for d in suites.DIRECTIONS)
+
+
+def small_rows() -> list[str]:
+    """The table of the maps that fit on the chip, line by line."""
     lines = [
         "| shape, float32 | blocks x threads | shared KiB forward, backward | resident | stages "
         "| launches | MB of weights from L2 | FMA floor, us | memory floor, us |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    cases = suites.select(("paper", "imagenet"), ("float32",), (suites.FORWARD,))
-    for case in cases:
+    for case in suites.select(("paper",), ("float32",), (suites.FORWARD,)):
         found = predict(case)
-        if found is None:
-            lines.append(f"| {case.shape} | does not fit | | | | | | | |")
-            continue
         plan = found.plan
-
-        def pair(name: str, scale: int = 1, plan=plan) -> str:
-            values = (int(str(plan[f"{d}_{name}"])) for d in ("forward", "backward"))
-            return " / ".join(f"{v / scale:.0f}" for v in values)
-
-        def floors(of: dict[str, float]) -> str:
-            return " / ".join(f"{of[d]:.1f}" for d in suites.DIRECTIONS)
-
         lines.append(
-            f"| {case.shape} | {plan['blocks']} x {plan['threads']} | {pair('shared_bytes', 1024)} "
-            f"| {found.resident} | {pair('stages')} | 1 / 4 | {found.weights / 1e6:.1f} "
+            f"| {case.shape} | {plan['blocks']} x {plan['threads']} "
+            f"| {pair(plan, 'shared_bytes', 1024)} | {found.resident} | {pair(plan, 'stages')} "
+            f"| {launches(plan)} | {found.weights / 1e6:.1f} "
             f"| {floors(found.fma_floor)} | {floors(found.memory_floor)} |"
         )
     return lines
+
+
+def large_rows() -> list[str]:
+    """The table of the maps that stay in memory, line by line."""
+    lines = [
+        "| shape | dtype | tile | tiles x units | piece | pieces | shared KiB | resident "
+        "| launches | scratch MB | FMA floor, us | memory, us |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in suites.select(("imagenet",), directions=(suites.FORWARD,)):
+        found = predict(case)
+        plan = found.plan
+        tile, piece = (str(plan[name]).strip("()").replace(", ", "x") for name in ("tile", "piece"))
+        lines.append(
+            f"| {case.shape} | {case.dtype} | {tile} | {plan['tiles']} x {pair(plan, 'units')} "
+            f"| {piece} | {plan['pieces']} | {pair(plan, 'shared_bytes', 1024)} | {found.resident} "
+            f"| {launches(plan)} | {pair(plan, 'scratch_bytes', 10**6)} "
+            f"| {floors(found.fma_floor)} | {floors(found.memory_floor)} |"
+        )
+    return lines
+
+
+def rows() -> list[str]:
+    """Both tables."""
+    return [*small_rows(), "", *large_rows()]
 
 
 if __name__ == "__main__":

@@ -112,17 +112,35 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
   plan["fits"] = p.fits;
   plan["reason"] = p.reason;
   if (!p.fits) return plan;
-  plan["images"] = p.images;
-  plan["blocks"] = (batch + p.images - 1) / p.images;
-  plan["threads"] = p.threads;
-  plan["row"] = p.row;
-  plan["forward_stages"] = s.branch_count ? p.stages.total(s) : 0;
-  plan["backward_stages"] = s.branch_count ? p.stages_backward.total(s) : 0;
-  plan["forward_shared_bytes"] = p.shared;
-  plan["backward_shared_bytes"] = p.shared_backward;
+  plan["plan"] = p.large ? "large-map" : "small-map";
+  for (const bool backward : {false, true}) {
+    const std::string direction = backward ? "backward_" : "forward_";
+    plan[(direction + "launches").c_str()] = launches(s, p, backward);
+    plan[(direction + "scratch_bytes").c_str()] = scratch_bytes(s, p, backward);
+    const Stages& stages = backward ? p.stages_backward : p.stages;
+    if (p.large) {
+      plan[(direction + "units").c_str()] = (backward ? p.maps.units_backward : p.maps.units).count;
+      plan[(direction + "shared_bytes").c_str()] = backward ? p.maps.shared_backward : p.maps.shared;
+    } else {
+      plan[(direction + "stages").c_str()] = s.branch_count ? stages.total(s) : 0;
+      plan[(direction + "shared_bytes").c_str()] = backward ? p.shared_backward : p.shared;
+    }
+  }
+  if (p.large) {
+    plan["tiles"] = p.maps.tiles.count();
+    plan["tile"] = std::make_tuple(p.maps.tiles.rows, p.maps.tiles.columns);
+    plan["pieces"] = p.maps.pieces.count();
+    plan["piece"] = std::make_tuple(p.maps.pieces.rows, p.maps.pieces.columns);
+    plan["threads"] = kConvolutionThreads;
+  } else {
+    plan["images"] = p.images;
+    plan["blocks"] = (batch + p.images - 1) / p.images;
+    plan["threads"] = p.threads;
+    plan["row"] = p.row;
+  }
   plan["weight_gradient_tiles"] = p.tiles;
   plan["weight_gradient_slices"] = p.slices;
-  plan["weight_gradient_shared_bytes"] = p.shared_weights;
+  plan["weight_gradient_shared_bytes"] = p.large ? p.maps.shared_weights : p.shared_weights;
   return plan;
 }
 

@@ -135,19 +135,32 @@ def _explain_launches(problem: Problem, channels_last: bool) -> list[str]:
     return lines
 
 
-_CUDA_TEXT = (
-    "    small-map plan: {blocks} thread block(s) of {threads} threads, {images} image(s) each; "
-    "shared memory {forward_shared_bytes:,} bytes, backward {backward_shared_bytes:,}"
-)
-_CUDA_CONVOLUTION_TEXT = (
-    "    weights in {forward_stages} stage(s), backward {backward_stages}; their gradient in "
-    "{weight_gradient_tiles} tile(s) by {weight_gradient_slices} slice(s) of the batch"
+_CUDA_TEXT = {
+    "small-map": "small-map plan: {blocks} thread block(s) of {threads} threads, {images} image(s) "
+    "each; shared memory {forward_shared_bytes:,} bytes, backward {backward_shared_bytes:,}",
+    "large-map": "large-map plan: per image {tiles} tile(s) of {tile[0]} x {tile[1]} pixels by "
+    "{forward_units} unit(s) of channels, backward {backward_units}, and {pieces} piece(s) of "
+    "{piece[0]} x {piece[1]} pixels; {threads} threads, shared memory {forward_shared_bytes:,} "
+    "bytes, backward {backward_shared_bytes:,}",
+}
+_CUDA_STAGES_TEXT = "weights in {forward_stages} stage(s), backward {backward_stages}"
+_CUDA_GRADIENT_TEXT = (
+    "gradient of the weights in {weight_gradient_tiles} tile(s) by {weight_gradient_slices} "
+    "slice(s) of the batch"
 )
 
 
 def _explain_cuda(plan: dict[str, object]) -> list[str]:
-    texts = [_CUDA_TEXT] + [_CUDA_CONVOLUTION_TEXT] * bool(plan["weight_gradient_tiles"])
-    return [text.format(**plan) for text in texts]
+    small = plan["plan"] == "small-map"
+    texts = [_CUDA_TEXT[str(plan["plan"])]]
+    if plan["weight_gradient_tiles"]:
+        texts += [_CUDA_STAGES_TEXT] * small + [_CUDA_GRADIENT_TEXT]
+    lines = [f"    {text.format(**plan)}" for text in texts]
+    for direction in ("forward", "backward"):
+        launches, scratch = plan[f"{direction}_launches"], plan[f"{direction}_scratch_bytes"]
+        assert isinstance(launches, list)
+        lines.append(f"    {direction}: {', '.join(launches)}; scratch {scratch:,} bytes")
+    return lines
 
 
 def _explain_problem(problem: Problem, forced: str | None, channels_last: bool) -> list[str]:

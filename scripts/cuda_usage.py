@@ -24,9 +24,9 @@ HEAD = """\
 # What the CUDA kernels take
 
 Written by `python scripts/cuda_usage.py --write` from the library, {built}.
-A number in angle brackets is the width of a row in shared memory. Registers and spilled bytes are a
-thread's. Shared memory is asked for by the launch, up to what `explain` says; the {reserved} bytes
-that the code of sm_90 and later lists are the driver's own.
+A number in angle brackets is the width of a row in shared memory; the others serve large maps.
+Registers and spilled bytes are a thread's. Shared memory is asked for by the launch, up to what
+`explain` says; the {reserved} bytes that the code of sm_90 and later lists are the driver's own.
 """
 
 Usage = tuple[int, int, int]  # registers, spilled bytes, bytes of static shared memory
@@ -56,7 +56,7 @@ def parse(text: str) -> dict[str, dict[str, Usage]]:
         if found := re.match(r"arch = (sm_\w+)", line):
             architecture = found[1]
         elif found := re.match(r" *Function (\S+):", line):
-            # kernel<Name<row>, threads>(BlockArgs), as compilers write it: names after their length
+            # kernel<Name<row>, threads, blocks>(BlockArgs), mangled: names after their length
             mangled = re.search(r"kernelINS0_(\d+)(\w+)", found[1])
             if not mangled:
                 raise RuntimeError(f"cuobjdump names a kernel of an unknown form: {found[1]}")

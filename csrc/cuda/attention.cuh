@@ -88,14 +88,14 @@ MFEF_DEVICE void for_pixel_parts(const BlockArgs& a, int images, int thread, int
 // The sum over the taps (ky, kx) of weights(map, ky, kx) * maps[map][pixel + (ky, kx) - half] for one row ky, or at
 // pixel - (ky, kx) + half where `flipped`.
 template <class Weight>
-MFEF_DEVICE float row_of_spatial_taps(const Sizes& s, const float* map, int h, int w, int ky, bool flipped,
-                                      const Weight& weight) {
-  const int half = s.spatial_k / 2, row = flipped ? h - ky + half : h + ky - half;
-  if (row < 0 || row >= s.height) return 0.0f;
+MFEF_DEVICE float row_of_spatial_taps(int k, int height, int width, const float* map, int h, int w, int ky,
+                                      bool flipped, const Weight& weight) {
+  const int half = k / 2, row = flipped ? h - ky + half : h + ky - half;
+  if (row < 0 || row >= height) return 0.0f;
   float sum = 0.0f;
-  for (int kx = 0; kx < s.spatial_k; ++kx) {
+  for (int kx = 0; kx < k; ++kx) {
     const int at = flipped ? w - kx + half : w + kx - half;
-    if (at >= 0 && at < s.width) sum = fmaf(weight(kx), map[row * s.width + at], sum);
+    if (at >= 0 && at < width) sum = fmaf(weight(kx), map[row * width + at], sum);
   }
   return sum;
 }
@@ -104,6 +104,66 @@ MFEF_DEVICE float spatial_weight(const BlockArgs& a, int map, int ky, int kx) {
   const int skip = (a.sizes.spatial_full - a.sizes.spatial_k) / 2;
   const int64_t* stride = a.spatial_weight.stride;
   return load(a.spatial_weight, a.element, map * stride[1] + (ky + skip) * stride[2] + (kx + skip) * stride[3]);
+}
+
+// The gradient of the channel gate's logit from that of the gate.
+MFEF_DEVICE void keep_logit(const BlockArgs& a, const Layout& at, float* m, Images images, int e, float sum) {
+  const float gate = m[at.gate + e], logit = sum * (gate * (1.0f - gate));
+  m[at.logit + e] = logit;
+  if (a.grads.logit) a.grads.logit[images.first * a.sizes.out + e] = logit;
+}
+
+// The MLP backward: gradients of both hidden layers, in their place, and of mean and maximum.
+MFEF_DEVICE void mlp_backward(const BlockArgs& a, const Block& block, const Layout& at, Images images) {
+  const Sizes& s = a.sizes;
+  float *m = block.shared, *parts = m + at.parts;
+  const int hidden = s.hidden, channels = s.out, all = images.count * hidden;
+  block.phase([&](int thread) {
+    for (int e = thread; e < all * kParts; e += block.threads) {
+      const int part = e / all, unit = e - part * all, image = unit / hidden, j = unit - image * hidden;
+      const float* logit = m + at.logit + image * channels;
+      float sum = 0.0f;
+      for (int c = part; c < channels; c += kParts) {
+        sum =
+            fmaf(load(a.fc2_weight, a.element, c * a.fc2_weight.stride[0] + j * a.fc2_weight.stride[1]), logit[c], sum);
+      }
+      parts[e] = sum;
+    }
+  });
+  block.phase([&](int thread) {
+    for (int e = thread; e < all; e += block.threads) {
+      float sum = 0.0f;
+      for (int part = 0; part < kParts; ++part) sum += parts[part * all + e];
+      const float of_mean = m[at.hidden_mean + e], of_max = m[at.hidden_max + e];
+      const float grad_mean = of_mean <= 0.0f ? 0.0f : sum, grad_max = of_max <= 0.0f ? 0.0f : sum;
+      m[at.hidden_mean + e] = grad_mean;
+      m[at.hidden_max + e] = grad_max;
+      if (a.grads.logit) {
+        const int64_t to = images.first * hidden + e;
+        a.grads.hidden_sum[to] = relu(of_mean) + relu(of_max);
+        a.grads.hidden_mean[to] = grad_mean;
+        a.grads.hidden_max[to] = grad_max;
+      }
+    }
+  });
+  block.phase([&](int thread) {
+    for (int e = thread; e < images.count * channels; e += block.threads) {
+      const int image = e / channels, c = e - image * channels;
+      float of_mean = 0.0f, of_max = 0.0f;
+      for (int first = 0; first < hidden; first += kRun) {
+        float mean_part = 0.0f, max_part = 0.0f;
+        for (int j = first; j < least(first + kRun, hidden); ++j) {
+          const float w = load(a.fc1_weight, a.element, j * a.fc1_weight.stride[0] + c * a.fc1_weight.stride[1]);
+          mean_part = fmaf(w, m[at.hidden_mean + image * hidden + j], mean_part);
+          max_part = fmaf(w, m[at.hidden_max + image * hidden + j], max_part);
+        }
+        of_mean += mean_part;
+        of_max += max_part;
+      }
+      m[at.grad_mean + e] = of_mean / float(s.pixels());
+      m[at.grad_max + e] = of_max;
+    }
+  });
 }
 
 }  // namespace mfef::cuda

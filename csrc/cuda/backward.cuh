@@ -71,8 +71,8 @@ MFEF_DEVICE void spatial_backward(const BlockArgs& a, const Block& block, const 
     for (int e = thread; e < all * k; e += block.threads) {
       const int ky = e / all, place = e - ky * all, row = place / pixels, pixel = place - row * pixels;
       const int image = row / 2, map = row - image * 2, h = pixel / s.width, w = pixel - h * s.width;
-      parts[e] = row_of_spatial_taps(s, m + at.grad_spatial + image * pixels, h, w, ky, true,
-                                     [&](int kx) { return spatial_weight(a, map, ky, kx); });
+      parts[e] = row_of_spatial_taps(s.spatial_k, s.height, s.width, m + at.grad_spatial + image * pixels, h, w, ky,
+                                     true, [&](int kx) { return spatial_weight(a, map, ky, kx); });
     }
     if (!a.grads.spatial) return;
     for (int e = thread; e < 2 * k * k; e += block.threads) {
@@ -135,62 +135,7 @@ MFEF_DEVICE void gradient_of_channel_gate(const BlockArgs& a, const Block& block
     for (int e = thread; e < images.count * channels; e += block.threads) {
       const int image = e / channels, c = e - image * channels;
       const float sum = sum_of(s.height, [&](int h) { return sums[(image * s.height + h) * channels + c]; });
-      const float gate = m[at.gate + e], logit = sum * (gate * (1.0f - gate));
-      m[at.logit + e] = logit;
-      if (a.grads.logit) a.grads.logit[images.first * channels + e] = logit;
-    }
-  });
-}
-
-// The MLP backward: gradients of both hidden layers, in their place, and of mean and maximum.
-MFEF_DEVICE void mlp_backward(const BlockArgs& a, const Block& block, const Layout& at, Images images) {
-  const Sizes& s = a.sizes;
-  float *m = block.shared, *parts = m + at.parts;
-  const int hidden = s.hidden, channels = s.out, all = images.count * hidden;
-  block.phase([&](int thread) {
-    for (int e = thread; e < all * kParts; e += block.threads) {
-      const int part = e / all, unit = e - part * all, image = unit / hidden, j = unit - image * hidden;
-      const float* logit = m + at.logit + image * channels;
-      float sum = 0.0f;
-      for (int c = part; c < channels; c += kParts) {
-        sum =
-            fmaf(load(a.fc2_weight, a.element, c * a.fc2_weight.stride[0] + j * a.fc2_weight.stride[1]), logit[c], sum);
-      }
-      parts[e] = sum;
-    }
-  });
-  block.phase([&](int thread) {
-    for (int e = thread; e < all; e += block.threads) {
-      float sum = 0.0f;
-      for (int part = 0; part < kParts; ++part) sum += parts[part * all + e];
-      const float of_mean = m[at.hidden_mean + e], of_max = m[at.hidden_max + e];
-      const float grad_mean = of_mean <= 0.0f ? 0.0f : sum, grad_max = of_max <= 0.0f ? 0.0f : sum;
-      m[at.hidden_mean + e] = grad_mean;
-      m[at.hidden_max + e] = grad_max;
-      if (a.grads.logit) {
-        const int64_t to = images.first * hidden + e;
-        a.grads.hidden_sum[to] = relu(of_mean) + relu(of_max);
-        a.grads.hidden_mean[to] = grad_mean;
-        a.grads.hidden_max[to] = grad_max;
-      }
-    }
-  });
-  block.phase([&](int thread) {
-    for (int e = thread; e < images.count * channels; e += block.threads) {
-      const int image = e / channels, c = e - image * channels;
-      float of_mean = 0.0f, of_max = 0.0f;
-      for (int first = 0; first < hidden; first += kRun) {
-        float mean_part = 0.0f, max_part = 0.0f;
-        for (int j = first; j < least(first + kRun, hidden); ++j) {
-          const float w = load(a.fc1_weight, a.element, j * a.fc1_weight.stride[0] + c * a.fc1_weight.stride[1]);
-          mean_part = fmaf(w, m[at.hidden_mean + image * hidden + j], mean_part);
-          max_part = fmaf(w, m[at.hidden_max + image * hidden + j], max_part);
-        }
-        of_mean += mean_part;
-        of_max += max_part;
-      }
-      m[at.grad_mean + e] = of_mean / float(s.pixels());
-      m[at.grad_max + e] = of_max;
+      keep_logit(a, at, m, images, e, sum);
     }
   });
 }

@@ -64,12 +64,47 @@ MFEF_HD int ceil_div(int a, int b) { return (a + b - 1) / b; }
 MFEF_HD int least(int a, int b) { return a < b ? a : b; }
 MFEF_HD int most(int a, int b) { return a > b ? a : b; }
 
+// --- the directions of a branch ----------------------------------------------------------------
+
+// Products that one register accumulates before its sum is added to the map: longer chains round more.
+constexpr int kChain = 100;
+
+// One direction of a branch: forward it goes from x to y, backward from the gradient of y to that of x.
+struct Way {
+  int source_first, source_per_group, dest_first, dest_per_group, groups, k;
+
+  MFEF_HD Way(const Branch& b, bool backward)
+      : source_first(backward ? b.out_first : b.in_first),
+        source_per_group(backward ? b.out_per_group() : b.in_per_group()),
+        dest_first(backward ? b.in_first : b.out_first),
+        dest_per_group(backward ? b.in_per_group() : b.out_per_group()),
+        groups(b.groups),
+        k(b.k) {}
+
+  MFEF_HD int dest() const { return groups * dest_per_group; }
+  // Floats from tap to tap of the weights in shared memory; odd, so that neither order of access has conflicts.
+  MFEF_HD int weight_step() const { return dest() | 1; }
+  MFEF_HD int chain() const { return kChain / (k * k) > 1 ? kChain / (k * k) : 1; }
+  // The way to `count` of its destination channels from `first` on, all of one group or those of whole groups.
+  MFEF_HD Way part(int first, int count) const {
+    Way way = *this;
+    way.source_first += first / dest_per_group * source_per_group;
+    way.dest_first += first;
+    way.groups = most(count / dest_per_group, 1);
+    way.dest_per_group = least(count, dest_per_group);
+    return way;
+  }
+};
+
+// Whether several branches write the same channels: the gradient of x in pyramid mode is a sum over branches.
+MFEF_HD bool summed(const Sizes& s, bool backward) { return backward && !s.split; }
+
 // What a backward leaves for its last launch, and that launch writes. All in float32; null data: not wanted.
 struct Gradients {
   float* dy;  // (N, out, H * W): what the weight gradient reads where the gradient of y is not given
   float *logit, *hidden_sum, *hidden_mean, *hidden_max;  // (N, out), (N, hidden) three times
   float* spatial;                                        // (blocks of images, 2, live taps)
-  float* channel_sums;                                   // (N, out), for the gradient of the bias
+  float* channel_sums;                                   // (bias_terms, out), for the gradient of the bias
   float* weights;                                        // (slices, live taps of all branches)
   Parameter branches[kMaxBranches], bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight;
 };

@@ -30,71 +30,74 @@ struct Tiles {
 struct ConvTask {
   Way way;
   int first, end;        // source channels of a group
+  int source_first;      // the one that a group begins with in shared memory
   const float* weights;  // [source channel][ky][kx][output channel], `weight_step` floats from tap to tap
   bool fresh;            // the first to write its output channels
 };
 
-// acc[p] += sum over kx of weights[kx] * row[p + kx - k / 2], columns outside the map left out.
-template <int K, int kRow>
-MFEF_DEVICE void add_row_of_taps(const float (&weights)[K], const float (&row)[kRow], float (&acc)[kRow]) {
+// Where the rows of a map are in shared memory, seen from a thread: `row` 0 is that of its first output row.
+template <class Float>
+struct Rows {
+  Float* row;
+  int pitch, step;  // floats from row to row and from channel to channel
+};
+
+// acc[p] += sum over kx of weights[kx] * row[p + kx - k / 2 + kBeside], columns that row does not have left out.
+template <int K, int kRow, int kBeside, int kLoaded>
+MFEF_DEVICE void add_row_of_taps(const float (&weights)[K], const float (&row)[kLoaded], float (&acc)[kRow]) {
   MFEF_UNROLL
   for (int kx = 0; kx < K; ++kx) {
     MFEF_UNROLL
     for (int p = 0; p < kRow; ++p) {
-      const int at = p + kx - K / 2;
-      if (at >= 0 && at < kRow) acc[p] = fmaf(weights[kx], row[at], acc[p]);
+      const int at = p + kx - K / 2 + kBeside;
+      if (at >= 0 && at < kRow + 2 * kBeside) acc[p] = fmaf(weights[kx], row[at], acc[p]);
     }
   }
 }
 
-// An item of a branch whose k is compiled.
-template <int K, int kRow, int kOut>
-MFEF_DEVICE void convolve_item(const ConvTask& task, const float* source, float* dest, int height, int step, int item) {
-  constexpr int kRows = Tiles<kRow>::kRows, kHalf = K / 2;
-  const Way& way = task.way;
-  const int per_group = way.dest_per_group / kOut, columns = way.groups * per_group;
-  const int place = item / columns, column = item - place * columns;
-  const int group = column / per_group, channel = group * way.dest_per_group + column - group * per_group;
-  const int tall = ceil_div(height, kRows), image = place / tall, h = (place - image * tall) * kRows;
-  const int tap_step = way.weight_step(), chain = way.chain();
-  const int ky_begin = most(0, kHalf - h - (kRows - 1)), ky_end = least(K, height + kHalf - h);
-
-  source += (way.source_first + group * way.source_per_group) * step + image * height * kRow;
-  dest += (way.dest_first + channel) * step + (image * height + h) * kRow;
-  const float* weights = task.weights + channel;
+// kRows rows of kRow pixels of kOut output channels, which are out_step channels apart, for a k that is compiled. The
+// source has kBeside columns (none, or k / 2) on both sides of the pixels, and rows [above, below); of the output
+// rows, `rows` exist.
+template <int K, int kRow, int kRows, int kOut, int kBeside>
+MFEF_DEVICE void convolve_rows(const ConvTask& task, const float* weights, Rows<const float> source, Rows<float> dest,
+                               int out_step, int above, int below, int rows_left) {
+  constexpr int kHalf = K / 2, kLoaded = kBeside ? (kRow + 2 * kBeside + 3) / 4 * 4 : kRow;
+  static_assert(kBeside == 0 || kBeside == kHalf);
+  const int tap_step = task.way.weight_step(), chain = task.way.chain();
+  const int ky_begin = most(0, kHalf + above - (kRows - 1)), ky_end = least(K, below + kHalf);
   MFEF_ROLLED
   for (int first = task.first; first < task.end; first += chain) {
     float acc[kOut][kRows][kRow] = {};
     const int end = least(first + chain, task.end);
     MFEF_ROLLED
     for (int j = first; j < end; ++j) {
-      const float* from = source + j * step;
+      const float* from = source.row + (j - task.source_first) * source.step;
       const float* taps = weights + ((j - task.first) * K + ky_begin) * K * tap_step;
-      // rows[r] is the source's row under output row h + r; all but the last move up with ky.
-      float rows[kRows][kRow] = {};
+      // rows[r] is the source's row under output row r; all but the last move up with ky.
+      float rows[kRows][kLoaded] = {};
       MFEF_UNROLL
       for (int r = 1; r < kRows; ++r) {
-        const int at = h + r - 1 + ky_begin - kHalf;
-        if (at >= 0 && at < height) load_row<kRow>(from + at * kRow, rows[r]);
+        const int at = r - 1 + ky_begin - kHalf;
+        if (at >= above && at < below) load_row<kLoaded>(from + at * source.pitch, rows[r]);
       }
       MFEF_ROLLED
       for (int ky = ky_begin; ky < ky_end; ++ky, taps += K * tap_step) {
         MFEF_UNROLL
         for (int r = 1; r < kRows; ++r) {
           MFEF_UNROLL
-          for (int p = 0; p < kRow; ++p) rows[r - 1][p] = rows[r][p];
+          for (int p = 0; p < kLoaded; ++p) rows[r - 1][p] = rows[r][p];
         }
-        const int last = h + kRows - 1 + ky - kHalf;
-        if (last >= 0 && last < height) load_row<kRow>(from + last * kRow, rows[kRows - 1]);
+        const int last = kRows - 1 + ky - kHalf;
+        if (last >= above && last < below) load_row<kLoaded>(from + last * source.pitch, rows[kRows - 1]);
         MFEF_UNROLL
         for (int c = 0; c < kOut; ++c) {
           float w[K];
           MFEF_UNROLL
-          for (int kx = 0; kx < K; ++kx) w[kx] = taps[kx * tap_step + c * per_group];
+          for (int kx = 0; kx < K; ++kx) w[kx] = taps[kx * tap_step + c * out_step];
           MFEF_UNROLL
           for (int r = 0; r < kRows; ++r) {
-            const int at = h + r + ky - kHalf;
-            if (at >= 0 && at < height) add_row_of_taps<K, kRow>(w, rows[r], acc[c][r]);
+            const int at = r + ky - kHalf;
+            if (at >= above && at < below) add_row_of_taps<K, kRow, kBeside>(w, rows[r], acc[c][r]);
           }
         }
       }
@@ -104,8 +107,8 @@ MFEF_DEVICE void convolve_item(const ConvTask& task, const float* source, float*
     for (int c = 0; c < kOut; ++c) {
       MFEF_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        if (h + r >= height) continue;
-        float* to = dest + c * per_group * step + r * kRow;
+        if (r >= rows_left) continue;
+        float* to = dest.row + c * out_step * dest.step + r * dest.pitch;
         if (!fresh) {
           float sum[kRow];
           load_row<kRow>(to, sum);
@@ -118,31 +121,26 @@ MFEF_DEVICE void convolve_item(const ConvTask& task, const float* source, float*
   }
 }
 
-// The same for any k: one row of one output channel, one tap at a time.
+// The same for any k: one row of one output channel, one tap at a time. The source has columns [left, right).
 template <int kRow>
-MFEF_DEVICE void convolve_any(const ConvTask& task, const float* source, float* dest, const Sizes& s, int step,
-                              int item) {
-  const Way& way = task.way;
-  const int columns = way.dest(), place = item / columns, channel = item - place * columns;
-  const int group = channel / way.dest_per_group, image = place / s.height, h = place - image * s.height;
-  const int k = way.k, half = k / 2, tap_step = way.weight_step(), chain = way.chain();
-  source += (way.source_first + group * way.source_per_group) * step + image * s.height * kRow;
-  dest += (way.dest_first + channel) * step + (image * s.height + h) * kRow;
+MFEF_DEVICE void convolve_row(const ConvTask& task, const float* weights, Rows<const float> source, float* dest,
+                              int above, int below, int left, int right, int columns) {
+  const int k = task.way.k, half = k / 2, tap_step = task.way.weight_step(), chain = task.way.chain();
   MFEF_ROLLED
   for (int first = task.first; first < task.end; first += chain) {
     float acc[kRow] = {};
     const int end = least(first + chain, task.end);
     for (int j = first; j < end; ++j) {
-      for (int ky = most(0, half - h); ky < least(k, s.height + half - h); ++ky) {
-        const float* row = source + j * step + (h + ky - half) * kRow;
-        const float* taps = task.weights + channel + ((j - task.first) * k + ky) * k * tap_step;
+      for (int ky = most(0, half + above); ky < least(k, below + half); ++ky) {
+        const float* row = source.row + (j - task.source_first) * source.step + (ky - half) * source.pitch;
+        const float* taps = weights + ((j - task.first) * k + ky) * k * tap_step;
         MFEF_ROLLED
         for (int kx = 0; kx < k; ++kx) {
           const float w = taps[kx * tap_step];
           MFEF_UNROLL
           for (int p = 0; p < kRow; ++p) {
             const int at = p + kx - half;
-            if (at >= 0 && at < s.width) acc[p] = fmaf(w, row[at], acc[p]);
+            if (at >= left && at < right) acc[p] = fmaf(w, row[at], acc[p]);
           }
         }
       }
@@ -150,9 +148,38 @@ MFEF_DEVICE void convolve_any(const ConvTask& task, const float* source, float* 
     const bool fresh = task.fresh && first == task.first;
     MFEF_UNROLL
     for (int p = 0; p < kRow; ++p) {
-      if (p < s.width) dest[p] = fresh ? acc[p] : dest[p] + acc[p];
+      if (p < columns) dest[p] = fresh ? acc[p] : dest[p] + acc[p];
     }
   }
+}
+
+// An item of a branch whose k is compiled.
+template <int K, int kRow, int kOut>
+MFEF_DEVICE void convolve_item(const ConvTask& task, const float* source, float* dest, int height, int step, int item) {
+  constexpr int kRows = Tiles<kRow>::kRows;
+  const Way& way = task.way;
+  const int per_group = way.dest_per_group / kOut, columns = way.groups * per_group;
+  const int place = item / columns, column = item - place * columns;
+  const int group = column / per_group, channel = group * way.dest_per_group + column - group * per_group;
+  const int tall = ceil_div(height, kRows), image = place / tall, h = (place - image * tall) * kRows;
+  const int row = (image * height + h) * kRow;
+  source += (way.source_first + group * way.source_per_group) * step + row;
+  dest += (way.dest_first + channel) * step + row;
+  convolve_rows<K, kRow, kRows, kOut, 0>(task, task.weights + channel, {source, kRow, step}, {dest, kRow, step},
+                                         per_group, -h, height - h, height - h);
+}
+
+// The same for any k: one row of one output channel.
+template <int kRow>
+MFEF_DEVICE void convolve_any(const ConvTask& task, const float* source, float* dest, const Sizes& s, int step,
+                              int item) {
+  const Way& way = task.way;
+  const int columns = way.dest(), place = item / columns, channel = item - place * columns;
+  const int group = channel / way.dest_per_group, image = place / s.height, h = place - image * s.height;
+  const int row = (image * s.height + h) * kRow;
+  source += (way.source_first + group * way.source_per_group) * step + row;
+  dest += (way.dest_first + channel) * step + row;
+  convolve_row<kRow>(task, task.weights + channel, {source, kRow, step}, dest, -h, s.height - h, 0, s.width, s.width);
 }
 
 template <int K, int kRow>
@@ -185,7 +212,7 @@ MFEF_DEVICE void convolve(const BlockArgs& a, bool backward, int stage, const fl
     a.stages.channels(s, backward, stage, b, &first, &end);
     if (first == end) continue;
     const Way way(s.branches[b], backward);
-    const ConvTask task{way, first, end, weights, first == 0 && (b == 0 || !summed(s, backward))};
+    const ConvTask task{way, first, end, 0, weights, first == 0 && (b == 0 || !summed(s, backward))};
     int items;
     switch (way.k) {
       case 3:
@@ -211,18 +238,18 @@ MFEF_DEVICE void convolve(const BlockArgs& a, bool backward, int stage, const fl
   }
 }
 
-// The weights of one branch in a stage to shared memory, read along the taps, which are neighbours in memory.
+// The weights of one branch, or of a part of its way whose own begin at `out_first` and `in_first`, in a stage to
+// shared memory, read along the taps, which are neighbours in memory.
 template <int K>
-MFEF_DEVICE void load_branch_weights(const Branch& b, const Parameter& weights, Element element, bool backward,
-                                     int first, int end, float* to, int thread, int threads) {
-  const Way way(b, backward);
+MFEF_DEVICE void load_taps(const Way& way, int full_k, const Parameter& weights, int out_first, int in_first,
+                           Element element, bool backward, int first, int end, float* to, int thread, int threads) {
   const int k = K ? K : way.k, taps = k * k, count = end - first, step = way.weight_step();
   const Quotient by_taps(taps), by_k(k), by_count(count), by_group(way.dest_per_group);
   const int64_t so = weights.stride[0], si = weights.stride[1], sy = weights.stride[2], sx = weights.stride[3];
-  const int skip = (b.full_k - k) / 2;
+  const int skip = (full_k - k) / 2;
   with_element(element, [&](auto zero) {
     using T = decltype(zero);
-    const T* from = static_cast<const T*>(weights.data) + skip * (sy + sx);
+    const T* from = static_cast<const T*>(weights.data) + skip * (sy + sx) + out_first * so + in_first * si;
     for (int e = thread; e < way.dest() * count * taps; e += threads) {
       const int pair = K ? e / taps : by_taps(e), tap = e - pair * taps;
       const int dest = by_count(pair), j = pair - dest * count;
@@ -236,6 +263,28 @@ MFEF_DEVICE void load_branch_weights(const Branch& b, const Parameter& weights, 
   });
 }
 
+MFEF_DEVICE void load_branch_weights(const Way& way, int full_k, const Parameter& weights, int out_first, int in_first,
+                                     Element element, bool backward, int first, int end, float* to, int thread,
+                                     int threads) {
+  switch (way.k) {
+    case 3:
+      return load_taps<3>(way, full_k, weights, out_first, in_first, element, backward, first, end, to, thread,
+                          threads);
+    case 5:
+      return load_taps<5>(way, full_k, weights, out_first, in_first, element, backward, first, end, to, thread,
+                          threads);
+    case 7:
+      return load_taps<7>(way, full_k, weights, out_first, in_first, element, backward, first, end, to, thread,
+                          threads);
+    case 9:
+      return load_taps<9>(way, full_k, weights, out_first, in_first, element, backward, first, end, to, thread,
+                          threads);
+    default:
+      return load_taps<0>(way, full_k, weights, out_first, in_first, element, backward, first, end, to, thread,
+                          threads);
+  }
+}
+
 // The work of one thread in loading the weights of a stage.
 MFEF_DEVICE void load_weights(const BlockArgs& a, bool backward, int stage, float* to, int thread, int threads) {
   const Sizes& s = a.sizes;
@@ -243,24 +292,9 @@ MFEF_DEVICE void load_weights(const BlockArgs& a, bool backward, int stage, floa
     int first, end;
     a.stages.channels(s, backward, stage, i, &first, &end);
     if (first == end) continue;
-    const Branch& b = s.branches[i];
-    const Way way(b, backward);
-    switch (way.k) {
-      case 3:
-        load_branch_weights<3>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
-        break;
-      case 5:
-        load_branch_weights<5>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
-        break;
-      case 7:
-        load_branch_weights<7>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
-        break;
-      case 9:
-        load_branch_weights<9>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
-        break;
-      default:
-        load_branch_weights<0>(b, a.conv_weights[i], a.element, backward, first, end, to, thread, threads);
-    }
+    const Way way(s.branches[i], backward);
+    load_branch_weights(way, s.branches[i].full_k, a.conv_weights[i], 0, 0, a.element, backward, first, end, to, thread,
+                        threads);
     to += (end - first) * way.k * way.k * way.weight_step();
   }
 }

@@ -110,6 +110,12 @@ MFEF_DEVICE void store(const Parameter& p, Element element, int64_t offset, floa
   });
 }
 
+// As the value would come back from memory.
+MFEF_DEVICE float rounded(Element element, float value) {
+  with_element(element, [&](auto zero) { value = float(decltype(zero)(value)); });
+  return value;
+}
+
 // --- arithmetic -------------------------------------------------------------------------------
 
 MFEF_HD float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
@@ -126,6 +132,12 @@ struct Largest {
       value = v;
       index = i;
     }
+  }
+  // The larger of two whose places are in any order; an index of -1 is of nothing.
+  MFEF_HD void merge(const Largest& other) {
+    const bool nan = value != value, others_nan = other.value != other.value;
+    const bool larger = others_nan ? !nan : other.value > value, equal = nan ? others_nan : other.value == value;
+    if (other.index >= 0 && (index < 0 || larger || (equal && other.index < index))) *this = other;
   }
 };
 

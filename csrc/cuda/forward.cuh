@@ -131,8 +131,8 @@ MFEF_DEVICE void spatial_gate(const BlockArgs& a, const Block& block, const Layo
     for (int e = thread; e < all * s.spatial_k * 2; e += block.threads) {
       const int part = e / all, map = part % 2, ky = part / 2, place = e - part * all;
       const int image = place / pixels, pixel = place - image * pixels, h = pixel / s.width, w = pixel - h * s.width;
-      parts[e] = row_of_spatial_taps(s, m + at.pooled + (2 * image + map) * pixels, h, w, ky, false,
-                                     [&](int kx) { return spatial_weight(a, map, ky, kx); });
+      parts[e] = row_of_spatial_taps(s.spatial_k, s.height, s.width, m + at.pooled + (2 * image + map) * pixels, h, w,
+                                     ky, false, [&](int kx) { return spatial_weight(a, map, ky, kx); });
     }
   });
   block.phase([&](int thread) {

@@ -14,15 +14,16 @@ namespace mfef::cuda {
 
 #ifdef __CUDACC__
 
-template <class Kernel, int kThreads>
-__global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ BlockArgs args) {
+template <class Kernel, int kThreads, int kResident>
+__global__ void __launch_bounds__(kThreads, kResident) kernel(const __grid_constant__ BlockArgs args) {
   extern __shared__ __align__(16) float shared[];
   Kernel::run(args, Block{int64_t(blockIdx.x), int64_t(gridDim.x), int(blockDim.x), shared});
 }
 
 // Thread blocks take turns beyond the largest grid. Shared memory above 48 KiB has to be asked for, once per device
-// and kernel, so that a launch is nothing but a launch (CUDA graphs).
-template <class Kernel, int kThreads>
+// and kernel, so that a launch is nothing but a launch (CUDA graphs). kResident: thread blocks that a multiprocessor
+// has registers for, at least.
+template <class Kernel, int kThreads, int kResident = 1>
 const char* launch(const BlockArgs& args, int64_t blocks, int threads, int64_t shared, void* stream) {
   constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
   constexpr int kMostDevices = 64;
@@ -32,13 +33,14 @@ const char* launch(const BlockArgs& args, int64_t blocks, int threads, int64_t s
   if (status == cudaSuccess && shared > 48 * 1024 && (device >= kMostDevices || !allowed[device].load())) {
     status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status == cudaSuccess) {
-      status = cudaFuncSetAttribute(kernel<Kernel, kThreads>, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+      status =
+          cudaFuncSetAttribute(kernel<Kernel, kThreads, kResident>, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     }
     if (status == cudaSuccess && device < kMostDevices) allowed[device].store(true);
   }
   if (status == cudaSuccess) {
     const unsigned grid = unsigned(blocks < kMostBlocks ? blocks : kMostBlocks);
-    kernel<Kernel, kThreads><<<grid, threads, size_t(shared), static_cast<cudaStream_t>(stream)>>>(args);
+    kernel<Kernel, kThreads, kResident><<<grid, threads, size_t(shared), static_cast<cudaStream_t>(stream)>>>(args);
     status = cudaGetLastError();
   }
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
@@ -50,7 +52,7 @@ const char* launch(const BlockArgs& args, int64_t blocks, int threads, int64_t s
 using Run = void (*)(const BlockArgs&, const Block&);
 const char* run_on_host(Run run, const BlockArgs& args, int64_t blocks, int threads, int64_t shared);
 
-template <class Kernel, int kThreads>
+template <class Kernel, int kThreads, int kResident = 1>
 const char* launch(const BlockArgs& args, int64_t blocks, int threads, int64_t shared, void*) {
   return threads <= kThreads ? run_on_host(&Kernel::run, args, blocks, threads, shared) : "too many threads";
 }

@@ -142,6 +142,7 @@ class Call {
 
   void forward() {
     plan();
+    if (plan_.large) return large_forward();
     args.stages = plan_.stages;
     args.weights = plan_.weights;
     if (args.blocks) run(launch_forward);
@@ -160,11 +161,13 @@ class Call {
         g.hidden_mean = room(n * s.hidden);
         g.hidden_max = room(n * s.hidden);
         g.spatial = room(args.blocks * 2 * s.spatial_k * s.spatial_k);
-        if (s.branch_count) g.dy = room(n * s.out * s.pixels());
       }
-      if (g.bias.data) g.channel_sums = room(n * s.out);
+      args.bias_terms = plan_.large ? n * plan_.maps.tiles.count() : n;
+      if (g.bias.data) g.channel_sums = room(args.bias_terms * s.out);
       if (s.branch_count) g.weights = room(plan_.slices * first_sum(s, s.branch_count));
     }
+    if (plan_.large) return large_backward(need_parameters);
+    if (need_parameters && s.hidden && s.branch_count) g.dy = room(n * s.out * s.pixels());
     args.stages = plan_.stages_backward;
     args.weights = plan_.weights_backward;
     if (args.blocks && (s.hidden || args.grad_x.data || g.channel_sums)) run(launch_backward);
@@ -208,13 +211,101 @@ class Call {
     }
     plan_ = last_plan;
     STD_TORCH_CHECK(plan_.fits, "mfef: no CUDA kernel for this call: ", plan_.reason);
-    args.images = plan_.images;
-    args.step = plan_.step;
-    args.blocks = (args.sizes.batch + plan_.images - 1) / plan_.images;
+    if (plan_.large) {
+      LargeArgs& l = args.large;
+      l.tiles = plan_.maps.tiles;
+      l.pieces = plan_.maps.pieces;
+      l.weight_pieces = plan_.maps.weight_pieces;
+      l.reduce_parts = plan_.maps.reduce_parts;
+      args.blocks = args.sizes.batch * l.pieces.count();
+    } else {
+      args.images = plan_.images;
+      args.step = plan_.step;
+      args.blocks = (args.sizes.batch + plan_.images - 1) / plan_.images;
+    }
     args.tiles = plan_.tiles;
     args.slices = plan_.slices;
     args.slice_images = plan_.slice_images;
     args.pass_images = plan_.pass_images;
+  }
+
+  // The convolution from `source` to `dest`, where there is one; with statistics where there is room for them.
+  void large_convolution(bool backward, const Map& source, Element element, const Map& dest) {
+    LargeArgs& l = args.large;
+    l.backward = backward;
+    l.units = backward ? plan_.maps.units_backward : plan_.maps.units;
+    l.source = source;
+    l.source_element = element;
+    l.dest = dest;
+    run(launch_large_convolution);
+  }
+
+  void large_forward() {
+    const Sizes& s = args.sizes;
+    LargeArgs& l = args.large;
+    const int64_t n = s.batch, statistics = n * l.tiles.count() * s.out;
+    if (!n) return;
+    if (!s.hidden) return large_convolution(false, args.x, args.element, args.result);
+    if (s.branch_count && !args.y.data) {
+      memory_.push_back(empty_map_like(x_, s.out));
+      args.y = map_of(memory_.back());
+    }
+    l.tile_sums = room(statistics);
+    l.tile_tops = room(statistics);
+    l.tile_places = reinterpret_cast<int32_t*>(room(statistics));
+    l.gate = room(n * s.out);
+    l.pooled = room(2 * n * s.pixels());
+    large_convolution(false, args.x, args.element, args.y);
+    if (!s.branch_count) args.y = args.x;
+    run(launch_channel_gates);
+    run(launch_pool_channels);
+    run(launch_gate_map);
+  }
+
+  void large_backward(bool need_parameters) {
+    const Sizes& s = args.sizes;
+    LargeArgs& l = args.large;
+    const int64_t n = s.batch, pixels = s.pixels();
+    l.dy = args.grad_result;
+    l.dy_element = args.element;
+    if (s.hidden && n) {
+      l.gate = room(n * s.out);
+      l.grad_mean = room(n * s.out);
+      l.grad_max = room(n * s.out);
+      l.pooled = room(2 * n * pixels);
+      l.grad_pooled = room(2 * n * pixels);
+      l.grad_spatial = room(n * pixels);
+      l.dots = room(args.blocks * s.out);
+      run(launch_channel_gates);
+      run(launch_pixel_gradient);
+      run(launch_channel_gradient);
+      run(launch_mlp_backward);
+      l.dy = args.grad_x;
+      if (s.branch_count) {
+        // In the order of y.
+        const bool last = args.y.stride[1] == 1;
+        l.dy = {room(n * s.out * pixels),
+                {s.out * pixels, last ? 1 : pixels, last ? int64_t(s.width) * s.out : s.width, last ? s.out : 1}};
+        l.dy_element = Element::kFloat;
+      }
+      if (l.dy.data) run(launch_map_gradient);
+    }
+    if (s.branch_count && n && args.grad_x.data) large_convolution(true, l.dy, l.dy_element, args.grad_x);
+    if (!need_parameters) return;
+    if (args.grads.channel_sums && n) channel_sums();
+    if (s.branch_count && n) run(launch_large_weight_gradient);
+    run(launch_sums);
+  }
+
+  // Sums over the pixels of every tile and channel of the gradient: the statistics of a problem without a convolution.
+  void channel_sums() {
+    LargeArgs& l = args.large;
+    const int branches = args.sizes.branch_count;
+    args.sizes.branch_count = 0;
+    plan_.maps.units = statistic_units(args.sizes);
+    l.tile_sums = args.grads.channel_sums;
+    large_convolution(false, args.grad_result, args.element, {});
+    args.sizes.branch_count = branches;
   }
 
   void run(Launch launch) {

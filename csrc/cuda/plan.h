@@ -1,11 +1,12 @@
-// The planner of the small-map kernels: whether one thread block can hold an image from the first load to the
-// last store, how its shared memory is laid out, and how the launches are divided. Plain C++: module.cpp shows its
-// answers to Python, the operators follow them.
+// The planner: whether one thread block can hold an image from the first load to the last store (the small-map
+// kernels), how its shared memory is laid out, and how the launches are divided; else how those of the large-map
+// kernels are. Plain C++: module.cpp shows its answers to Python, the operators follow them.
 #pragma once
 
 #include <string>
+#include <vector>
 
-#include "block.h"
+#include "large_plan.h"
 
 namespace mfef::cuda {
 
@@ -13,8 +14,6 @@ constexpr int kWidestMap = 16;  // a thread owns whole rows, in registers
 // Of the forward and the backward: 170 registers each, so that the widest register tiles do not spill (at 512 threads,
 // with 128 registers, they did on sm_80).
 constexpr int kMostThreads = 384;
-// Products that one register accumulates before its sum is added to the map: longer chains round more.
-constexpr int kChain = 100;
 constexpr int kParts = 16;         // runs of channels that are summed side by side in the MLP
 constexpr int kPixelParts = 8;     // and per pixel
 constexpr int kTileThreads = 128;  // of the weight gradient: a thread owns up to 3 rows of taps of one weight
@@ -34,28 +33,6 @@ MFEF_HD int share(int channels, int chain, int stages, int stage) {
   return least(int(int64_t(chains) * stage / stages) * chain, channels);
 }
 
-// One direction of a branch: forward it goes from x to y, backward from the gradient of y to that of x.
-struct Way {
-  int source_first, source_per_group, dest_first, dest_per_group, groups, k;
-
-  MFEF_HD Way(const Branch& b, bool backward)
-      : source_first(backward ? b.out_first : b.in_first),
-        source_per_group(backward ? b.out_per_group() : b.in_per_group()),
-        dest_first(backward ? b.in_first : b.out_first),
-        dest_per_group(backward ? b.in_per_group() : b.out_per_group()),
-        groups(b.groups),
-        k(b.k) {}
-
-  MFEF_HD int dest() const { return groups * dest_per_group; }
-  // Floats from tap to tap of the weights in shared memory; odd, so that neither order of access has conflicts.
-  MFEF_HD int weight_step() const { return dest() | 1; }
-  MFEF_HD int chain() const { return kChain / (k * k) > 1 ? kChain / (k * k) : 1; }
-  MFEF_HD int first(int stages, int stage) const { return share(source_per_group, chain(), stages, stage); }
-};
-
-// Whether several branches write the same channels: the gradient of x in pyramid mode is a sum over branches.
-MFEF_HD bool summed(const Sizes& s, bool backward) { return backward && !s.split; }
-
 // How the convolution of a direction is cut: `count` shares of every branch, all branches side by side in a stage; or,
 // where that is too much for shared memory and where branches add to the same channels, one branch at a time.
 struct Stages {
@@ -71,8 +48,8 @@ struct Stages {
       if (stage / count != b) return;
       stage %= count;
     }
-    *first = way.first(count, stage);
-    *end = way.first(count, stage + 1);
+    *first = share(way.source_per_group, way.chain(), count, stage);
+    *end = share(way.source_per_group, way.chain(), count, stage + 1);
   }
 };
 
@@ -190,7 +167,7 @@ struct Layout {
 
 struct Plan {
   bool fits;
-  std::string reason;  // why not
+  std::string reason;  // why not, or why not in one launch
 
   int row;      // floats of a row in shared memory: W, filled up to 2, 4, 8 or 16
   int images;   // per thread block
@@ -200,7 +177,11 @@ struct Plan {
   int weights, weights_backward;                    // floats of a stage's weights
   int64_t shared, shared_backward, shared_weights;  // bytes of each launch; of the weight gradient
 
-  int tiles, slices, slice_images, pass_images, tile_step;  // of the weight gradient
+  int tiles, slices, pass_images, tile_step;  // of the weight gradient
+  int64_t slice_images;                       // large maps: pieces of images
+
+  bool large;  // then of the above only tiles, slices and slice_images count
+  LargePlan maps;
 };
 
 // Floats of the largest stage's weights.
@@ -247,9 +228,23 @@ inline bool choose_stages(const Sizes& s, bool backward, const Plan& p, int64_t 
   return false;
 }
 
-// How a problem would run on a device whose thread blocks may have `limit` bytes of shared memory. Of the device
-// nothing else counts, so results are the same on all GPUs with as much.
-inline Plan make_plan(const Sizes& s, int64_t limit) {
+// Most channels that a tile of the weight gradient reads.
+inline int tile_channels(const Sizes& s, int tiles) {
+  int channels = 0;
+  for (int t = 0; t < tiles; ++t) {
+    const Tile tile(s, t);
+    channels = most(channels, tile.in_count + tile.out_count);
+  }
+  return channels;
+}
+
+inline int count_tiles(const Sizes& s) {
+  int tiles = 0;
+  for (int b = 0; b < s.branch_count; ++b) tiles += TileShape(s.branches[b]).tiles;
+  return tiles;
+}
+
+inline Plan make_small_plan(const Sizes& s, int64_t limit) {
   Plan p{};
   auto refuse = [&p](const std::string& reason) {
     p.reason = reason;
@@ -276,7 +271,7 @@ inline Plan make_plan(const Sizes& s, int64_t limit) {
   if (!ok && p.images > 1) {
     Sizes alone = s;
     alone.batch = 1;
-    Plan one = make_plan(alone, limit);
+    Plan one = make_small_plan(alone, limit);
     if (!one.fits) return one;
     p.images = 1;
     p.step = one.step;
@@ -294,16 +289,12 @@ inline Plan make_plan(const Sizes& s, int64_t limit) {
   p.slices = 1;
   p.pass_images = most(64 / s.pixels(), 1);
   p.tile_step = channel_step(p.pass_images * s.height, p.row);
-  for (int b = 0; b < s.branch_count; ++b) p.tiles += TileShape(s.branches[b]).tiles;
+  p.tiles = count_tiles(s);
   if (p.tiles) {
     const int64_t wanted = most(least(kTileBlocks / p.tiles, kMostSlices), 4);
     p.slices = int(s.batch < wanted ? (s.batch > 0 ? s.batch : 1) : wanted);
-    p.slice_images = int((s.batch + p.slices - 1) / p.slices);
-    int channels = 0;
-    for (int t = 0; t < p.tiles; ++t) {
-      const Tile tile(s, t);
-      channels = most(channels, tile.in_count + tile.out_count);
-    }
+    p.slice_images = (s.batch + p.slices - 1) / p.slices;
+    const int channels = tile_channels(s, p.tiles);
     p.shared_weights = int64_t(channels) * p.tile_step * 4;
     while (p.shared_weights > limit && p.pass_images > 1) {
       p.pass_images /= 2;
@@ -319,6 +310,150 @@ inline Plan make_plan(const Sizes& s, int64_t limit) {
   p.fits = true;
   return p;
 }
+
+// Floats that a tile of the weight gradient has in shared memory of a piece of an image: x with its halo, and dy.
+MFEF_HD int64_t x_step(const Cover& piece, const Branch& b) { return Halo(piece, b.k).step; }
+MFEF_HD int64_t dy_step(const Cover& piece) { return odd_vectors(int64_t(piece.rows) * piece.columns); }
+
+inline int64_t weight_piece_bytes(const Sizes& s, int tiles, const Cover& piece) {
+  int64_t floats = 0;
+  for (int t = 0; t < tiles; ++t) {
+    const Tile tile(s, t);
+    const int64_t of = tile.in_count * x_step(piece, s.branches[tile.branch]) + tile.out_count * dy_step(piece);
+    floats = of > floats ? of : floats;
+  }
+  return 4 * floats;
+}
+
+// Adds the launches of the large-map kernels to a plan; leaves a reason where there are none.
+inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
+  Plan& p = *plan;
+  LargePlan& m = p.maps;
+  auto refuse = [&p](const std::string& reason) { p.reason += ", and by the large-map kernels " + reason; };
+  auto kib = [](int64_t bytes) { return std::to_string((bytes + 1023) / 1024) + " KiB"; };
+  auto takes = [&](const std::string& what, int64_t bytes) {
+    if (bytes > limit) refuse(what + " takes " + kib(bytes) + " of shared memory, a thread block has " + kib(limit));
+    return bytes > limit;
+  };
+  // Sizes that shared memory could never hold are refused before they are multiplied.
+  constexpr int kMost = 1 << 20;
+  if (s.in > kMost || s.out > kMost || s.hidden > kMost) return refuse("2^20 channels are the most");
+  for (int b = 0; b < s.branch_count; ++b) {
+    const Branch& of = s.branches[b];
+    if (double(of.out) * of.in_per_group() * of.k * of.k > double(1 << 28))
+      return refuse("a weight has over 2^28 taps");
+  }
+
+  const int spans = ceil_div(s.width, kSpan), across = ceil_div(spans, kTileSpans), wide = ceil_div(spans, across);
+  const int tall = 2 * (kTileItems / wide), down = ceil_div(s.height, tall);
+  m.tiles = Cover::of(s, (ceil_div(s.height, down) + 1) / 2 * 2, wide * kSpan);
+  if (!choose_units(s, false, m.tiles, &m.units, &m.shared) ||
+      !choose_units(s, true, m.tiles, &m.units_backward, &m.shared_backward)) {
+    return refuse("not one channel of a convolution of a tile of " + std::to_string(m.tiles.rows) + " x " +
+                  std::to_string(m.tiles.columns) + " pixels fits into " + kib(kLargeShared));
+  }
+
+  // The sums for the gradient of a bias are statistics alone.
+  const int64_t statistics = 4 * UnitLayout::statistics(m.tiles, kStatisticChannels);
+  m.shared = m.shared > statistics ? m.shared : statistics;
+
+  m.pieces =
+      Cover::of(s, kPieceRows, s.width > kSlots / kPieceRows / 2 ? kSlots / kPieceRows : kSlots / kPieceRows / 2);
+  m.reduce_parts = most(least(2 * kLargeThreads / s.out, 8), 1);
+  if (s.hidden) {
+    if (int64_t(s.hidden) * kParts > kMost) return refuse("there are too many hidden units");
+    const Sizes vectors = LargePlan::vectors(s, m.reduce_parts);
+    m.shared_gates = 4 * int64_t(Layout(vectors, false, 0, 1, 0).total);
+    m.shared_mlp = 4 * int64_t(Layout(vectors, true, 0, 1, 0).total);
+    if (takes("the MLP", m.shared_mlp)) return;
+    if (s.spatial_k > 255) return refuse("a spatial kernel of 255 x 255 is the largest");
+    m.shared_piece = 4 * int64_t(PieceLayout(s, m.pieces, false).total);
+    m.shared_piece_backward = 4 * int64_t(PieceLayout(s, m.pieces, true).total);
+    if (takes("the spatial convolution", m.shared_piece_backward)) return;
+  }
+
+  p.slices = 1;
+  p.tiles = count_tiles(s);
+  if (p.tiles) {
+    m.weight_pieces = m.tiles;
+    m.shared_weights = weight_piece_bytes(s, p.tiles, m.weight_pieces);
+    while (m.shared_weights > kLargeShared && m.weight_pieces.rows * m.weight_pieces.columns > kSpan) {
+      Cover& of = m.weight_pieces;
+      const bool flat = of.rows <= 4 && of.columns > kSpan;
+      of = flat ? Cover::of(s, of.rows, of.columns - kSpan) : Cover::of(s, (of.rows + 1) / 2, of.columns);
+      m.shared_weights = weight_piece_bytes(s, p.tiles, of);
+    }
+    if (takes("the weight gradient", m.shared_weights)) return;
+    const int64_t wanted = most(least(kLargeBlocks / p.tiles, kMostLargeSlices), 4);
+    const int64_t pieces = s.batch * m.weight_pieces.count();
+    p.slices = int(pieces < wanted ? (pieces > 0 ? pieces : 1) : wanted);
+    p.slice_images = (pieces + p.slices - 1) / p.slices;
+  }
+  p.fits = p.large = true;
+}
+
+// How a problem would run on a device whose thread blocks may have `limit` bytes of shared memory. Of the device
+// nothing else counts, so results are the same on all GPUs with as much.
+inline Plan make_plan(const Sizes& s, int64_t limit) {
+  Plan p = make_small_plan(s, limit);
+  if (!p.fits) make_large_plan(s, limit, &p);
+  return p;
+}
+
+// The kernels of a whole call, in order; `backward` with all gradients.
+inline std::vector<std::string> launches(const Sizes& s, const Plan& p, bool backward) {
+  const bool convolution = s.branch_count > 0, attention = s.hidden > 0;
+  if (!p.large && !backward) return {"Forward"};
+  std::vector<std::string> all;
+  if (!p.large) {
+    all = {"Backward"};
+    if (convolution) all.push_back("WeightGradient");
+  } else if (!backward) {
+    all = {"LargeConvolution"};
+    if (attention) all.insert(all.end(), {"ChannelGates", "PoolChannels", "GateMap"});
+    return all;
+  } else {
+    if (attention) all = {"ChannelGates", "PixelGradient", "ChannelGradient", "MlpBackward", "MapGradient"};
+    if (convolution) all.insert(all.end(), {"LargeConvolution", "LargeWeightGradient"});
+  }
+  all.push_back("Sums");
+  return all;
+}
+
+// Bytes in float32 that a whole call has beside its tensors while it runs; of large maps without the y that a forward
+// which saves nothing needs.
+inline int64_t scratch_bytes(const Sizes& s, const Plan& p, bool backward) {
+  const int64_t n = s.batch, pixels = s.pixels(), map = n * s.out * pixels;
+  const bool convolution = s.branch_count > 0, attention = s.hidden > 0;
+  const int64_t pieces = p.large ? n * p.maps.pieces.count() : (n + most(p.images, 1) - 1) / most(p.images, 1);
+  int64_t floats = 0;
+  if (p.large && attention && !backward) floats += n * (3 * p.maps.tiles.count() * int64_t(s.out) + s.out + 2 * pixels);
+  if (p.large && attention && backward) floats += n * (3 * s.out + 5 * pixels) + pieces * s.out;
+  if (backward && attention) {
+    floats += n * (s.out + 3 * int64_t(s.hidden)) + pieces * 2 * s.spatial_k * s.spatial_k + map * convolution;
+  }
+  if (backward && convolution) floats += p.slices * first_sum(s, s.branch_count);
+  return 4 * floats;
+}
+
+// What the large-map kernels read beside the problem: their plan, scratch, and the maps of the launch. All in float32
+// but what has an Element; null data: not there or not wanted.
+struct LargeArgs {
+  Cover tiles, pieces, weight_pieces;
+  int reduce_parts;
+  Units units;  // of this launch's direction
+  bool backward;
+  Map source, dest;  // of the convolution
+  Element source_element;
+  Map dy;  // gradient of y: what the convolutions' backward reads and that of the attention writes
+  Element dy_element;
+  float *tile_sums, *tile_tops;  // (N, tiles, channels)
+  int32_t* tile_places;
+  float *gate, *grad_mean, *grad_max;  // (N, out)
+  float *pooled, *grad_pooled;         // (N, 2, H, W), maximum and mean
+  float* grad_spatial;                 // (N, H, W), of the spatial gate's logit
+  float* dots;                         // (N, pieces, out)
+};
 
 // What a launch gets: the problem, where its tensors are, and what the kernels read of the plan.
 struct BlockArgs {
@@ -340,10 +475,12 @@ struct BlockArgs {
   // Of the plan, what the kernels read.
   int images, step, weights;
   Stages stages;
-  int64_t blocks;  // of images; the grid may be smaller
+  int64_t blocks;  // of images, of large maps: pieces of images; the grid may be smaller
   int tiles, slices, pass_images;
   int64_t slice_images;
-  int64_t outputs;  // of the last launch: elements of all parameters' gradients
+  int64_t bias_terms;  // vectors in grads.channel_sums
+  int64_t outputs;     // of the last launch: elements of all parameters' gradients
+  LargeArgs large;
 };
 
 }  // namespace mfef::cuda

@@ -48,7 +48,7 @@ MFEF_DEVICE float part_of_output(const BlockArgs& a, int64_t e, int part, Parame
     if (e < channels) {
       *to = g.bias;
       *offset = e * to->stride[0];
-      return part_of_sum(batch, part, [&](int64_t n) { return g.channel_sums[n * channels + e]; });
+      return part_of_sum(a.bias_terms, part, [&](int64_t n) { return g.channel_sums[n * channels + e]; });
     }
     e -= channels;
   }

@@ -39,71 +39,90 @@ struct TileSums {
   float acc[kTileRows][9], total[kTileRows][9];
 };
 
-// Adds the products of the images in shared memory: x and dy are the maps of the thread's channels.
-template <int K, int kRow>
-MFEF_DEVICE void add_products(const float* x, const float* dy, const Sizes& s, int images, int ky, TileSums& sums) {
+// Adds the products of `height` rows of kRow pixels of dy with x in shared memory. x has `x_rows` rows and kBeside
+// (none, or k / 2) more pixels on each side, above and to the left too. A chain ends after `flush` rows.
+template <int K, int kRow, int kBeside>
+MFEF_DEVICE void add_products(const float* x, int x_pitch, int x_rows, const float* dy, int dy_pitch, int height,
+                              int flush, int ky, TileSums& sums) {
   constexpr int kHalf = K / 2, kRows = K < kTileRows ? K : kTileRows;
-  const int height = s.height, flush = most(kChain / s.width, 1);
-  for (int image = 0; image < images; ++image, x += height * kRow, dy += height * kRow) {
-    // d[t] is the row of dy that meets row r of x at the row of taps ky + t.
-    float d[kRows][kRow] = {}, row[kRow];
+  constexpr int kLoaded = kBeside ? (kRow + 2 * kBeside + 3) / 4 * 4 : kRow;
+  static_assert(kBeside == 0 || kBeside == kHalf);
+  // Row r of x meets row newest(r) - t of dy at the row of taps ky + t: d[t].
+  auto newest = [&](int r) { return r - kBeside + kHalf - ky; };
+  const int begin = kBeside ? ky : 0, end = kBeside ? least(x_rows, height + ky + kRows - 1) : x_rows;
+  float d[kRows][kRow] = {}, row[kLoaded];
+  MFEF_UNROLL
+  for (int t = 1; t < kRows; ++t) {
+    const int h = newest(begin) - t;
+    if (h >= 0 && h < height) load_row<kRow>(dy + h * dy_pitch, d[t]);
+  }
+  MFEF_ROLLED
+  for (int first = begin; first < end; first += flush) {
     MFEF_UNROLL
-    for (int t = 1; t < kRows; ++t) {
-      const int h = kHalf - ky - t;
-      if (h >= 0 && h < height) load_row<kRow>(dy + h * kRow, d[t]);
+    for (int t = 0; t < kRows; ++t) {
+      MFEF_UNROLL
+      for (int kx = 0; kx < K; ++kx) sums.acc[t][kx] = 0.0f;
     }
     MFEF_ROLLED
-    for (int first = 0; first < height; first += flush) {
+    for (int r = first; r < least(first + flush, end); ++r) {
+      load_row<kLoaded>(x + r * x_pitch, row);
+      if (newest(r) >= 0 && newest(r) < height) load_row<kRow>(dy + newest(r) * dy_pitch, d[0]);
       MFEF_UNROLL
       for (int t = 0; t < kRows; ++t) {
+        const int h = newest(r) - t;
+        if (h < 0 || h >= height || ky + t >= K) continue;
         MFEF_UNROLL
-        for (int kx = 0; kx < K; ++kx) sums.acc[t][kx] = 0.0f;
-      }
-      MFEF_ROLLED
-      for (int r = first; r < least(first + flush, height); ++r) {
-        load_row<kRow>(x + r * kRow, row);
-        const int newest = r + kHalf - ky;
-        if (newest >= 0 && newest < height) load_row<kRow>(dy + newest * kRow, d[0]);
-        MFEF_UNROLL
-        for (int t = 0; t < kRows; ++t) {
-          const int h = newest - t;
-          if (h < 0 || h >= height || ky + t >= K) continue;
+        for (int kx = 0; kx < K; ++kx) {
           MFEF_UNROLL
-          for (int kx = 0; kx < K; ++kx) {
-            MFEF_UNROLL
-            for (int p = 0; p < kRow; ++p) {
-              const int at = p + kx - kHalf;
-              if (at >= 0 && at < kRow) sums.acc[t][kx] = fmaf(row[at], d[t][p], sums.acc[t][kx]);
-            }
+          for (int p = 0; p < kRow; ++p) {
+            const int at = p + kx - kHalf + kBeside;
+            if (at >= 0 && at < kRow + 2 * kBeside) sums.acc[t][kx] = fmaf(row[at], d[t][p], sums.acc[t][kx]);
           }
         }
-        MFEF_UNROLL
-        for (int t = kRows - 1; t > 0; --t) {
-          MFEF_UNROLL
-          for (int p = 0; p < kRow; ++p) d[t][p] = d[t - 1][p];
-        }
       }
       MFEF_UNROLL
-      for (int t = 0; t < kRows; ++t) {
+      for (int t = kRows - 1; t > 0; --t) {
         MFEF_UNROLL
-        for (int kx = 0; kx < K; ++kx) sums.total[t][kx] += sums.acc[t][kx];
+        for (int p = 0; p < kRow; ++p) d[t][p] = d[t - 1][p];
       }
+    }
+    MFEF_UNROLL
+    for (int t = 0; t < kRows; ++t) {
+      MFEF_UNROLL
+      for (int kx = 0; kx < K; ++kx) sums.total[t][kx] += sums.acc[t][kx];
     }
   }
 }
 
-// The same for one tap of any k.
+// The products of the images in shared memory for one thread: x and dy are the maps of its channels.
+template <int K, int kRow>
+MFEF_DEVICE void add_products_of_images(const float* x, const float* dy, const Sizes& s, int images, int ky,
+                                        TileSums& sums) {
+  const int step = s.height * kRow;
+  for (int image = 0; image < images; ++image) {
+    add_products<K, kRow, 0>(x + image * step, kRow, s.height, dy + image * step, kRow, s.height,
+                             most(kChain / s.width, 1), ky, sums);
+  }
+}
+
+// One tap of any k: the products of dy's pixels [h_begin, h_end) x [w_begin, w_end) with x at as many rows and columns
+// further on as the pointers say.
+MFEF_DEVICE void add_products_of_tap(const float* x, int x_pitch, const float* dy, int dy_pitch, int h_begin, int h_end,
+                                     int w_begin, int w_end, TileSums& sums) {
+  for (int h = h_begin; h < h_end; ++h) {
+    float sum = 0.0f;
+    for (int w = w_begin; w < w_end; ++w) sum = fmaf(dy[h * dy_pitch + w], x[h * x_pitch + w], sum);
+    sums.total[0][0] += sum;
+  }
+}
+
 template <int kRow>
-MFEF_DEVICE void add_products_of_tap(const float* x, const float* dy, const Sizes& s, int images, int half, int ky,
-                                     int kx, TileSums& sums) {
-  const int up = ky - half, left = kx - half;
-  const int w_begin = most(0, -left), w_end = least(s.width, s.width - left);
-  for (int image = 0; image < images; ++image, x += s.height * kRow, dy += s.height * kRow) {
-    for (int h = most(0, -up); h < least(s.height, s.height - up); ++h) {
-      float sum = 0.0f;
-      for (int w = w_begin; w < w_end; ++w) sum = fmaf(dy[h * kRow + w], x[(h + up) * kRow + w + left], sum);
-      sums.total[0][0] += sum;
-    }
+MFEF_DEVICE void add_products_of_tap_of_images(const float* x, const float* dy, const Sizes& s, int images, int half,
+                                               const TileItem& item, TileSums& sums) {
+  const int up = item.ky - half, left = item.kx - half, step = s.height * kRow;
+  for (int image = 0; image < images; ++image, x += step, dy += step) {
+    add_products_of_tap(x + up * kRow + left, kRow, dy, kRow, most(0, -up), least(s.height, s.height - up),
+                        most(0, -left), least(s.width, s.width - left), sums);
   }
 }
 
@@ -115,6 +134,28 @@ MFEF_DEVICE void write_sums(const TileSums& sums, int ky, float* to) {
     for (int kx = 0; kx < K; ++kx) {
       if (ky + t < K) to[(ky + t) * K + kx] = sums.total[t][kx];
     }
+  }
+}
+
+// The sums of a thread that owns some to those of the slice.
+MFEF_DEVICE void write_item(const BlockArgs& a, int branch, int64_t slice, const TileSums& sums) {
+  const Sizes& s = a.sizes;
+  const Branch& b = s.branches[branch];
+  const TileItem item = sums.item;
+  const int64_t per_slice = first_sum(s, s.branch_count);
+  const int64_t pair = int64_t(item.out) * b.in_per_group() + item.in % b.in_per_group();
+  float* to = a.grads.weights + slice * per_slice + first_sum(s, branch) + pair * b.k * b.k;
+  switch (b.k) {
+    case 3:
+      return write_sums<3>(sums, item.ky, to);
+    case 5:
+      return write_sums<5>(sums, item.ky, to);
+    case 7:
+      return write_sums<7>(sums, item.ky, to);
+    case 9:
+      return write_sums<9>(sums, item.ky, to);
+    default:
+      to[item.ky * b.k + item.kx] = sums.total[0][0];
   }
 }
 
@@ -152,37 +193,21 @@ struct WeightGradient {
           const float *of_x = x + (item.in - tile.in) * a.step, *of_dy = dy + (item.out - tile.out) * a.step;
           switch (b.k) {
             case 3:
-              return add_products<3, kRow>(of_x, of_dy, s, images, item.ky, sums);
+              return add_products_of_images<3, kRow>(of_x, of_dy, s, images, item.ky, sums);
             case 5:
-              return add_products<5, kRow>(of_x, of_dy, s, images, item.ky, sums);
+              return add_products_of_images<5, kRow>(of_x, of_dy, s, images, item.ky, sums);
             case 7:
-              return add_products<7, kRow>(of_x, of_dy, s, images, item.ky, sums);
+              return add_products_of_images<7, kRow>(of_x, of_dy, s, images, item.ky, sums);
             case 9:
-              return add_products<9, kRow>(of_x, of_dy, s, images, item.ky, sums);
+              return add_products_of_images<9, kRow>(of_x, of_dy, s, images, item.ky, sums);
             default:
-              return add_products_of_tap<kRow>(of_x, of_dy, s, images, b.k / 2, item.ky, item.kx, sums);
+              return add_products_of_tap_of_images<kRow>(of_x, of_dy, s, images, b.k / 2, item, sums);
           }
         });
       }
       block.phase([&](int thread) {
         const TileSums& sums = registers[thread];
-        const TileItem item = sums.item;
-        if (!item.owns) return;
-        const int64_t per_slice = first_sum(s, s.branch_count);
-        const int64_t pair = int64_t(item.out) * b.in_per_group() + item.in % b.in_per_group();
-        float* to = a.grads.weights + slice * per_slice + first_sum(s, tile.branch) + pair * b.k * b.k;
-        switch (b.k) {
-          case 3:
-            return write_sums<3>(sums, item.ky, to);
-          case 5:
-            return write_sums<5>(sums, item.ky, to);
-          case 7:
-            return write_sums<7>(sums, item.ky, to);
-          case 9:
-            return write_sums<9>(sums, item.ky, to);
-          default:
-            to[item.ky * b.k + item.kx] = sums.total[0][0];
-        }
+        if (sums.item.owns) write_item(a, tile.branch, slice, sums);
       });
     }
   }

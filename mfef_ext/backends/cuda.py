@@ -1,4 +1,5 @@
-"""The CUDA C++ backend (csrc/cuda): the block in one launch where an image fits on the chip."""
+"""The CUDA C++ backend (csrc/cuda): the block in one launch where an image fits on the chip, in a
+few where it does not."""
 
 from __future__ import annotations
 
@@ -22,9 +23,13 @@ def plan(problem: Problem, limit: int | None = None) -> dict[str, object]:
     """How the kernels would run a problem, with ``limit`` bytes of shared memory per thread block.
 
     ``limit`` is the device's if not given. Keys: fits; reason (why not, else ""); where it fits
-    images (per thread block), blocks, threads, row (floats of a map's row in shared memory),
-    weight_gradient_tiles, weight_gradient_slices (of the batch), and for ``forward_``,
-    ``backward_`` and ``weight_gradient_``: shared_bytes; for the first two: stages.
+    plan ("small-map" or "large-map"), threads (per thread block; large maps: of the convolution),
+    weight_gradient_tiles, weight_gradient_slices (of the batch), weight_gradient_shared_bytes, and
+    for ``forward_`` and ``backward_``: launches (the kernels of a whole call), shared_bytes (per
+    thread block; large maps: of the convolution), scratch_bytes. Small maps: images (per thread
+    block), blocks, row (floats of a map's row in shared memory), ``forward_``, ``backward_``
+    stages. Large maps: tile and piece (rows and columns of the convolution's and of the attention's
+    share of a map), tiles and pieces (per image), ``forward_``, ``backward_`` units (of channels).
     """
     limit = shared_limit(problem.device) if limit is None else limit
     return _C.cuda_plan(**problem.sizes(), shared_limit=limit)

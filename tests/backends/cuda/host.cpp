@@ -6,6 +6,9 @@
 // descending order: where that changes a bit, threads of one phase depend on one another, which is a race.
 #include "cuda/backward.cu"
 #include "cuda/forward.cu"
+#include "cuda/large_attention.cu"
+#include "cuda/large_conv.cu"
+#include "cuda/large_weight_gradient.cu"
 #include "cuda/ops_cuda.cu"
 #include "cuda/weight_gradient.cu"
 

@@ -43,7 +43,7 @@ PAPER = [(128, 64, 8), (128, 128, 8), (128, 256, 8), (128, 132, 8), (128, 512, 2
 @pytest.mark.parametrize("shape", PAPER, ids=str)
 def test_the_papers_maps_fit(shape):
     plan = cuda.plan(problem(*shape), H200)
-    assert plan["fits"] and plan["reason"] == ""
+    assert plan["fits"] and plan["reason"] == "" and plan["plan"] == "small-map"
     for name in ("forward", "backward", "weight_gradient"):
         assert 0 < plan[f"{name}_shared_bytes"] <= H200
     assert plan["blocks"] * plan["images"] >= shape[0]
@@ -59,24 +59,42 @@ def test_64_channels_need_one_stage_on_every_gpu():
 
 def test_less_shared_memory_means_more_stages_until_nothing_fits():
     found = [cuda.plan(problem(128, 128, 8), limit) for limit in (H200, A100, SMALLEST)]
-    stages = [p["backward_stages"] for p in found if p["fits"]]
+    stages = [p["backward_stages"] for p in found if p["plan"] == "small-map"]
     assert stages == sorted(stages) and len(stages) == 3 and stages[0] < stages[-1]
-    small = cuda.plan(problem(128, 256, 8), SMALLEST)
-    assert not small["fits"]
-    assert "256 x 8 x 8 takes" in small["reason"] and "has 99" in small["reason"]
+    large = cuda.plan(problem(128, 256, 8), SMALLEST)
+    assert large["plan"] == "large-map"
+    assert "256 x 8 x 8 takes" in large["reason"] and "has 99" in large["reason"]
+
+
+@pytest.mark.parametrize("limit", [H200, A100, SMALLEST])
+@pytest.mark.parametrize("shape", [(32, 64, 56), (32, 128, 28), (32, 256, 14), (32, 512, 7)])
+def test_imagenets_maps_are_large(shape, limit):
+    plan = cuda.plan(problem(*shape), limit)
+    if limit == H200:
+        assert plan["fits"] and plan["plan"] == "large-map"
+        assert len(plan["forward_launches"]) == 4
+    for name in ("forward", "backward", "weight_gradient"):
+        assert 0 < plan[f"{name}_shared_bytes"] <= 74 * 1024
+    (rows, columns), tiles = plan["tile"], plan["tiles"]
+    assert tiles * rows * columns >= shape[2] ** 2 > (tiles - 1) * rows * columns / 2
+    # nearly two thread blocks for each of 132 multiprocessors
+    assert min(plan["forward_units"], plan["backward_units"]) * tiles * shape[0] >= 2 * 128
+    assert plan | {"reason": ""} == cuda.plan(problem(*shape), H200) | {"reason": ""}
 
 
 @pytest.mark.parametrize(
-    ("shape", "reason"),
+    ("shape", "options", "reason"),
     [
-        ((1, 64, 56), "a map of 56 x 56 is wider than 16 pixels"),
-        ((1, 512, 14), "an image of 512 x 14 x 14 takes"),
-        ((1, 64, 2**20, 4), "does not fit into a thread block"),
-        ((1, 2**22, 1), "does not fit into a thread block"),
+        ((1, 64, 2**20, 4), {"kernel_sizes": (201,)}, "not one channel of a convolution of a tile"),
+        ((1, 2**21, 1), {}, "2^20 channels are the most"),
+        ((1, 2**15, 17), {}, "a weight has over 2^28 taps"),
+        ((1, 2**16, 1), {"kernel_sizes": (1,), "groups": (2**16,)}, "the MLP takes"),
+        ((1, 4, 200), {"spatial_kernel_size": 257}, "255 x 255 is the largest"),
+        ((1, 4, 200), {"spatial_kernel_size": 255}, "the spatial convolution takes"),
     ],
 )
-def test_what_does_not_fit(shape, reason):
-    plan = cuda.plan(problem(*shape, spatial_kernel_size=3), H200)
+def test_what_does_not_fit(shape, options, reason):
+    plan = cuda.plan(problem(*shape, **{"spatial_kernel_size": 3, **options}), H200)
     assert not plan["fits"] and reason in plan["reason"]
 
 
@@ -95,7 +113,11 @@ def test_reasons(gpu):
     supports = cuda.BACKEND.supports
     assert supports(problem(128, 64, 8)) == (True, "")
     assert supports(problem(1, 64, 8, dtype=torch.float64))[1].startswith("dtype torch.float64")
-    assert "wider than 16 pixels" in supports(problem(1, 64, 56))[1]
+    assert supports(problem(1, 64, 56)) == (True, "")
+    assert (
+        "does not fit into a thread block, and by the large-map kernels not one channel"
+        in supports(problem(1, 64, 2**20, 4, kernel_sizes=(201,)))[1]
+    )
     many = problem(1, 17, 4, kernel_sizes=(3,) * 17)
     assert supports(many)[1] == "17 branches are more than 16"
     kd = Problem("kd_loss", 2, 10, 1, 1, torch.float32, torch.device("cuda"))
@@ -113,6 +135,10 @@ def test_not_chosen_by_itself_before_hardware_has_run_it(gpu):
     assert backends.choose(one, "cuda").name == "cuda"
     text = "\n".join(_explain_problem(one, "cuda", False))
     assert "runs on: cuda (forced)" in text and "small-map plan: 128 thread block(s)" in text
+    assert "forward: Forward; scratch 0 bytes" in text
+    text = "\n".join(_explain_problem(problem(32, 64, 56), "cuda", False))
+    assert "large-map plan: per image 8 tile(s) of 14 x 32 pixels" in text
+    assert "forward: LargeConvolution, ChannelGates, PoolChannels, GateMap; scratch" in text
     assert "cuda: could, but has not run on hardware yet" in "\n".join(
         _explain_problem(one, None, False)
     )

@@ -1,4 +1,5 @@
-"""The kernels for maps that fit on the chip, block by block, against the float64 reference."""
+"""The kernels for maps that fit on the chip, block by block, against the float64 reference; and
+what holds for maps that do not (those with 17 columns and more) as well."""
 
 import pytest
 import torch
@@ -92,7 +93,10 @@ def test_stages_of_weights_do_not_change_a_bit(host, limit):
 
 
 @pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("shape", [(3, 24, 8, 8), (600, 8, 2, 2), (2, 9, 3, 14), (2, 68, 6, 4)])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 24, 8, 8), (600, 8, 2, 2), (2, 9, 3, 14), (2, 68, 6, 4), (2, 70, 9, 20), (1, 9, 35, 18)],
+)
 def test_threads_of_a_phase_do_not_depend_on_one_another(host, shape, split):
     """The same bits with the threads of every phase in descending order: no race."""
     case = make_case(shape, split=split, dtype=torch.float32).cast(torch.float32)
@@ -139,9 +143,10 @@ def test_multi_scale_conv2d_with_bias(device, dtype):
         assert o <= factor(dtype) * e + 1
 
 
-def test_dual_attention_alone_is_the_blocks_second_half(device):
+@pytest.mark.parametrize("shape", [(5, 32, 8, 8), (2, 70, 9, 37)])
+def test_dual_attention_alone_is_the_blocks_second_half(device, shape):
     """The two halves share the block's inner code: the same numbers, to the last bit."""
-    case = make_case((5, 32, 8, 8), dtype=torch.float32).cast(torch.float32, device)
+    case = make_case(shape, dtype=torch.float32).cast(torch.float32, device)
     y = functional.multi_scale_conv2d(case.x, case.weights, case.groups, backend="cuda")
     halves = functional.dual_attention(y, *case.attention, backend="cuda")
     arguments = (case.x, case.weights, case.groups, *case.attention)
@@ -155,9 +160,10 @@ def test_dual_attention_alone_is_the_blocks_second_half(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", ["slice", "transposed", "every second", "channels_last slice"])
-def test_any_strides_give_the_same_bits(device, dtype, how):
+@pytest.mark.parametrize("shape", [(3, 20, 5, 6), (2, 20, 5, 20)])
+def test_any_strides_give_the_same_bits(device, dtype, how, shape):
     """Inputs, weights and incoming gradients that are views of larger tensors full of NaN."""
-    case = make_case((3, 20, 5, 6), dtype=dtype).cast(dtype, device)
+    case = make_case(shape, dtype=dtype).cast(dtype, device)
 
     def run(x, weights, grad):
         x = x.detach().requires_grad_()
@@ -172,7 +178,7 @@ def test_any_strides_give_the_same_bits(device, dtype, how):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("shape", [(3, 20, 5, 6), (3, 20, 5, 8)])
+@pytest.mark.parametrize("shape", [(3, 20, 5, 6), (3, 20, 5, 8), (2, 20, 9, 36), (2, 32, 9, 17)])
 def test_layouts_are_kept_and_agree(device, shape):
     case = make_case(shape, dtype=torch.float32).cast(torch.float32, device)
     results = []
@@ -188,9 +194,10 @@ def test_layouts_are_kept_and_agree(device, shape):
         assert torch.equal(a, b)
 
 
-def test_expanded_gradient(device):
+@pytest.mark.parametrize("width", [4, 24])
+def test_expanded_gradient(device, width):
     """sum().backward() sends a gradient with strides of 0."""
-    case = make_case((3, 8, 4, 4), kernel_sizes=(3, 5), dtype=torch.float32)
+    case = make_case((3, 8, 4, width), kernel_sizes=(3, 5), dtype=torch.float32)
     case.grad = torch.ones_like(case.grad)
     low = case.cast(torch.float32, device)
     arguments = (low.x, low.weights, low.groups, *low.attention)
@@ -199,8 +206,9 @@ def test_expanded_gradient(device):
     assert torch.equal(low.x.grad, expected[1])
 
 
-def test_gradients_have_the_strides_of_the_weights(device):
-    case = make_case((3, 8, 4, 4), kernel_sizes=(3, 5), dtype=torch.float32)
+@pytest.mark.parametrize("width", [4, 24])
+def test_gradients_have_the_strides_of_the_weights(device, width):
+    case = make_case((3, 8, 4, width), kernel_sizes=(3, 5), dtype=torch.float32)
     case = case.cast(torch.float32, device)
     expected = run_block(case, functional.mfef_block, backend="cuda")[2:]
     weights = [
@@ -215,8 +223,9 @@ def test_gradients_have_the_strides_of_the_weights(device):
 
 
 @pytest.mark.parametrize("wanted", ["x", "weights", "attention", "fc2_weight"])
-def test_gradients_for_some_inputs_only(device, wanted):
-    case = make_case((3, 12, 5, 5), kernel_sizes=(3, 5), dtype=torch.float32)
+@pytest.mark.parametrize("width", [5, 19])
+def test_gradients_for_some_inputs_only(device, wanted, width):
+    case = make_case((3, 12, 5, width), kernel_sizes=(3, 5), dtype=torch.float32)
     case = case.cast(torch.float32, device)
     arguments = (case.x, case.weights, case.groups, *case.attention)
     full = functional.mfef_block(*arguments, backend="cuda")
@@ -236,7 +245,7 @@ def test_gradients_for_some_inputs_only(device, wanted):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("shape", [(1100, 8, 2, 2), (7, 12, 6, 6)])
+@pytest.mark.parametrize("shape", [(1100, 8, 2, 2), (7, 12, 6, 6), (5, 12, 6, 18)])
 def test_an_image_does_not_depend_on_its_neighbours(device, shape):
     """Nor on how many images share a thread block, nor on the last block being a partial one."""
     case = make_case((1, *shape[1:]), kernel_sizes=(3, 5), dtype=torch.float32)
@@ -257,28 +266,31 @@ def test_an_image_does_not_depend_on_its_neighbours(device, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_empty_batch(device, dtype, layout):
+@pytest.mark.parametrize("width", [4, 24])
+def test_empty_batch(device, dtype, layout, width):
     block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto", backend="cuda", dtype=dtype)
     block = block.to(device)
-    x = torch.randn(0, 8, 5, 4, dtype=dtype, device=device)
+    x = torch.randn(0, 8, 5, width, dtype=dtype, device=device)
     x = x.contiguous(memory_format=layout).requires_grad_()
     out = block(x)
-    assert out.shape == (0, 8, 5, 4)
+    assert out.shape == (0, 8, 5, width)
     out.sum().backward()
     assert x.grad.shape == x.shape
     for p in block.parameters():
         assert torch.equal(p.grad, torch.zeros_like(p))
     weights, bias = [torch.randn(4, 4, 3, 3, device=device)], torch.randn(4, device=device)
     parameters = [t.requires_grad_() for t in (*weights, bias)]
-    empty = torch.randn(0, 4, 5, 5, device=device)
+    empty = torch.randn(0, 4, 5, width, device=device)
     out = functional.multi_scale_conv2d(empty, weights, [1], bias=bias, backend="cuda")
     for g in torch.autograd.grad(out.sum(), parameters):
         assert not g.any()
 
 
-def test_ties_go_to_the_first_element(device):
+@pytest.mark.parametrize("repeats", [1, 30])
+def test_ties_go_to_the_first_element(device, repeats):
     """All gates are 1/2 exactly, so y's ties are z's: the first pixel, the lowest channel."""
     y, parameters = tied_case(torch.float32)
+    y = y.repeat(1, 1, 1, repeats)
     grad = torch.randn(y.shape)
 
     def run(f, where, **kw):
@@ -291,10 +303,11 @@ def test_ties_go_to_the_first_element(device):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_saved_tensors_are_those_of_the_cpu(device):
+@pytest.mark.parametrize("repeats", [1, 30])
+def test_saved_tensors_are_those_of_the_cpu(device, repeats):
     """Shapes, dtypes and layouts as csrc/ops.cpp has them; indices are the first of their ties."""
     y, parameters = tied_case(torch.float32)
-    y, *parameters = (t.detach().to(device) for t in (y, *parameters))
+    y, *parameters = (t.detach().to(device) for t in (y.repeat(1, 1, 1, repeats), *parameters))
     namespace = torch.ops.mfef if device == "cuda" else torch.ops.mfef_cuda_host
     ours = namespace.dual_attention(y, *parameters, True)
     cpu = torch.ops.mfef.dual_attention(y.cpu(), *(p.cpu() for p in parameters), True)
@@ -308,7 +321,7 @@ def test_saved_tensors_are_those_of_the_cpu(device):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("width", [6, 8])
+@pytest.mark.parametrize("width", [6, 8, 22, 24])
 def test_nan_and_infinity_pass_through(device, value, width):
     """They appear where PyTorch has them, and in no other image."""
     case = make_case((5, 12, 6, width), kernel_sizes=(3, 5), dtype=torch.float32)
@@ -326,8 +339,9 @@ def test_nan_and_infinity_pass_through(device, value, width):
     assert torch.equal(got[others], clean[others])
 
 
-def test_extreme_logits_saturate(device):
-    y = torch.randn(3, 4, 3, 3)
+@pytest.mark.parametrize("width", [3, 30])
+def test_extreme_logits_saturate(device, width):
+    y = torch.randn(3, 4, 3, width)
     for scale in (1e4, -1e4, 1e30, -1e30):
         parameters = [
             torch.zeros(1, 4),
@@ -373,15 +387,16 @@ def test_more_branches_than_a_launch_can_take_are_refused(host):
 
 
 def test_what_does_not_fit_is_refused_by_the_operator(host):
-    _, parameters = tied_case(torch.float32)
-    wide = torch.randn(1, 6, 4, 17)
-    with pytest.raises(RuntimeError, match="4 x 17 is wider than 16 pixels"):
-        functional.dual_attention(wide, *parameters, backend="cuda")
+    weights = [torch.randn(1, 1, 201, 201)]
+    with pytest.raises(RuntimeError, match=r"101 x 101 is wider .* not one channel"):
+        functional.multi_scale_conv2d(torch.randn(1, 1, 101, 101), weights, [1], backend="cuda")
 
 
 @pytest.mark.parametrize("wrong", [-1, 10**6])
-def test_wrong_indices_of_a_direct_call_stay_in_the_map(host, wrong):
+@pytest.mark.parametrize("repeats", [1, 30])
+def test_wrong_indices_of_a_direct_call_stay_in_the_map(host, wrong, repeats):
     y, parameters = tied_case(torch.float32)
+    y = y.repeat(1, 1, 1, repeats)
     arguments = [y.detach(), *(p.detach() for p in parameters)]
     _, *saved = torch.ops.mfef_cuda_host.dual_attention(*arguments, True)
     saved[2].fill_(wrong)
@@ -395,8 +410,9 @@ def test_wrong_indices_of_a_direct_call_stay_in_the_map(host, wrong):
 
 
 @pytest.mark.gpu
-def test_repeats_on_two_streams_are_bit_identical():
-    case = make_case((70, 24, 8, 8), dtype=torch.bfloat16).cast(torch.bfloat16, "cuda")
+@pytest.mark.parametrize("shape", [(70, 24, 8, 8), (3, 24, 30, 40)])
+def test_repeats_on_two_streams_are_bit_identical(shape):
+    case = make_case(shape, dtype=torch.bfloat16).cast(torch.bfloat16, "cuda")
     first = run_block(case, functional.mfef_block, backend="cuda")
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.synchronize()
@@ -407,8 +423,9 @@ def test_repeats_on_two_streams_are_bit_identical():
 
 
 @pytest.mark.gpu
-def test_cuda_graph():
-    case = make_case((9, 64, 8, 8), dtype=torch.float32).cast(torch.float32, "cuda")
+@pytest.mark.parametrize("shape", [(9, 64, 8, 8), (2, 64, 30, 40)])
+def test_cuda_graph(shape):
+    case = make_case(shape, dtype=torch.float32).cast(torch.float32, "cuda")
     wanted = run_block(case, functional.mfef_block, backend="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -420,12 +437,13 @@ def test_cuda_graph():
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_more_than_2_31_elements():
+@pytest.mark.parametrize("side", [8, 24])
+def test_more_than_2_31_elements(side):
     """Offsets are 64 bits wide: the last images of 2^31 + elements come out right."""
-    n = 2**31 // (64 * 8 * 8) + 40
-    x = torch.zeros(n, 64, 8, 8, dtype=torch.bfloat16, device="cuda")
-    x[-20:] = torch.randn(20, 64, 8, 8, device="cuda")
-    case = make_case((20, 64, 8, 8), dtype=torch.bfloat16).cast(torch.bfloat16, "cuda")
+    n = 2**31 // (64 * side**2) + 40
+    x = torch.zeros(n, 64, side, side, dtype=torch.bfloat16, device="cuda")
+    x[-20:] = torch.randn(20, 64, side, side, device="cuda")
+    case = make_case((20, 64, side, side), dtype=torch.bfloat16).cast(torch.bfloat16, "cuda")
     arguments = (case.weights, case.groups, *case.attention)
     with torch.no_grad():
         out = functional.mfef_block(x, *arguments, backend="cuda")

@@ -1,0 +1,236 @@
+// The planner of the large-map kernels: how maps that do not fit on the chip are cut into rectangles, and the channels
+// of a convolution into units, so that every thread block's piece fits into shared memory. Nothing here depends on the
+// GPU, so results are the same on all of them.
+#pragma once
+
+#include "block.h"
+
+namespace mfef::cuda {
+
+constexpr int kLargeThreads = 256;
+// The convolution has smaller thread blocks: with its 168 registers a multiprocessor holds three of them, not one of
+// 256 threads (at 128 registers, which would let it hold two, they spilled on sm_80 and sm_90a). So many bytes of
+// shared memory let one of sm_90 and later hold three too, and one of sm_80 two. Launches without a convolution take
+// less, but for thousands of channels.
+constexpr int kConvolutionThreads = 128, kConvolutionBlocks = 3;
+constexpr int64_t kLargeShared = 74 * 1024;
+constexpr int kSpan = 8;                // neighbouring pixels of a row that a thread owns
+constexpr int kTileSpans = 4;           // the widest tile
+constexpr int kTileItems = 32;          // most spans of a tile times pairs of rows
+constexpr int kUnitChannels = 64;       // destination channels of a unit, at most
+constexpr int kStatisticChannels = 16;  // of a unit without a convolution
+// A piece is what a thread block of the attention has, of all channels: kSlots pixels, kChunk channels at a time.
+constexpr int kSlots = 64, kPieceRows = 4, kChunk = 64;
+constexpr int kSlotParts = kLargeThreads / kSlots;  // threads of a pixel, and of a channel
+// The weight gradient is divided further than that of small maps: there is more of it in an image.
+constexpr int kLargeBlocks = 1024;
+constexpr int kMostLargeSlices = 256;
+
+MFEF_HD int fill4(int floats) { return (floats + 3) / 4 * 4; }
+// An odd number of 16-byte vectors, so that neighbouring threads with neighbouring channels read different banks.
+MFEF_HD int64_t odd_vectors(int64_t floats) { return ((floats + 3) / 4 | 1) * 4; }
+
+// A rectangle of a map.
+struct Rectangle {
+  int row, rows, column, columns;
+};
+
+// A map cut into rectangles, row by row; those at the border are as large as the map lets them.
+struct Cover {
+  int rows, columns;  // of a rectangle
+  int down, across;
+
+  MFEF_HD static Cover of(const Sizes& s, int rows, int columns) {
+    return {rows, columns, ceil_div(s.height, rows), ceil_div(s.width, columns)};
+  }
+  MFEF_HD int count() const { return down * across; }
+  MFEF_HD Rectangle rectangle(const Sizes& s, int index) const {
+    const int row = index / across * rows, column = index % across * columns;
+    return {row, least(rows, s.height - row), column, least(columns, s.width - column)};
+  }
+};
+
+// The source of a rectangle for a k x k kernel in shared memory: [channel][row][column] with the halo.
+struct Halo {
+  int rows, pitch;  // floats of a row: the spans that threads read, whole vectors
+  int64_t step;     // floats from channel to channel
+
+  MFEF_HD Halo(const Cover& cover, int k)
+      : rows(cover.rows + k - 1), pitch(cover.columns + fill4(k - 1)), step(odd_vectors(int64_t(rows) * pitch)) {}
+};
+
+// A unit of a convolution: the destination channels [first, first + count) counted from `branch`'s first, which the
+// branches [branch, end) write. Without a convolution, and where branches add to the same channels, all branches.
+struct Unit {
+  int branch, end, first, count;
+};
+
+// How a direction of the convolution is cut into units.
+struct Units {
+  int count;
+  // Of every branch: destination channels of a unit, whole groups or a run of one; and how many source channels of a
+  // group are in shared memory at a time.
+  int channels[kMaxBranches], stage[kMaxBranches];
+
+  MFEF_HD static bool merged(const Sizes& s, bool backward) { return s.branch_count == 0 || summed(s, backward); }
+  MFEF_HD int of_branch(const Way& way, int b) const {
+    const int groups = channels[b] / way.dest_per_group;
+    return groups ? ceil_div(way.groups, groups) : way.groups * ceil_div(way.dest_per_group, channels[b]);
+  }
+  MFEF_HD Unit unit(const Sizes& s, bool backward, int index) const {
+    if (merged(s, backward)) {
+      const int first = index * channels[0];
+      return {0, s.branch_count, first, least(channels[0], (backward ? s.in : s.out) - first)};
+    }
+    int b = 0;
+    for (int units = 0; index >= (units = of_branch(Way(s.branches[b], backward), b)); ++b) index -= units;
+    const Way way(s.branches[b], backward);
+    const int per_group = way.dest_per_group, channels_of = channels[b];
+    if (channels_of >= per_group) {
+      const int first = index * channels_of;
+      return {b, b + 1, first, least(channels_of, way.dest() - first)};
+    }
+    const int runs = ceil_div(per_group, channels_of), group = index / runs,
+              first = (index - group * runs) * channels_of;
+    return {b, b + 1, group * per_group + first, least(channels_of, per_group - first)};
+  }
+};
+
+// Shared memory of a convolution: the destination, the weights of a stage, its source. In floats.
+struct UnitLayout {
+  int64_t dest_step, weights, source, source_step, total;
+
+  MFEF_HD UnitLayout(const Cover& tiles, const Way& part, int stage)
+      : dest_step(odd_vectors(int64_t(tiles.rows) * tiles.columns)),
+        weights(part.dest() * dest_step),
+        source(weights + (int64_t(stage) * part.k * part.k * part.weight_step() + 3) / 4 * 4),
+        source_step(Halo(tiles, part.k).step),
+        total(source + int64_t(part.groups) * stage * source_step) {}
+  // Without a convolution, and afterwards: three numbers of every row of every channel, behind the destination.
+  MFEF_HD static int64_t statistics(const Cover& tiles, int channels) {
+    return channels * (odd_vectors(int64_t(tiles.rows) * tiles.columns) + 3 * tiles.rows);
+  }
+};
+
+// Shared memory of a piece, in floats: maps [channel][pixel], then what the channels and the pixels of it have.
+struct PieceLayout {
+  static constexpr int kStep = kSlots | 1;  // from channel to channel
+  int y, grad, gate, sums, spatial_gate, channel_index, grad_pooled, pooled, grad_spatial, taps, parts;
+  int halo_rows, halo_columns, total;
+
+  MFEF_HD PieceLayout(const Sizes& s, const Cover& pieces, bool backward) {
+    int next = 0;
+    auto take = [&next](int count) {
+      const int at = next;
+      next += count;
+      return at;
+    };
+    halo_rows = pieces.rows + s.spatial_k - 1;
+    halo_columns = pieces.columns + s.spatial_k - 1;
+    y = take(kChunk * kStep);
+    grad = take(backward ? kChunk * kStep : 0);
+    gate = take(kChunk);
+    spatial_gate = take(kSlots);
+    channel_index = take(kSlots);
+    grad_pooled = take(2 * kSlots);
+    pooled = take(2 * halo_rows * halo_columns);
+    grad_spatial = take(backward ? halo_rows * halo_columns : 0);
+    taps = take(2 * s.spatial_k * s.spatial_k);
+    parts = take(most(3 * kSlotParts, 2 * s.spatial_k) * kSlots);
+    sums = parts;
+    total = next;
+  }
+};
+
+struct LargePlan {
+  Cover tiles;          // of the convolution, with the statistics of each
+  Cover pieces;         // of the attention
+  Cover weight_pieces;  // of the weight gradient
+  Units units, units_backward;
+  int reduce_parts;                                 // threads that add up the statistics of a channel
+  int64_t shared, shared_backward, shared_weights;  // bytes: convolution, data gradient, weight gradient
+  int64_t shared_gates, shared_mlp;                 // the MLP of an image, forward and backward
+  int64_t shared_piece, shared_piece_backward;      // the attention of a piece
+
+  // The sizes of an image whose maps stay in memory, as Layout takes them.
+  MFEF_HD static Sizes vectors(Sizes s, int reduce_parts) {
+    s.height = reduce_parts;
+    s.width = 0;
+    return s;
+  }
+};
+
+// The source channels of a group that a stage of the unit `part` can have in `limit` bytes; 0 if not one chain fits.
+inline int choose_stage(const Cover& tiles, const Way& part, int64_t limit) {
+  const int chains = ceil_div(part.source_per_group, part.chain());
+  for (int stages = 1; stages <= chains; ++stages) {
+    const int stage = least(ceil_div(chains, stages) * part.chain(), part.source_per_group);
+    const int64_t floats = UnitLayout(tiles, part, stage).total,
+                  statistics = UnitLayout::statistics(tiles, part.dest());
+    if (4 * (floats > statistics ? floats : statistics) <= limit) return stage;
+  }
+  return 0;
+}
+
+// Statistics alone, of what has the channels of y.
+MFEF_HD Units statistic_units(const Sizes& s) {
+  Units units{};
+  units.channels[0] = least(s.out, kStatisticChannels);
+  units.count = ceil_div(s.out, units.channels[0]);
+  return units;
+}
+
+// Cuts a direction of the convolution into units; false if the smallest does not fit.
+inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Units* units, int64_t* shared) {
+  // As many channels as give every thread two items: a pair of rows, a span and, where groups are even, two channels.
+  const int items = tiles.columns / kSpan * ceil_div(tiles.rows, 2);
+  const int wanted = least(most(2 * kConvolutionThreads / items, 1), kUnitChannels / 2);
+  const bool merged = Units::merged(s, backward);
+  *units = {};
+  *shared = 0;
+  auto see = [shared](int64_t floats) { *shared = 4 * floats > *shared ? 4 * floats : *shared; };
+  if (s.branch_count == 0) {
+    *units = statistic_units(s);
+    see(UnitLayout::statistics(tiles, units->channels[0]));
+    return true;
+  }
+  // Whether units of `channels` suit branch b, and if so its stage.
+  auto suits = [&](int b, int channels) {
+    const Way way(s.branches[b], backward);
+    if (merged && channels % way.dest_per_group && way.dest_per_group % channels) return false;
+    units->channels[b] = channels;
+    units->stage[b] = choose_stage(tiles, way.part(0, channels), kLargeShared);
+    if (units->stage[b]) {
+      see(UnitLayout(tiles, way.part(0, channels), units->stage[b]).total);
+      see(UnitLayout::statistics(tiles, channels));
+    }
+    return units->stage[b] > 0;
+  };
+  if (merged) {
+    for (int channels = least(2 * wanted, s.in); channels > 0; --channels) {
+      bool all = true;
+      *shared = 0;
+      for (int b = 0; all && b < s.branch_count; ++b) all = suits(b, channels);
+      if (!all) continue;
+      units->count = ceil_div(s.in, channels);
+      return true;
+    }
+    return false;
+  }
+  for (int b = 0; b < s.branch_count; ++b) {
+    const Way way(s.branches[b], backward);
+    const int per_group = way.dest_per_group, pairs = per_group % 2 == 0 ? 2 : 1;
+    int channels = 0;
+    for (int most_channels = wanted * pairs; most_channels > 0 && !channels; most_channels /= 2) {
+      const int groups = least(most_channels / per_group, way.groups);
+      const int runs = ceil_div(per_group, most_channels), even = ceil_div(ceil_div(per_group, runs), pairs) * pairs;
+      channels = groups ? groups * per_group : least(even, per_group);
+      if (!suits(b, channels)) channels = 0;
+    }
+    if (!channels) return false;
+    units->count += units->of_branch(way, b);
+  }
+  return true;
+}
+
+}  // namespace mfef::cuda

@@ -1,0 +1,186 @@
+"""The kernels for maps that stay in memory, tile by tile, against the float64 reference.
+
+What holds for both plans (layouts, strides, ties, empty batches, ...) is in test_small_maps.py.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from mfef_ext import functional, reference
+from mfef_ext.backends import cuda
+from tests.accuracy import (
+    ATTENTION,
+    Errors,
+    check_block,
+    eager_errors,
+    largest,
+    make_case,
+    run_block,
+)
+from tests.backends.cuda.conftest import H200
+from tests.backends.cuda.test_plan import problem
+from tests.backends.triton.test_attention import draw_case, expected
+from tests.backends.triton.test_attention import eager_errors as eager_errors_of_attention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+EXAMPLES = settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    phases=(Phase.generate,),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@st.composite
+def blocks(draw):
+    """One tile and several, whole and partial spans, whole groups and runs of one."""
+    sizes = draw(st.lists(st.sampled_from([1, 3, 5, 7, 9, 11]), min_size=1, max_size=4))
+    return {
+        "shape": (
+            draw(st.sampled_from([1, 2, 3])),
+            draw(st.integers(len(sizes), 24)),
+            draw(st.integers(1, 24)),
+            draw(st.integers(17, 40)),
+        ),
+        "kernel_sizes": sizes,
+        "split": draw(st.booleans()),
+        "spatial_kernel_size": draw(st.sampled_from([1, 3, 7])),
+        "biases": draw(st.booleans()),
+        "seed": draw(st.integers(0, 100)),
+    }
+
+
+@EXAMPLES
+@given(arguments=blocks(), layout=st.sampled_from(LAYOUTS))
+def test_random_blocks(device, arguments, layout):
+    check_block(torch.float32, layout, backend="cuda", device=device, **arguments)
+
+
+# ImageNet's maps; 33 channels, which no pair divides; several stages of sources; branches that add
+# to the same channels; kernels of any size; several tiles above one another.
+SHAPES = [
+    ((1, 64, 56, 56), {}),
+    ((1, 128, 28, 28), {}),
+    ((1, 256, 14, 14), {}),
+    ((2, 512, 7, 7), {}),
+    ((1, 132, 9, 20), {}),
+    ((1, 300, 3, 17), {"kernel_sizes": (3,), "groups": (1,)}),
+    ((2, 24, 10, 18), {"groups": (1, 1, 1, 1), "split": False}),
+    ((2, 8, 9, 21), {"kernel_sizes": (21, 3), "spatial_kernel_size": 15}),
+    ((1, 4, 130, 17), {"kernel_sizes": (3, 9)}),
+]
+
+
+def is_large(shape, split=True, **options) -> bool:
+    """Whether the planner takes the large-map kernels."""
+    mode = "split" if split else "pyramid"
+    plan = cuda.plan(problem(shape[0], *shape[1:], mode=mode, **options), H200)
+    return plan["plan"] == "large-map"
+
+
+@pytest.mark.parametrize(("shape", "options"), SHAPES, ids=str)
+def test_shapes_that_users_have(device, shape, options):
+    assert is_large(shape, **options)
+    check_block(torch.float32, LAYOUTS[shape[1] % 3 == 1], "cuda", device, shape=shape, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 24, 11, 20), {}),
+        ((2, 40, 33, 17), {"groups": (1, 2)}),
+        ((1, 16, 8, 40), {"split": False}),
+    ],
+    ids=str,
+)
+def test_multi_scale_conv2d(device, dtype, layout, shape, options):
+    """The convolution alone, with its bias: result and all gradients, in every dtype."""
+    options = {"kernel_sizes": (3, 7), **options}
+    errors = Errors(dtype)
+    for seed in range(3):
+        case = make_case(shape, dtype=dtype, seed=seed, **options)
+        out_channels = sum(w.shape[0] for w in case.weights)
+        bias = torch.randn(out_channels, dtype=torch.float64).to(dtype).double()
+        gradient = torch.randn(shape[0], out_channels, *shape[2:], dtype=torch.float64)
+        gradient = gradient.to(dtype)
+
+        def run(f, d, where="cpu", layout=torch.contiguous_format, case=case, bias=bias,
+                gradient=gradient, **kw):  # fmt: skip
+            at = case.cast(d, where)
+            b = bias.to(where, d).requires_grad_()
+            x = at.x.contiguous(memory_format=layout)
+            out = f(x, at.weights, at.groups, at.split, b, **kw)
+            grads = torch.autograd.grad(out, [at.x, *at.weights, b], gradient.to(where, d))
+            return [t.detach().cpu() for t in (out, *grads)]
+
+        wanted = run(reference.multi_scale_conv2d, torch.float64)
+        got = run(functional.multi_scale_conv2d, dtype, device, layout, backend="cuda")
+        eager = [run(reference.multi_scale_conv2d, dtype, layout=one) for one in LAYOUTS]
+        names = ["out", "x", *(f"weights[{i}]" for i in range(len(case.weights))), "bias"]
+        largest_errors = [
+            max(largest(e.double() - w) for e in column)
+            for *column, w in zip(*eager, wanted, strict=True)
+        ]
+        errors.add(names, got, wanted, largest_errors)
+    errors.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 20, 9, 18), {}),
+        ((1, 150, 6, 33), {"hidden": 9, "biases": False}),
+        ((2, 3, 40, 17), {"k": 11}),
+    ],
+    ids=str,
+)
+def test_dual_attention(device, dtype, layout, shape, options):
+    """The attention alone, in every dtype: what it reads is exact, so no maximum is another's."""
+    errors = Errors(dtype)
+    for seed in range(3):
+        case = draw_case(shape, dtype=dtype, seed=seed, **options)
+        wanted = expected(case)
+        eager = eager_errors_of_attention(case.to(dtype), wanted)
+        low = case.to(dtype, device).laid_out(layout)
+        leaves = [t.requires_grad_() for t in (low.y, *low.parameters) if t is not None]
+        out = functional.dual_attention(low.y, *low.parameters, backend="cuda")
+        got = [t.detach().cpu() for t in (out, *torch.autograd.grad(out, leaves, low.grad))]
+        names = ["out", "y"]
+        names += [n for n, p in zip(ATTENTION, case.parameters, strict=True) if p is not None]
+        errors.add(names, got, wanted, eager)
+    errors.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 24, 12, 20), (1, 132, 9, 17)], ids=str)
+def test_the_block_in_half_precision(device, dtype, layout, shape):
+    """Between its halves y is rounded, which decides near ties. The reference decides them as we
+    do: it goes on from our y, whose own error test_multi_scale_conv2d bounds."""
+    errors = Errors(dtype)
+    for seed in range(3):
+        case = make_case(shape, dtype=dtype, seed=seed)
+        low, exact = case.cast(dtype, device), case.cast(torch.float64)
+
+        def convolve(at, **kw):
+            return functional.multi_scale_conv2d(at.x, at.weights, at.groups, **kw)
+
+        def from_our_y(x, weights, groups, *attention, split, low=low):
+            y = reference.multi_scale_conv2d(x, weights, groups, split)
+            ours = convolve(low, backend="cuda").detach().cpu().double()
+            return reference.dual_attention(y + (ours - y).detach(), *attention)
+
+        eager = eager_errors(case, dtype, run_block(exact, reference.mfef_block))
+        wanted = run_block(exact, from_our_y)
+        got = run_block(low, functional.mfef_block, layout, backend="cuda")
+        names = ["out", "x", *(f"weights[{i}]" for i in range(len(case.weights))), *ATTENTION]
+        errors.add(names, [g.cpu() for g in got], wanted, eager)
+    errors.check()
