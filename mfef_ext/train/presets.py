@@ -58,7 +58,9 @@ def read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         found = yaml.safe_load(text)
     except OSError as error:
-        raise UsageError(f"--config={path} cannot be read ({error.strerror})") from error
+        raise UsageError(
+            f"--config={path} cannot be read ({error.strerror}); name a YAML file"
+        ) from error
     # ValueError: no UTF-8, or a date or number that there is not.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"--config={path} is no YAML: {' '.join(str(error).split())}") from error
