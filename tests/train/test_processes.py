@@ -103,6 +103,26 @@ def test_a_nan_in_one_process_stops_both(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_process_that_dies_stops_the_other(tmp_path):
+    out = tmp_path / "run"
+    die = "(folder / 'status1').write_text('9'); os._exit(0)"
+    status, error = launch(tmp_path, [*QUICK, "--method", "ce", "--out", str(out)], die)
+    assert status == [75, 9] and "mfef: stopped: another process ended" in error
+    assert "Traceback" not in error and checkpoint.load(out / "last.ckpt")["step"] == 0
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_said_once(tmp_path):
+    (tmp_path / "file").touch()
+    for options, words in (
+        (["--out", str(tmp_path / "file")], "cannot be written"),
+        (["--epochs", "0"], "--epochs=0 must be at least 1"),
+    ):
+        status, error = launch(tmp_path, [*QUICK, *options])
+        assert status == [2, 2] and error.count("mfef: ") == error.count(words) == 1
+
+
+@pytest.mark.slow
 def test_stopped_together_and_resumed(tmp_path, capsys):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     options = [*QUICK, "--method", "dml"]
@@ -125,6 +145,14 @@ def test_one_gpu_for_two_processes_is_refused(monkeypatch, capsys):
     assert (
         "--device=cuda:1 is one GPU for 2 processes; use --device cuda" in capsys.readouterr().err
     )
+
+
+def test_processes_that_torchrun_did_not_start(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*QUICK, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "WORLD_SIZE=2 processes do not meet" in error and "torchrun" in error
+    assert len(error.splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_a_batch_norm_of_another_kind_is_refused():
