@@ -196,6 +196,8 @@ def _gradients(
             run.scaler.scale(out.loss * (len(labels) * ranks / size)).backward()
         for name, term in out.losses.items():
             share = term.detach().double() * (len(labels) / size)
+            if not len(labels):  # the mean over no images is NaN; its gradients are 0
+                share = torch.zeros_like(share)
             terms[name] = terms[name] + share if name in terms else share
     return terms
 

@@ -265,24 +265,29 @@ def prepare(config: TrainConfig, processes: Processes, path: Path | None = None)
 def _check_single_images(
     config: TrainConfig, processes: Processes, dataset: data.Dataset, distiller: OnlineDistiller
 ) -> None:
-    """UsageError if a part of a batch will be a single image, and that is too little for batch
-    normalisation, as it is where a map is one pixel."""
+    """UsageError if a part of a batch will be so small that batch normalisation cannot take it: a
+    single image where a map is one pixel, or none."""
     apart = 1 if config.sync_batch_norm else processes.ranks
     sizes = config.batch_size, len(dataset.train) % config.batch_size or config.batch_size
     smallest = min(size // apart // parts(config, size, processes.ranks) for size in sizes)
-    if smallest > 1:
+    if smallest > 1 or (smallest == 1 and _takes_a_single_image(distiller, dataset)):
         return
+    raise UsageError(
+        f"--batch-size={config.batch_size} with --accumulate={config.accumulate} makes parts "
+        f"of {smallest} image(s) out of {len(dataset.train)}, too few for the batch "
+        "normalisation of these students; use another --batch-size or a smaller --accumulate"
+    )
+
+
+def _takes_a_single_image(distiller: OnlineDistiller, dataset: data.Dataset) -> bool:
     try:
         with torch.no_grad():
             copy.deepcopy(distiller).train()(*dataset.train[:1])
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise UsageError(
-            f"--batch-size={config.batch_size} with --accumulate={config.accumulate} makes parts "
-            f"of {smallest} image(s) out of {len(dataset.train)}, too few for the batch "
-            "normalisation of these students; use another --batch-size or a smaller --accumulate"
-        ) from error
+        return False
+    return True
 
 
 def parts(config: TrainConfig, size: int, ranks: int) -> int:

@@ -93,6 +93,19 @@ def test_two_processes_agree_with_one(options, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["ce", "mfef"])
+def test_a_process_without_an_image(tmp_path, method):
+    # 230 images: the last batch is one, so that the second process has none of it.
+    options = [*QUICK, "--batch-size", "229", "--method", method, "--out"]
+    assert main([*options, str(tmp_path / "one")]) == 0
+    assert launch(tmp_path, [*options, str(tmp_path / "two")])[0] == [0, 0]
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+    status, error = launch(tmp_path, [*options, str(tmp_path / "local"), "--no-sync-batch-norm"])
+    assert status == [2, 2] and "--batch-size=229 with --accumulate=1 makes parts of 0" in error
+
+
+@pytest.mark.slow
 def test_a_nan_in_one_process_stops_both(tmp_path):
     out = tmp_path / "run"
     options = [*QUICK, "--method", "ce", "--no-sync-batch-norm", "--out", str(out)]
