@@ -121,6 +121,8 @@ class OnlineDistiller(nn.Module):
                 f"x holds {len(images)} batches of images for {len(self.students)} students: "
                 "give one tensor for all or one each"
             )
+        for layer in self._stem:
+            layer.remembers = True
         try:
             pairs = [
                 self._forward_with_map(s, tap, x)
@@ -128,7 +130,7 @@ class OnlineDistiller(nn.Module):
             ]
         finally:
             for layer in self._stem:  # the next batch may come in the same tensor
-                layer.seen = None
+                layer.remembers, layer.seen = False, None
         return images, [logits for logits, _ in pairs], [last_map for _, last_map in pairs]
 
     def compile_students(self) -> None:

@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 
 class Once:
-    """Stands in for a layer's ``forward``: the same tensor as last time gets the same answer, so
-    that a layer that several students share computes once per batch."""
+    """Stands in for a layer's ``forward``: where ``remembers`` is set, the same tensor as last time
+    gets the same answer, so that a layer that several students share computes once per batch."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
+        self.remembers = False  # a student that is used alone computes, whatever it saw before
         self.seen: tuple[Tensor, Any] | None = None
 
     def __call__(self, x: Tensor) -> Any:
+        if not self.remembers:
+            return type(self.layer).forward(self.layer, x)
         if self.seen is None or self.seen[0] is not x:
             self.seen = (x, type(self.layer).forward(self.layer, x))
         return self.seen[1]
@@ -24,7 +27,7 @@ class Once:
 
 def share_stem(students: Sequence[nn.Module], taps: Sequence[str]) -> list[Once]:
     """Gives all students the first one's layers, up to the last stage before the map that is
-    tapped; returns what remembers their answers, to be cleared before every forward pass.
+    tapped; returns what can remember their answers for the length of a forward pass of all.
 
     The last stage is the last part with a convolution up to the tap; where a network consists of
     nothing in front of that part, such as VGG's ``features``, it is looked for inside.

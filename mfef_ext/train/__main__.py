@@ -40,23 +40,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .checkpoint import CheckpointError
     from .config import TrainConfig
     from .presets import configured
-    from .processes import leave
+    from .processes import SaidElsewhere, is_loss_of_another, leave
 
     try:
         config, options = configured(sys.argv[1:] if argv is None else argv)
-    except UsageError as error:
-        return _refuse(str(error), USAGE)
+    except UsageError as error:  # all processes read the same options
+        return _refuse(str(error), USAGE, once=True)
     config = tyro.cli(TrainConfig, prog="mfef train", default=config, args=options)
     try:
-        config.check()
+        try:
+            config.check()
+        except UsageError as error:
+            return _refuse(str(error), USAGE, once=True)
         if config.seeds:
             _train_seeds(config)
         else:
             _train_and_report(config)
     except UsageError as error:
-        return _refuse(str(error), USAGE)
+        return _refuse(str(error), USAGE, isinstance(error.__cause__, SaidElsewhere))
     except DataError as error:
-        return _refuse(str(error), DATA)
+        return _refuse(str(error), DATA, isinstance(error.__cause__, SaidElsewhere))
     except CheckpointError as error:  # of a teacher, or to resume
         return _refuse(str(error), FILES)
     except OSError as error:  # a full disk has no file name; the last checkpoint is whole
@@ -72,6 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = error.folder.parent if error.folder and config.seeds else error.folder
         return _refuse(
             f"stopped: {error}. The same command with --out {out} --resume auto goes on",
+            INTERRUPTED,
+            once=True,
+        )
+    except RuntimeError as error:
+        if not is_loss_of_another(error):
+            raise
+        return _refuse(
+            "stopped: another process ended; checkpoints already written are whole, and the same "
+            "command with the run's folder as --out and --resume auto goes on",
             INTERRUPTED,
             once=True,
         )
@@ -140,6 +152,11 @@ def _train_seeds(config: TrainConfig) -> None:
     if out is None or not config.resume:
         name = f"{config.method}-{config.dataset}"
         out = processes.first(partial(folder.create, out, name))
+    elif processes.first((out / "config.json").exists):
+        raise UsageError(
+            f"--out={out} holds a run that was begun without --seeds; leave --seeds out to go on "
+            "with it, or name another folder"
+        )
     for seed in config.seeds:
         _train_and_report(replace(config, seed=seed, seeds=(), out=out / f"seed{seed}"))
     if processes.rank == 0:

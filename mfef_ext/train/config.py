@@ -218,6 +218,12 @@ class TrainConfig:
         )
         for flag, seed in (("--seed", self.seed), *(("--seeds", s) for s in self.seeds)):
             _check(0 <= seed < 2**31, flag, seed, "must be from 0 to 2147483647")
+        if self.seeds and self.seed != TrainConfig.seed:
+            seeds = " ".join(map(str, self.seeds))
+            raise UsageError(
+                f"--seed={self.seed} means nothing beside --seeds={seeds}, wherever these were "
+                f"given; use --seeds {self.seed}, or leave --seed out"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise UsageError(
                 f"--seeds={' '.join(map(str, self.seeds))} names a seed twice, which would count "
@@ -296,7 +302,7 @@ class TrainConfig:
 def _check(holds: bool, flag: str, value: object, rule: str) -> None:
     if not holds:
         default = getattr(TrainConfig, flag[2:].replace("-", "_"))
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = (" ".join(map(str, default)) or "none") if isinstance(default, tuple) else default
         raise UsageError(f"{flag}={value} {rule}; the default is {shown}")
 
 

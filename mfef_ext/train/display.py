@@ -57,7 +57,10 @@ class Display:
 
     def say(self, line: str) -> None:
         """A line of text, at once."""
-        self._progress.console.print(line, highlight=False, soft_wrap=True)
+        # As it is: a folder can be called [b].
+        self._progress.console.print(
+            line, highlight=False, soft_wrap=True, markup=False, emoji=False
+        )
 
     def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
         """After every step; ``epoch`` and ``step`` count from 1."""

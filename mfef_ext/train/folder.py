@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from . import UsageError
+from .checkpoint import write_whole
+
+# All that a run leaves that is killed before its first checkpoint is whole.
+BEGINNINGS = {".writable", "last.ckpt.writing"}
 
 
 def create(out: Path | None, name: str) -> Path:
@@ -29,7 +33,7 @@ def create(out: Path | None, name: str) -> Path:
                         raise
         else:
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
+            if any(file.name not in BEGINNINGS for file in path.iterdir()):
                 raise UsageError(
                     f"--out={out} is not empty and nothing is ever overwritten; "
                     "name a new folder, or leave --out away for a numbered one under runs/"
@@ -46,8 +50,8 @@ def create(out: Path | None, name: str) -> Path:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A new JSON file, indented."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    """A JSON file, indented, that is whole or not there."""
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

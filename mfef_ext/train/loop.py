@@ -19,7 +19,7 @@ from . import InterruptedByUser, NotFiniteError, StoppedError, checkpoint, data,
 from .config import TrainConfig
 from .display import Display
 from .processes import Processes
-from .run import Run, prepare
+from .run import Run, parts, prepare
 from .timing import HeadClock
 
 LEAST_SCALE = 1.0  # of float16's loss: what is not finite even so is no overflow
@@ -37,8 +37,9 @@ def train(config: TrainConfig, display: Display, processes: Processes) -> Run:
     if run.rows or run.step:
         display.say(f"{run.path}: going on after epoch {len(run.rows)}, step {run.step}")
     elif run.writes:
-        folder.write_json(run.path / "config.json", run.resolved)
         run.save(checkpoint.LAST)  # so that there is one from the first step on
+    if run.writes and not (run.path / "config.json").exists():
+        folder.write_json(run.path / "config.json", run.resolved)
     if config.tensorboard and run.writes:
         display.record(run.path / "tensorboard", len(run.rows) + 1)
     module = processes.share(
@@ -181,12 +182,12 @@ def _gradients(
     """Leaves in ``.grad`` the gradients of the mean loss over a batch of ``size`` images, of which
     this process has x and y; returns its share of each term of that mean, float64."""
     config, ranks = run.config, run.processes.ranks
-    parts = max(1, min(config.accumulate, size // ranks))
+    count = parts(config, size, ranks)
     terms: dict[str, Tensor] = {}
     run.optimizer.zero_grad()
-    pieces = zip(*(v.tensor_split(parts) for v in x), y.tensor_split(parts), strict=True)
+    pieces = zip(*(v.tensor_split(count) for v in x), y.tensor_split(count), strict=True)
     for i, (*views, labels) in enumerate(pieces):
-        alone = isinstance(module, DistributedDataParallel) and i + 1 < parts
+        alone = isinstance(module, DistributedDataParallel) and i + 1 < count
         with module.no_sync() if alone else nullcontext():  # type: ignore[operator]
             with run.autocast():
                 out = module(views if len(views) > 1 else views[0], labels, epoch)
@@ -195,6 +196,8 @@ def _gradients(
             run.scaler.scale(out.loss * (len(labels) * ranks / size)).backward()
         for name, term in out.losses.items():
             share = term.detach().double() * (len(labels) / size)
+            if not len(labels):  # the mean over no images is NaN; its gradients are 0
+                share = torch.zeros_like(share)
             terms[name] = terms[name] + share if name in terms else share
     return terms
 

@@ -65,6 +65,7 @@ def diversity(students: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return distance.numpy(), 100 * differ.numpy()
 
 
+@report.names_as_they_are
 def draw_confusion(
     logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...], path: Path
 ) -> None:
@@ -107,6 +108,7 @@ def draw_diversity(distance: np.ndarray, disagreement: np.ndarray, path: Path) -
     figure.savefig(path, dpi=120)
 
 
+@report.names_as_they_are
 def draw_tsne(
     features: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...], seed: int, path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -55,13 +55,18 @@ def configured(options: Sequence[str]) -> tuple[TrainConfig, list[str]]:
 def read(path: Path) -> dict[str, Any]:
     """The options in a YAML file, by name, with the types that TrainConfig gives them."""
     try:
-        found = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        found = yaml.safe_load(text)
     except OSError as error:
-        raise UsageError(f"--config={path} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--config={path} cannot be read ({error.strerror}); name a YAML file"
+        ) from error
+    # ValueError: no UTF-8, or a date or number that there is not.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"--config={path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise UsageError(f"--config={path} holds no options; write one as `epochs: 30` to a line")
+    keys = [key.value for key, _ in yaml.compose(text, yaml.SafeLoader).value]
     hints = get_type_hints(TrainConfig)
     names = [f.name for f in fields(TrainConfig)]
     options = {}
@@ -69,11 +74,11 @@ def read(path: Path) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in names:
             raise UsageError(_unknown(f"{path}: {key}", name, names))
-        if name in options:
+        if name in options or keys.count(key) > 1:  # of two of one spelling YAML keeps the last
             raise UsageError(f"{path}: {key} is given twice; leave one out")
         try:
             options[name] = _typed(value, hints[name])
-        except TypeError:
+        except (TypeError, OverflowError):
             raise UsageError(f"{path}: {key}={value!r} is not {_described(hints[name])}") from None
     return options
 
@@ -102,7 +107,7 @@ def _unknown(what: str, name: str, known: list[str]) -> str:
 def _typed(value: Any, hint: Any) -> Any:
     """``value`` as ``hint`` wants it; TypeError if it is something else."""
     arguments = get_args(hint)
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in (Union, UnionType):  # Literal[...] | None is the former
         if value is None and NoneType in arguments:
             return None
         return _typed(value, next(a for a in arguments if a is not NoneType))
@@ -114,8 +119,8 @@ def _typed(value: Any, hint: Any) -> Any:
         if value not in arguments:
             raise TypeError
         return value
-    if hint is Path and isinstance(value, str):
-        return Path(value)
+    if hint is Path and isinstance(value, str) and "\0" not in value:
+        return Path(value).expanduser()  # as the shell does with what it is given
     if hint is float and isinstance(value, str):  # YAML takes 1e-4 for text
         try:
             return float(value)

@@ -18,6 +18,10 @@ from . import UsageError
 T = TypeVar("T")
 
 
+class SaidElsewhere(Exception):
+    """Why an error is raised here that process 0 has met, and says."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process is the ``rank``-th of ``ranks`` and computes on ``device``."""
@@ -38,7 +42,7 @@ class Processes:
                 answer[1] = error
         dist.broadcast_object_list(answer, 0)
         if isinstance(answer[1], Exception):
-            raise answer[1]
+            raise answer[1] from (SaidElsewhere() if self.rank else answer[1].__cause__)
         return answer[0]  # type: ignore[return-value]
 
     def in_turn(self, act: Callable[[], T]) -> T:
@@ -80,7 +84,8 @@ class Processes:
 def join(device: str) -> Processes:
     """Meets the other processes that ``torchrun`` started, if it did.
 
-    Raises UsageError if ``device`` cannot be used, or is one GPU for several processes.
+    Raises UsageError if ``device`` cannot be used, or is one GPU for several processes, or if these
+    do not meet.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -100,8 +105,20 @@ def join(device: str) -> Processes:
     if ranks > 1 and not dist.is_initialized():
         if there.type == "cuda":
             torch.cuda.set_device(there)
-        dist.init_process_group("nccl" if there.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if there.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:  # a variable is missing, or nobody is there
+            raise UsageError(
+                f"WORLD_SIZE={ranks} processes do not meet ({str(error).splitlines()[0]}); start "
+                "them with torchrun, or unset WORLD_SIZE"
+            ) from error
     return Processes(rank, ranks, there)
+
+
+def is_loss_of_another(error: RuntimeError) -> bool:
+    """Whether a collective failed with ``error`` because another process is no longer there."""
+    # Gloo has no exception of its own, but says where in its sources it was.
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def leave() -> None:

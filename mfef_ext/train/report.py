@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib import rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -15,6 +16,10 @@ from rich.table import Table
 from . import checkpoint
 from .display import score_line, scores
 from .run import Run
+
+# A decorator: names of classes are shown as they are, $ and all. The logarithmic axes of curves
+# need formulas.
+names_as_they_are = rc_context({"text.parse_math": False})
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -82,6 +87,7 @@ def draw_curves(run: Run, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@names_as_they_are
 def draw_gates(run: Run, path: Path) -> bool:
     """PNG: for one test image of up to ten classes, the image and each student's spatial gate
     over it. False, and no file, if the method has no gates."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -231,6 +232,7 @@ def prepare(config: TrainConfig, processes: Processes, path: Path | None = None)
             raise
         asked = f"--backend={config.backend}" if config.backend else f"MFEF_BACKEND={forced}"
         raise UsageError(f"{asked} does not work here: {error}") from error
+    _check_single_images(config, processes, dataset, distiller)
     optimizer = torch.optim.SGD(
         distiller.parameter_groups(),
         lr=config.lr,
@@ -258,6 +260,39 @@ def prepare(config: TrainConfig, processes: Processes, path: Path | None = None)
         file, state, run.complaints = found
         run.restore(file, state)
     return run
+
+
+def _check_single_images(
+    config: TrainConfig, processes: Processes, dataset: data.Dataset, distiller: OnlineDistiller
+) -> None:
+    """UsageError if a part of a batch will be so small that batch normalisation cannot take it: a
+    single image where a map is one pixel, or none."""
+    apart = 1 if config.sync_batch_norm else processes.ranks
+    sizes = config.batch_size, len(dataset.train) % config.batch_size or config.batch_size
+    smallest = min(size // apart // parts(config, size, processes.ranks) for size in sizes)
+    if smallest > 1 or (smallest == 1 and _takes_a_single_image(distiller, dataset)):
+        return
+    raise UsageError(
+        f"--batch-size={config.batch_size} with --accumulate={config.accumulate} makes parts "
+        f"of {smallest} image(s) out of {len(dataset.train)}, too few for the batch "
+        "normalisation of these students; use another --batch-size or a smaller --accumulate"
+    )
+
+
+def _takes_a_single_image(distiller: OnlineDistiller, dataset: data.Dataset) -> bool:
+    try:
+        with torch.no_grad():
+            copy.deepcopy(distiller).train()(*dataset.train[:1])
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        return False
+    return True
+
+
+def parts(config: TrainConfig, size: int, ranks: int) -> int:
+    """How many parts each of ``ranks`` processes computes its share of ``size`` images in."""
+    return max(1, min(config.accumulate, size // ranks))
 
 
 def load_student_for(

@@ -70,6 +70,17 @@ def test_gradients_of_all_students_reach_the_stem_and_the_optimiser_has_it_once(
     assert len(parameters) == len({id(p) for p in parameters}) == len(list(d.parameters()))
 
 
+def test_a_student_alone_computes_every_time():
+    student = distiller_of("resnet8", "resnet8").students[0].eval()
+    with torch.no_grad():
+        before = student(X)
+    student(X).sum().backward()
+    assert student.stem.weight.grad is not None
+    with torch.no_grad():
+        student.stem.weight.zero_()
+        assert not torch.equal(student(X), before)
+
+
 def test_a_copy_stands_alone():
     d = distiller_of("resnet8", "resnet8", method="ce").eval()
     other = copy.deepcopy(d)

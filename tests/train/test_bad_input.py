@@ -72,6 +72,8 @@ def refused(options, capsys, *words):
         (["--validation", "1"], ["--validation=1.0 must be"]),
         (["--validation", "0.001"], ["--validation=0.001 leaves a class", "or 0 for none"]),
         (["--seed", "-1"], ["--seed=-1 must be"]),
+        (["--seeds", "-1"], ["--seeds=-1 must be from 0 to 2147483647; the default is none"]),
+        (["--seed", "5", "--seeds", "1", "2"], ["--seed=5 means nothing beside --seeds=1 2"]),
         (["--threads", "0"], ["--threads=0 must be"]),
         (["--threads", "100000"], ["--threads=100000 must be from 1 to 1024"]),
         (["--device", "meta"], ["--device=meta must be cpu, cuda or cuda:N"]),
@@ -84,6 +86,13 @@ def test_refused_in_one_sentence(options, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     error = refused(options, capsys, *words)
     assert len(error.splitlines()) == 1 and error.startswith("mfef: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_single_image_is_refused_where_its_last_map_is_a_pixel(capsys, tmp_path):
+    options = ["--dataset", "fake32", "--method", "ce", "--students", "torchvision:resnet18"]
+    words = "--batch-size=579 with --accumulate=1 makes parts of 1 image(s) out of 580"
+    refused([*options, "--batch-size", "579", "--out", str(tmp_path / "run")], capsys, words)
     assert list(tmp_path.iterdir()) == []
 
 

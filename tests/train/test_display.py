@@ -25,6 +25,13 @@ def test_display(terminal):
         assert out.getvalue() == line
 
 
+def test_names_are_no_markup():
+    out = io.StringIO()
+    with Display(Console(file=out), 1) as display:
+        display.say("runs/[b]x[/c]:cat: going on")
+    assert out.getvalue() == "runs/[b]x[/c]:cat: going on\n"
+
+
 def test_tensorboard_gets_every_number_of_every_epoch(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with Display(Console(quiet=True), 2) as display:

@@ -1,12 +1,14 @@
 """Pictures are drawn; the numbers in them are those that numpy gives."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from mfef_ext import cli
 from mfef_ext.distill import OnlineDistiller
-from mfef_ext.train import evaluate, plot
+from mfef_ext.train import evaluate, plot, report
 from mfef_ext.train.__main__ import main
 
 
@@ -71,6 +73,17 @@ def test_a_hundred_classes(tmp_path):
     plot.draw_confusion(logits, labels, classes, tmp_path / "confusion.png")
     plot.draw_tsne({"fused": torch.randn(300, 8)}, labels, classes, 0, tmp_path / "tsne.png")
     assert set(pictures(tmp_path)) == {"confusion.png", "tsne.png"}
+
+
+def test_names_of_classes_are_no_formulas(trained, tmp_path):
+    run = evaluate.restore(trained, "last")
+    classes = ("$x_$", *run.dataset.classes[1:])
+    run.dataset = replace(run.dataset, classes=classes)
+    assert report.draw_gates(run, tmp_path / "gates.png")
+    labels, logits = torch.arange(30) % 10, {"student0": torch.eye(10).repeat(3, 1)}
+    plot.draw_confusion(logits, labels, classes, tmp_path / "confusion.png")
+    plot.draw_tsne({"fused": torch.randn(30, 8)}, labels, classes, 0, tmp_path / "tsne.png")
+    assert set(pictures(tmp_path)) == {"gates.png", "confusion.png", "tsne.png"}
 
 
 def small_net(channels):

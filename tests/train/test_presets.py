@@ -37,6 +37,13 @@ def test_the_file_counts_more_than_the_preset(tmp_path):
     assert isinstance(config.lr_drops[1], float)
 
 
+def test_choices_and_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config, _ = configured(written(tmp_path, "amp: bf16\nresume: auto\nout: ~/runs\n"))
+    assert (config.amp, config.resume, config.out) == ("bf16", "auto", Path("/home/me/runs"))
+    assert configured(written(tmp_path, "amp: null"))[0].amp is None
+
+
 def test_the_command_line_counts_most(tmp_path):
     options = ["--preset", "quick", *written(tmp_path, "epochs: 7\nmethod: ce\ndata_dir: null")]
     out = tmp_path / "run"
@@ -57,6 +64,15 @@ def test_the_command_line_counts_most(tmp_path):
         ("fusion: 1", "fusion=1 is not true or false"),
         ("students: resnet8", "students='resnet8' is not a list such as \\[text, text\\]"),
         ("amp: fp8", "amp='fp8' is not one of bf16, fp16"),
+        ("epochs: 1\nepochs: 2", "epochs is given twice; leave one out"),
+        ("lr: 1" + "0" * 400, "lr=1000+ is not a number"),
+        ("seed: 1" + "0" * 5000, "is no YAML: Exceeds the limit"),
+        ("out: 2020-13-45", "is no YAML: month must be in 1..12"),
+        ("out: " + "[" * 3000, "is no YAML: maximum recursion depth exceeded"),
+        ('out: "a\\0b"', "is not the path of a file or folder or null"),
+        ("epochs: {a: 1}", "epochs={'a': 1} is not a whole number"),
+        ("epochs:\t3", "is no YAML: while scanning"),
+        ("epochs: .inf", "epochs=inf is not a whole number"),
         ("lr-drops: 0.1\nlr_drops: 0.2", "lr-drops=0.1 is not a list"),
         ("- epochs", "holds no options"),
         ("", "holds no options"),

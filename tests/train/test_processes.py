@@ -93,6 +93,19 @@ def test_two_processes_agree_with_one(options, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["ce", "mfef"])
+def test_a_process_without_an_image(tmp_path, method):
+    # 230 images: the last batch is one, so that the second process has none of it.
+    options = [*QUICK, "--batch-size", "229", "--method", method, "--out"]
+    assert main([*options, str(tmp_path / "one")]) == 0
+    assert launch(tmp_path, [*options, str(tmp_path / "two")])[0] == [0, 0]
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+    status, error = launch(tmp_path, [*options, str(tmp_path / "local"), "--no-sync-batch-norm"])
+    assert status == [2, 2] and "--batch-size=229 with --accumulate=1 makes parts of 0" in error
+
+
+@pytest.mark.slow
 def test_a_nan_in_one_process_stops_both(tmp_path):
     out = tmp_path / "run"
     options = [*QUICK, "--method", "ce", "--no-sync-batch-norm", "--out", str(out)]
@@ -100,6 +113,26 @@ def test_a_nan_in_one_process_stops_both(tmp_path):
     assert status == [5, 5]
     assert error.count("mfef: stopped: epoch 1, step 3: the loss term ce/student0 is nan") == 1
     assert checkpoint.load(out / "last.ckpt")["epoch"] == 0
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_stops_the_other(tmp_path):
+    out = tmp_path / "run"
+    die = "(folder / 'status1').write_text('9'); os._exit(0)"
+    status, error = launch(tmp_path, [*QUICK, "--method", "ce", "--out", str(out)], die)
+    assert status == [75, 9] and "mfef: stopped: another process ended" in error
+    assert "Traceback" not in error and checkpoint.load(out / "last.ckpt")["step"] == 0
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_said_once(tmp_path):
+    (tmp_path / "file").touch()
+    for options, words in (
+        (["--out", str(tmp_path / "file")], "cannot be written"),
+        (["--epochs", "0"], "--epochs=0 must be at least 1"),
+    ):
+        status, error = launch(tmp_path, [*QUICK, *options])
+        assert status == [2, 2] and error.count("mfef: ") == error.count(words) == 1
 
 
 @pytest.mark.slow
@@ -125,6 +158,14 @@ def test_one_gpu_for_two_processes_is_refused(monkeypatch, capsys):
     assert (
         "--device=cuda:1 is one GPU for 2 processes; use --device cuda" in capsys.readouterr().err
     )
+
+
+def test_processes_that_torchrun_did_not_start(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*QUICK, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "WORLD_SIZE=2 processes do not meet" in error and "torchrun" in error
+    assert len(error.splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_a_batch_norm_of_another_kind_is_refused():

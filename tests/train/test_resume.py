@@ -192,3 +192,32 @@ def test_a_checkpoint_of_something_else(stopped, capsys):
 def test_resume_needs_a_folder(capsys):
     assert main([*QUICK, "--resume", "auto"]) == 2
     assert "--resume auto needs --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left", [".writable", "last.ckpt.writing", "config.json.writing"])
+def test_killed_before_the_first_checkpoint(tmp_path, left, monkeypatch):
+    """The same command begins, or goes on, whatever of the beginning there is."""
+    out = tmp_path / "run"
+    whole = checkpoint.os.replace
+
+    def replace(source, *target):
+        if source.name == left:
+            raise KilledError
+        whole(source, *target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", replace)
+        if left == ".writable":
+            patch.setattr(type(out), "unlink", lambda path: kill())
+        with pytest.raises(KilledError):
+            resume(out)
+    assert (out / left).exists()
+    assert resume(out) == 0
+    assert json.loads((out / "config.json").read_text())["method"] == "ce"
+
+
+def test_seeds_leave_a_single_run_alone(stopped, capsys):
+    before = {p.name: p.read_bytes() for p in stopped.iterdir()}
+    assert resume(stopped, "--seeds", "0", "1") == 2
+    assert "holds a run that was begun without --seeds" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in stopped.iterdir()} == before
