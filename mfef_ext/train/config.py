@@ -119,6 +119,9 @@ class TrainConfig:
     """Ablation of mfef: without, each student's features are classified by themselves."""
     validation: float = 0.1
     """Share of the training images held out to choose the best epoch; 0: the test set chooses."""
+    labels_per_class: int | None = None
+    """Train on so many images of every class alone, drawn by the seed, the same for every method;
+    validation and test images stay as they are. None: on all."""
     seed: int = 0
     """The same seed, threads and machine give the same numbers, bit for bit."""
     seeds: tuple[int, ...] = ()
@@ -270,6 +273,12 @@ class TrainConfig:
         _check(0 <= self.validation < 0.9, "--validation", self.validation, "must be in [0, 0.9)")
         if self.resume and self.out is None:
             raise UsageError("--resume auto needs --out, the folder of the run to go on with")
+        _check(
+            self.labels_per_class is None or self.labels_per_class >= 1,
+            "--labels-per-class",
+            self.labels_per_class,
+            "must be at least 1, or None",
+        )
         for drop in self.lr_drops:
             _check(0 < drop <= 1, "--lr-drops", drop, "must be above 0 and at most 1")
 

@@ -191,6 +191,8 @@ def prepare(config: TrainConfig, processes: Processes, path: Path | None = None)
             config.data_dir,
             image_size=config.image_size,
             download=config.download,
+            labels_per_class=config.labels_per_class,
+            seed=config.seed,
         )
     ).to(device)
     if config.batch_size > len(dataset.train):

@@ -71,6 +71,15 @@ def refused(options, capsys, *words):
         (["--ramp-epochs", "-1"], ["--ramp-epochs=-1.0 must be 0 or more"]),
         (["--validation", "1"], ["--validation=1.0 must be"]),
         (["--validation", "0.001"], ["--validation=0.001 leaves a class", "or 0 for none"]),
+        (["--labels-per-class", "0"], ["--labels-per-class=0 must be at least 1"]),
+        (
+            ["--labels-per-class", "126"],
+            ["--labels-per-class=126 is too many for digits", "125 images are all that a class"],
+        ),
+        (
+            ["--labels-per-class", "6"],
+            ["--batch-size=64 is more than the 60 training images of digits"],
+        ),
         (["--seed", "-1"], ["--seed=-1 must be"]),
         (["--seeds", "-1"], ["--seeds=-1 must be from 0 to 2147483647; the default is none"]),
         (["--seed", "5", "--seeds", "1", "2"], ["--seed=5 means nothing beside --seeds=1 2"]),

@@ -120,3 +120,23 @@ def test_augmentation_shows_every_move_of_whole_images_and_nothing_else(border, 
 def test_a_validation_share_that_misses_a_class_is_refused():
     with pytest.raises(UsageError, match=r"--validation=0.001 leaves a class"):
         data.load("digits", 0.001)
+
+
+def test_few_labels_are_drawn_by_the_seed_from_what_validation_leaves():
+    whole = data.load("digits", 0.1)
+    few, again, more, other = (
+        data.load("digits", 0.1, labels_per_class=count, seed=seed)
+        for count, seed in ((10, 3), (10, 3), (20, 3), (10, 4))
+    )
+    assert torch.equal(few.train.x, again.train.x) and torch.equal(few.train.y, again.train.y)
+    for d, count in ((few, 10), (more, 20), (other, 10)):
+        assert np.bincount(d.train.y).tolist() == [count] * 10
+        assert rows(d.train) <= rows(whole.train)
+        for split in ("validation", "test"):
+            assert torch.equal(getattr(d, split).x, getattr(whole, split).x)
+    assert rows(few.train) < rows(more.train)
+    assert len(rows(few.train) & rows(other.train)) < 50
+    smallest = int(np.bincount(whole.train.y).min())
+    assert len(data.load("digits", 0.1, labels_per_class=smallest).train) == 10 * smallest
+    with pytest.raises(UsageError, match=f"--labels-per-class={smallest + 1} is too many"):
+        data.load("digits", 0.1, labels_per_class=smallest + 1)

@@ -321,6 +321,8 @@ def test_cinic_is_read_with_its_own_validation_images(tiny_cinic, tmp_path):
     dataset = data.load("cinic10", 0.1, tiny_cinic)
     assert [len(getattr(dataset, s)) for s in ("train", "validation", "test")] == [20, 20, 20]
     assert len(data.load("cinic10", 0, tiny_cinic).validation) == 0
+    few = data.load("cinic10", 0.1, tiny_cinic, labels_per_class=1)
+    assert [len(getattr(few, s)) for s in ("train", "validation", "test")] == [10, 20, 20]
     for split, folder_name in (("train", "train"), ("validation", "valid"), ("test", "test")):
         for label in (0, 9):
             image = Image.open(tiny_cinic / folder_name / cinic.CLASSES[label] / "1.png")

@@ -17,7 +17,15 @@ import numpy as np
 from .. import UsageError
 from . import bundled, cifar, cinic, folder
 from .augmentation import Augmentation, training_batches
-from .dataset import SPLIT_SEED, Dataset, Images, Normalisation, Source, stratified_split
+from .dataset import (
+    SPLIT_SEED,
+    Dataset,
+    Images,
+    Normalisation,
+    Source,
+    draw_per_class,
+    stratified_split,
+)
 
 __all__ = [
     "DATASETS",
@@ -65,16 +73,34 @@ def load(
     *,
     image_size: int | None = None,
     download: bool = False,
+    labels_per_class: int | None = None,
+    seed: int = 0,
 ) -> Dataset:
-    """The data set ``name`` with the share ``validation`` of its training images held out.
+    """The data set ``name`` with the share ``validation`` of its training images held out, and of
+    the rest ``labels_per_class`` images of every class, drawn by ``seed``, or all.
 
     A data set with validation images of its own keeps these, unless ``validation`` is 0. Raises
     DataError if a file is missing or damaged, UsageError if the share leaves a class without a
-    validation image.
+    validation image or a class has too few images.
     """
     source = Source(data_dir or Path(), download, image_size or 32)
     dataset = _read(name, source)
     assert dataset is not None  # a problem would have been raised
+    dataset = _hold_out(dataset, validation)
+    if labels_per_class is None:
+        return dataset
+    try:
+        y = dataset.train.y.numpy()
+        drawn = draw_per_class(y, len(dataset.classes), labels_per_class, seed)
+    except ValueError as error:
+        raise UsageError(
+            f"--labels-per-class={labels_per_class} is too many for {name}, where, the validation "
+            f"images taken out, {error}; use a smaller number"
+        ) from error
+    return replace(dataset, train=dataset.train.part(drawn))
+
+
+def _hold_out(dataset: Dataset, validation: float) -> Dataset:
     if dataset.own_validation:
         kept = len(dataset.validation) if validation else 0
         return replace(dataset, validation=dataset.validation.part(slice(0, kept)))
@@ -84,8 +110,8 @@ def load(
     rest, held = stratified_split(y, validation, SPLIT_SEED)
     if len(np.unique(y[held])) < len(dataset.classes):
         raise UsageError(
-            f"--validation={validation} leaves a class of {name} without a validation image; "
-            "use a larger share, or 0 for none"
+            f"--validation={validation} leaves a class of {dataset.name} without a validation "
+            "image; use a larger share, or 0 for none"
         )
     train = dataset.train
     return replace(dataset, train=train.part(rest), validation=train.part(held))

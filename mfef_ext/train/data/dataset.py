@@ -136,6 +136,17 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.nd
     return np.setdiff1d(np.arange(len(labels)), out), out
 
 
+def draw_per_class(labels: np.ndarray, classes: int, count: int, seed: int) -> np.ndarray:
+    """Sorted indices of ``count`` images of each of the ``classes``; ValueError if one has fewer.
+    What a seed draws of few is part of what it draws of more."""
+    rng = np.random.default_rng((SPLIT_SEED, seed))
+    drawn = [rng.permutation(np.flatnonzero(labels == c))[:count] for c in range(classes)]
+    fewest = min(map(len, drawn))
+    if fewest < count:
+        raise ValueError(f"{fewest} images are all that a class has")
+    return np.sort(np.concatenate(drawn))
+
+
 def check_labels(
     source: Source,
     where: str,
