@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import mean, stdev
 from typing import Any
 
-from report import row_of
+from report import measured, row_of
 from scipy.stats import t as student_t
 
 ROLES = ("students", "ensemble", "fused")
@@ -35,15 +35,13 @@ def select(result: dict[str, Any], labels: int, method: str) -> list[dict[str, A
 
 def markdown(result: dict[str, Any]) -> str:
     """Every table of a result, with what it takes to read them."""
-    env, options = result["environment"], result["options"]
+    options, images = result["options"], result["rows"][0]["test_images"]
     lines = [
-        f"Measured on {env['date'][:10]} on {env['cpu']}, one thread, torch {env['torch']}, "
-        f"mfef_ext {env['mfef_ext']}, commit {env['commit'][:12]}. Percent of "
-        f"{result['rows'][0]['test_images']} test images, mean ± standard deviation over "
-        f"{len(options['seeds'])} seeds; differences to `ce` are taken seed by seed, mean ± "
-        "standard error, with a star where 95 % of Student's t leave zero out (of so many "
-        "comparisons, one in twenty gets a star by chance). The validation images chose the best "
-        "epoch, nothing chose the last."
+        f"{measured(result['environment'])}. Percent of {images} test images, mean ± standard "
+        f"deviation over {len(options['seeds'])} seeds; differences to `ce` are taken seed by "
+        "seed, mean ± standard error, with a star where 95 % of Student's t leave zero out (one "
+        "comparison in twenty gets a star by chance). The validation images chose the best epoch; "
+        "nothing chose the last."
     ]
     for labels in options["labels"]:
         lines += ["", f"**{labels} labels per class**, {options['epochs'][str(labels)]} epochs", ""]

@@ -37,8 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 BATCH = 50
-# Labels per class -> epochs: until the validation curves of ce and mfef lay flat, with a seed that is
-# not in the tables.
+# Labels per class -> epochs. The validation curves of ce and mfef lay flat at the end, for a seed
+# that is not in the tables.
 EPOCHS = {10: 60, 20: 40, 50: 20}
 
 

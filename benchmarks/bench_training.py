@@ -98,6 +98,16 @@ def run(options: argparse.Namespace) -> dict:
     return {"environment": report.environment(options.device), "options": asked, "rows": rows}
 
 
+def heading(result: dict) -> str:
+    """What was measured, and where, in a sentence."""
+    options = result["options"]
+    side = options["image_size"]
+    return (
+        f"{report.measured(result['environment'])}: students {' '.join(options['students'])}, "
+        f"images {side}x{side}, batch {options['batch_size']}, {options['dtype']}."
+    )
+
+
 def markdown(result: dict) -> str:
     """The table of a result."""
     last = result["options"]["backends"][-1]

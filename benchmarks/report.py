@@ -224,6 +224,16 @@ def threads(env: Json) -> str:
     return f"{env['threads']} thread{'' if env['threads'] == 1 else 's'}"
 
 
+def measured(env: Json) -> str:
+    """When, where and with what, the beginning of a sentence."""
+    where = env["gpu"] or f"{env['cpu']}, {env['cores']} cores"
+    dirty = " with uncommitted changes" if env["dirty"] else ""
+    return (
+        f"Measured on {env['date'][:10]} on {where}, {threads(env)}, torch {env['torch']}, "
+        f"mfef_ext {env['mfef_ext']}, commit {env['commit'][:12]}{dirty}"
+    )
+
+
 def heading(env: Json, figures: Json) -> str:
     """Where this runs, in a few lines."""
     where = env["gpu"] or f"{env['cpu']}, {env['cores']} cores, {env['memory_gib']} GiB"
@@ -406,14 +416,11 @@ def notes(result: Json) -> list[str]:
 def markdown(result: Json) -> str:
     """The table for the README, and where it was measured."""
     env, options = result["environment"], result["options"]
-    where = env["gpu"] or f"{env['cpu']}, {env['cores']} cores"
-    dirty = " with uncommitted changes" if env["dirty"] else ""
     copy = result["figures"]["copy_bandwidth"]["per_second"] / 1e9
     lines = [
-        f"Measured on {env['date'][:10]} on {where}, {threads(env)}, torch "
-        f"{env['torch']}, mfef_ext {env['mfef_ext']}, commit {env['commit'][:12]}{dirty}; copy "
-        f"bandwidth {copy:.0f} GB/s. Milliseconds and ratios are medians of interleaved rounds, "
-        'in brackets the 20th to 80th percentile of the ratios. "cl" is channels_last.',
+        f"{measured(env)}; copy bandwidth {copy:.0f} GB/s. Milliseconds and ratios are medians of "
+        "interleaved rounds, in brackets the 20th to 80th percentile of the ratios. "
+        '"cl" is channels_last.',
     ]
     lines += ["", *markdown_summary(result["summary"])]
     for (suite, dtype, direction), block in blocks(result["cases"]):
