@@ -17,7 +17,7 @@ def spread(values: list[float | None]) -> str:
     return f"{mean(found):.2f} ± {stdev(found):.2f}" if len(found) > 1 else "-"
 
 
-def against_ce(rows: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> str:
+def difference(rows: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> str:
     """``mean difference ± standard error`` over the seeds, of the students at the last epoch; a
     star where 95 % of Student's t leave zero out."""
     pairs = zip(rows, baseline, strict=True)
@@ -38,37 +38,41 @@ def markdown(result: dict[str, Any]) -> str:
     options, images = result["options"], result["rows"][0]["test_images"]
     lines = [
         f"{measured(result['environment'])}. Percent of {images} test images, mean ± standard "
-        f"deviation over {len(options['seeds'])} seeds; differences to `ce` are taken seed by "
-        "seed, mean ± standard error, with a star where 95 % of Student's t leave zero out (one "
-        "comparison in twenty gets a star by chance). The validation images chose the best epoch; "
-        "nothing chose the last."
+        f"deviation over {len(options['seeds'])} seeds; differences are taken seed by seed, mean ± "
+        "standard error, with a star where 95 % of Student's t leave zero out (of comparisons "
+        "without a true difference, one in twenty gets a star by chance). The validation images "
+        "chose the best epoch; nothing chose the last."
     ]
     for labels in options["labels"]:
         lines += ["", f"**{labels} labels per class**, {options['epochs'][str(labels)]} epochs", ""]
-        head = ["method", "students, last epoch", "against `ce`", "students, best epoch"]
-        head += ["ensemble, last", "fused, last", "moved since 7/8"]
-        lines += [row_of(head), row_of(["---"] + ["---:"] * 6)]
+        head = ["method", "students, last epoch", "against `ce`", "against `mfef`"]
+        head += ["students, best epoch", "ensemble, last", "fused, last", "moved since 7/8"]
+        lines += [row_of(head), row_of(["---"] + ["---:"] * 7)]
         for method in options["methods"]:
             rows = select(result, labels, method)
             keys = ("last_students", "best_students", "last_ensemble", "last_fused")
             last, best, ensemble, fused = (spread([r[key] for r in rows]) for key in keys)
             moved = mean(r["last_students"] - r["earlier_students"] for r in rows)
-            paired = against_ce(rows, select(result, labels, "ce")) if method != "ce" else ""
-            cells = [f"`{method}`", last, paired, best, ensemble, fused, f"{moved:+.2f}"]
+            paired = ["", ""]
+            if method != "ce":
+                paired[0] = difference(rows, select(result, labels, "ce"))
+            if method.startswith("mfef --"):
+                paired[1] = difference(rows, select(result, labels, "mfef"))
+            cells = [f"`{method}`", last, *paired, best, ensemble, fused, f"{moved:+.2f}"]
             lines.append(row_of(cells))
     return "\n".join(lines)
 
 
 def smallest(result: dict[str, Any]) -> str:
     """The students at the last epoch, and their differences to `ce`, without the ablations."""
-    counts = result["options"]["labels"]
-    head = row_of(["method", *(f"{n} labels per class" for n in counts)])
+    counts, seeds = (result["options"][name] for name in ("labels", "seeds"))
+    head = row_of([f"method, {len(seeds)} seeds", *(f"{n} labels per class" for n in counts)])
     lines = [head, row_of(["---"] + ["---:"] * len(counts))]
     for method in ("ce", "dml", "ffl", "mfef"):
         cells = [f"`{method}`"]
         for labels in counts:
             rows, ce = select(result, labels, method), select(result, labels, "ce")
-            paired = "" if method == "ce" else f" ({against_ce(rows, ce)})"
+            paired = "" if method == "ce" else f" ({difference(rows, ce)})"
             cells.append(spread([r["last_students"] for r in rows]) + paired)
         lines.append(row_of(cells))
     return "\n".join(lines)

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = {k: getattr(options, k) for k in ("labels", "methods", "seeds", "quick")}
     asked |= {"epochs": {str(n): epochs[n] for n in options.labels}, "batch_size": BATCH}
     result = {"environment": report.environment("cpu"), "options": asked, "rows": rows}
-    if len(options.seeds) > 1 and "ce" in options.methods:
+    if len(options.seeds) > 1 and {"ce", "mfef"} <= {*options.methods}:
         print(markdown(result))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)

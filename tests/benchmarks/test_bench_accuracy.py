@@ -54,7 +54,7 @@ def test_differences_are_taken_seed_by_seed(accuracies, said):
         [{"last_students": value} for value in values]
         for values in (accuracies, [90.0, 70.0, 80.0])
     )
-    assert accuracy_tables.against_ce(rows, baseline) == said
+    assert accuracy_tables.difference(rows, baseline) == said
 
 
 def test_spread_is_the_samples_and_absent_where_nothing_was_measured():
