@@ -23,8 +23,8 @@ def difference(rows: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> st
     pairs = zip(rows, baseline, strict=True)
     differences = [a["last_students"] - b["last_students"] for a, b in pairs]
     error = stdev(differences) / len(differences) ** 0.5
-    star = " *" * (abs(mean(differences)) > student_t.ppf(0.975, len(differences) - 1) * error)
-    return f"{mean(differences):+.2f} ± {error:.2f}{star}"
+    surely = abs(mean(differences)) > student_t.ppf(0.975, len(differences) - 1) * error
+    return f"{mean(differences):+.2f} ± {error:.2f}{' *' if surely else ''}"
 
 
 def select(result: dict[str, Any], labels: int, method: str) -> list[dict[str, Any]]:

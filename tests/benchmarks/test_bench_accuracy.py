@@ -7,15 +7,19 @@ import accuracy_tables
 import bench_accuracy
 import pytest
 
+from mfef_ext.train.config import TrainConfig
+
 
 def test_rows_are_the_trainers_and_a_finished_run_is_not_run_again(tmp_path, monkeypatch, capsys):
+    methods = ["ce", "dml", "mfef", "mfef --no-channel-attention"]
     options = ["--quick", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    options += ["--methods", *methods]
     assert bench_accuracy.main(options) == 0
     table = capsys.readouterr().out
     result = json.loads((tmp_path / "results.json").read_text())
-    combinations = [(method, seed) for method in bench_accuracy.METHODS for seed in (0, 1)]
+    combinations = [(method, seed) for method in methods for seed in (0, 1)]
     assert [(row["method"], row["seed"]) for row in result["rows"]] == combinations
-    assert all(f"| `{method}` |" in table for method in bench_accuracy.METHODS)
+    assert all(f"| `{method}` |" in table for method in methods)
     for row in result["rows"]:
         folder = tmp_path / "runs" / f"10-{row['method'].replace(' --', '-')}-seed{row['seed']}"
         [epoch] = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
@@ -24,8 +28,7 @@ def test_rows_are_the_trainers_and_a_finished_run_is_not_run_again(tmp_path, mon
         config = json.loads((folder / "config.json").read_text())
         assert config["labels_per_class"] == 10 and config["seed"] == row["seed"]
         assert config["validation"] == 0.1 and config["students"] == ["resnet8", "resnet8"]
-        for part in ("multi_scale", "channel_attention", "spatial_attention", "fusion"):
-            assert config[part] is (f"no-{part.replace('_', '-')}" not in row["method"])
+        assert config["channel_attention"] is ("--no-channel-attention" not in row["method"])
     with open(tmp_path / "results.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["last_students"] for line in lines] == [
@@ -38,6 +41,15 @@ def test_rows_are_the_trainers_and_a_finished_run_is_not_run_again(tmp_path, mon
     monkeypatch.setattr("mfef_ext.train.loop._one_epoch", refuse)
     assert bench_accuracy.main(options) == 0
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == result["rows"]
+
+
+def test_methods_are_what_their_names_say():
+    for name, options in bench_accuracy.METHODS.items():
+        config = TrainConfig(**options)
+        config.check()
+        assert config.method == name.split()[0]
+        for part in ("multi_scale", "channel_attention", "spatial_attention", "fusion"):
+            assert getattr(config, part) is (f"--no-{part.replace('_', '-')}" not in name)
 
 
 @pytest.mark.parametrize(
