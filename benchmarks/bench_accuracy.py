@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in ("ce", "dml", "ffl", "mfef")},
     **{
         f"mfef --no-{part.replace('_', '-')}": {"method": "mfef", part: False}
-        for part in ("multi_scale", "channel_attention", "spatial_attention", "fusion")
+        for part in ("multi_scale", "channel_attention", "spatial_attention")
     },
 }
 BATCH = 50
