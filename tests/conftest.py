@@ -16,6 +16,8 @@ from mfef_ext import _C
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("triton.language")
+    for kernels in ("conv", "attention", "kd"):  # ours too, whatever test comes first
+        importlib.import_module(f"mfef_ext.backends.triton.{kernels}")
     del os.environ["TRITON_INTERPRET"]
 
 ISAS = _C.build_info()["cpu_isas_usable"]
