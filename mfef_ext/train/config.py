@@ -317,6 +317,11 @@ def _check(holds: bool, flag: str, value: object, rule: str) -> None:
 
 def _check_known(flag: str, value: str, known: list[str]) -> None:
     if value not in known:
-        near = get_close_matches(value, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"{flag}={value} is unknown; {hint}use one of {', '.join(known)}")
+        raise UsageError(unknown(f"{flag}={value}", value, known))
+
+
+def unknown(what: str, name: str, known: list[str]) -> str:
+    """The sentence about ``what``, in which ``name`` is none of those that are known."""
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{what} is unknown; {hint}use one of {', '.join(known)}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -12,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from . import UsageError
-from .config import TrainConfig
+from .config import TrainConfig, unknown
 
 PRESETS: dict[str, dict[str, Any]] = {
     # What the papers of online distillation have in common on CIFAR; temperatures, and a ramp of 80
@@ -45,7 +44,7 @@ def configured(options: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     file, rest = _take(rest, "--config")
     if preset is not None:
         if preset not in PRESETS:
-            raise UsageError(_unknown(f"--preset={preset}", preset, list(PRESETS)))
+            raise UsageError(unknown(f"--preset={preset}", preset, list(PRESETS)))
         config = replace(config, **PRESETS[preset])
     if file is not None:
         config = replace(config, **read(Path(file)))
@@ -73,7 +72,7 @@ def read(path: Path) -> dict[str, Any]:
     for key, value in found.items():
         name = str(key).replace("-", "_")
         if name not in names:
-            raise UsageError(_unknown(f"{path}: {key}", name, names))
+            raise UsageError(unknown(f"{path}: {key}", name, names))
         if name in options or keys.count(key) > 1:  # of two of one spelling YAML keeps the last
             raise UsageError(f"{path}: {key} is given twice; leave one out")
         try:
@@ -96,12 +95,6 @@ def _take(options: list[str], flag: str) -> tuple[str | None, list[str]]:
         if not value:
             raise UsageError(f"{flag} needs a value")
     return value, rest
-
-
-def _unknown(what: str, name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{what} is unknown; {hint}use one of {', '.join(known)}"
 
 
 def _typed(value: Any, hint: Any) -> Any:
