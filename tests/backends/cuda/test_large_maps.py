@@ -5,7 +5,7 @@ What holds for both plans (layouts, strides, ties, empty batches, ...) is in tes
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfef_ext import functional, reference
@@ -19,20 +19,14 @@ from tests.accuracy import (
     make_case,
     run_block,
 )
-from tests.backends.cuda.conftest import H200
+from tests.backends.cuda.conftest import DRAWN, H200
 from tests.backends.cuda.test_plan import problem
 from tests.backends.triton.test_attention import draw_case, expected
 from tests.backends.triton.test_attention import eager_errors as eager_errors_of_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-EXAMPLES = settings(
-    max_examples=8,
-    deadline=None,
-    derandomize=True,
-    phases=(Phase.generate,),
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+EXAMPLES = settings(DRAWN, max_examples=8)
 
 
 @st.composite

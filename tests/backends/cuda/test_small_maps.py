@@ -3,7 +3,7 @@ what holds for maps that do not (those with 17 columns and more) as well."""
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfef_ext import functional, reference
@@ -16,19 +16,14 @@ from tests.accuracy import (
     run_block,
     unit_in_the_last_place,
 )
+from tests.backends.cuda.conftest import DRAWN
 from tests.ops.test_accuracy import strided
 from tests.ops.test_contracts import tied_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 A100, SMALLEST = 163 * 1024, 99 * 1024
-EXAMPLES = settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    phases=(Phase.generate,),
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+EXAMPLES = settings(DRAWN, max_examples=25)
 
 
 @st.composite
