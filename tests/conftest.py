@@ -1,5 +1,6 @@
 """What every test runs under: NaN in memory that nobody wrote, and nothing forced afterwards."""
 
+import contextlib
 import fcntl
 import importlib.util
 import os
@@ -48,32 +49,47 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[(isa, way) for isa in ISAS for way in WAYS], ids="-".join)
-def engine(request):
-    """Every instruction set that this processor has, with every way, one after another."""
-    isa, way = request.param
-    plan, convolution = WAYS[way]
+@contextlib.contextmanager
+def _forced(isa, plan, convolution):
     before = _C.cpu_isa()
     _C.force_cpu_isa(isa)
     _C.force_cpu_plan(plan)
     _C.force_cpu_convolution(convolution)
-    yield request.param
-    _C.force_cpu_isa(before)
-    _C.force_cpu_plan("")
-    _C.force_cpu_convolution("")
+    try:
+        yield
+    finally:
+        _C.force_cpu_isa(before)
+        _C.force_cpu_plan("")
+        _C.force_cpu_convolution("")
+
+
+@pytest.fixture(params=[(isa, way) for isa in ISAS for way in WAYS], ids="-".join)
+def engine(request):
+    """Every instruction set that this processor has, with every way, one after another."""
+    isa, way = request.param
+    with _forced(isa, *WAYS[way]):
+        yield request.param
 
 
 @pytest.fixture(params=ISAS)
 def spectra(request):
     """Every instruction set, by way of spectra where there are transforms for the map."""
-    before = _C.cpu_isa()
-    _C.force_cpu_isa(request.param)
-    _C.force_cpu_plan("images")
-    _C.force_cpu_convolution("fourier")
-    yield request.param
-    _C.force_cpu_isa(before)
-    _C.force_cpu_plan("")
-    _C.force_cpu_convolution("")
+    with _forced(request.param, *WAYS["spectra"]):
+        yield request.param
+
+
+@pytest.fixture
+def on_each_isa():
+    """Calls a function on every instruction set, by way of spectra: its results by name."""
+
+    def call(f):
+        results = {}
+        for isa in ISAS:
+            with _forced(isa, *WAYS["spectra"]):
+                results[isa] = f()
+        return results
+
+    return call
 
 
 @pytest.fixture(params=PLANS)
