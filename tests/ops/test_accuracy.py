@@ -12,6 +12,7 @@ from tests.accuracy import (
     factor,
     largest,
     make_case,
+    specification,
     unit_in_the_last_place,
 )
 
