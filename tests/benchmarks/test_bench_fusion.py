@@ -177,6 +177,14 @@ def wrong_weight_gradient(x, weights, *rest):
     return reference.mfef_block(x, [*weights[:3], last], *rest)
 
 
+def wrong_bias_gradient(x, weights, groups, fc1_weight, fc1_bias, *rest):
+    """Of the few elements whose error is judged by the median draw."""
+    fc1_bias = fc1_bias * 1.0
+    if fc1_bias.requires_grad:
+        fc1_bias.register_hook(lambda grad: grad * (1 + 1e-4))
+    return reference.mfef_block(x, weights, groups, fc1_weight, fc1_bias, *rest)
+
+
 def not_a_number(*arguments):
     out = reference.mfef_block(*arguments)
     return torch.where(torch.arange(out.shape[-1]) == 3, torch.nan, out)
@@ -201,6 +209,7 @@ def raises(*arguments):
         (scaled, "output"),
         (wrong_gradient, "gradient of x"),
         (wrong_weight_gradient, "gradient of conv_weights[3]"),
+        (wrong_bias_gradient, "gradient of fc1_bias"),
         (not_a_number, "output"),
         (wrong_in_channels_last, "channels_last: output"),
         (of_another_dtype, "dtype"),
@@ -221,6 +230,24 @@ def test_the_reference_is_right(dtype, batch):
     verdict = bench_fusion.check(case, "reference", "cpu")
     assert verdict["status"] == "right", verdict
     assert verdict["error_of_allowed"] <= 0.5 + 1e-9
+
+
+def judged(pairs, few):
+    draws = [
+        bench_fusion.Draw({"t": eager}, {("contiguous", "t"): ours}, {"t": 1.0}, few)
+        for ours, eager in pairs
+    ]
+    return bench_fusion.judge(draws)
+
+
+def test_a_lucky_draw_of_eager_does_not_decide_about_few_elements():
+    lucky, usual = (9.0, 0.5), (4.0, 4.0)
+    assert judged([lucky], {"t"}).few_alone
+    assert judged([lucky, usual, usual], {"t"}).reason == ""
+    assert "4.5 times" in judged([lucky, lucky, usual], {"t"}).reason
+    many = judged([lucky], set())
+    assert many.reason and not many.few_alone
+    assert judged([lucky, usual], set()).worst == 1.0  # the largest of both sides
 
 
 def test_images_that_float64_does_not_see_must_be_finite(monkeypatch):
