@@ -35,7 +35,7 @@ RATES = {"half": 250e12, "tf32": 124e12, "ieee": 30e12, "direct": 16e12}
 
 # The arguments that a kernel writes; the others are read. The MLP's gate is in the scratch.
 WRITTEN = {
-    "convolve": {"dst", "sums", "maxima", "indices"},
+    "convolve": {"dst", "statistics"},
     "weight_partials": {"partial"},
     "weight_sums": {"grads"},
     "image_forward": {"out", "mean", "max", "max_index", "spatial_gate", "channel_index", "work"},

@@ -48,7 +48,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, like, usual
+from .launch import Launch, Layout, dense, like, usual
 from .tuning import about, of_warps
 
 WIDE = 8  # channels per group from which tl.dot pays: below, most of its block is padding
@@ -246,7 +246,7 @@ def _pool(value, valid, pixel, AXIS: tl.constexpr):
 
 @triton.jit
 def _write(
-    acc, dst, bias, sums, maxima, indices, block, first, end, first_image, pixel, offsets, inside,
+    acc, dst, bias, statistics, block, first, end, first_image, pixel, offsets, inside,
     N, H, W, stride_n, stride_c,
     TOTAL: tl.constexpr, OFFSET: tl.constexpr, CHANNELS: tl.constexpr,
     IMAGES: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
@@ -264,20 +264,23 @@ def _write(
     to = dst + tl.cast(first_image, tl.int64) * stride_n
     to += offsets[:, None] + channel.to(INDEX)[None, :] * stride_c
     tl.store(to, acc.to(dst.dtype.element_ty), mask=inside[:, None] & exists[None, :])
-    if sums is not None:
+    if statistics is not None:
         tiles = tl.cdiv(H * W, PIXELS)
-        # The first image's; its size may exceed 2^31 with those of the images before.
-        at = tl.cast(first_image, tl.int64) * (TOTAL * tiles) + block % tiles
+        # Offsets to the first image and to its maxima may exceed 2^31; within a third none does.
+        third = tl.cast(tiles, tl.int64) * TOTAL
+        sums = statistics + third * 3 * first_image + block % tiles
+        maxima = sums + third
+        indices = (maxima + third).to(tl.pointer_type(tl.int32), bitcast=True)
         if IMAGES == 1:
             total, largest, index = _pool(acc, inside[:, None], pixel[:, None], 0)
-            where = at + channel * tiles
+            where = channel * tiles
             mask = exists
         else:
             value = tl.reshape(acc, (IMAGES, PIXELS, CHANNELS))
             valid = tl.reshape(inside, (IMAGES, PIXELS, 1))
             total, largest, index = _pool(value, valid, tl.reshape(pixel, (IMAGES, PIXELS, 1)), 1)
             image = tl.arange(0, IMAGES)[:, None]
-            where = at + (image * TOTAL + channel[None, :]) * tiles
+            where = (image * (3 * TOTAL) + channel[None, :]) * tiles
             mask = (image < N - first_image) & exists[None, :]
         tl.store(sums + where, total, mask=mask)
         tl.store(maxima + where, largest, mask=mask)
@@ -286,7 +289,7 @@ def _write(
 
 @triton.jit
 def _convolve_branch(
-    src, dst, weight, bias, sums, maxima, indices, block, tile, first_image, pixel, offsets, to,
+    src, dst, weight, bias, statistics, block, tile, first_image, pixel, offsets, to,
     h, w, inside, N, H, W, src_c, src_h, src_w, dst_n, dst_c,
     BRANCHES: tl.constexpr, WHICH: tl.constexpr, TOTAL: tl.constexpr,
     IMAGES: tl.constexpr, PIXELS: tl.constexpr,
@@ -311,7 +314,7 @@ def _convolve_branch(
         BRANCHES, WHICH, CHANNELS, PRECISION, WIDEN, INDEX,
     )  # fmt: skip
     _write(
-        acc, dst, bias, sums, maxima, indices, block, first, end, first_image, pixel, to, inside,
+        acc, dst, bias, statistics, block, first, end, first_image, pixel, to, inside,
         N, H, W, dst_n, dst_c, TOTAL, BRANCH[5], CHANNELS, IMAGES, PIXELS, INDEX,
     )  # fmt: skip
 
@@ -334,21 +337,25 @@ def _convolve_sum(
             BRANCHES, i, CHANNELS, PRECISION, WIDEN, INDEX,
         )  # fmt: skip
     _write(
-        acc, dst, None, None, None, None, block, tile * CHANNELS, TOTAL, first_image, pixel, to,
-        inside, N, H, W, dst_n, dst_c, TOTAL, 0, CHANNELS, IMAGES, PIXELS, INDEX,
+        acc, dst, None, None, block, tile * CHANNELS, TOTAL, first_image, pixel, to, inside,
+        N, H, W, dst_n, dst_c, TOTAL, 0, CHANNELS, IMAGES, PIXELS, INDEX,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "H", "W"])
 def _convolve(
-    src, dst, weights, bias, sums, maxima, indices, N, H, W,
+    src, dst, weights, bias, statistics, N, H, W,
     src_n, src_c, src_h, src_w, dst_n, dst_c, dst_h, dst_w,
     BRANCHES: tl.constexpr, COUNT: tl.constexpr, TILES: tl.constexpr, TOTAL: tl.constexpr,
     SUMMED: tl.constexpr, SRC_FLAT: tl.constexpr, DST_FLAT: tl.constexpr,
     IMAGES: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """dst (N, TOTAL, H, W) from src and the weights; SUMMED: every branch adds to all of dst."""
+    """dst (N, TOTAL, H, W) from src and the weights; SUMMED: every branch adds to all of dst.
+
+    statistics (N, 3, TOTAL, tiles of pixels per image): sums, maxima, and the bits of the maxima's
+    int32 places. One tensor, because to allocate one takes the host longer than to plan a call.
+    """
     tile = tl.program_id(0) % TILES
     block = tl.program_id(0) // TILES
     first_image, image, pixel, h, w, inside = _pixels_of(block, N, H, W, IMAGES, PIXELS)
@@ -365,8 +372,8 @@ def _convolve(
         for i in tl.static_range(COUNT):
             if (tile >= BRANCHES[i][9]) & (tile < BRANCHES[i][9] + BRANCHES[i][10]):
                 _convolve_branch(
-                    src, dst, weights[i], bias, sums, maxima, indices, block,
-                    tile - BRANCHES[i][9], first_image, pixel, offsets, to, h, w, inside, N, H, W,
+                    src, dst, weights[i], bias, statistics, block, tile - BRANCHES[i][9],
+                    first_image, pixel, offsets, to, h, w, inside, N, H, W,
                     src_c, src_h, src_w, dst_n, dst_c,
                     BRANCHES, i, TOTAL, IMAGES, PIXELS, PRECISION, WIDEN, INDEX,
                 )  # fmt: skip
@@ -886,15 +893,15 @@ def _map_like(x: Tensor, channels: int) -> Tensor:
 class _Convolution(NamedTuple):
     """A call of _convolve."""
 
-    result: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
-    statistics: tuple[int, ...]  # shape
+    result: Layout
+    statistics: Layout
     launch: Launch
 
 
 class _WeightGradient(NamedTuple):
     """A call of _weight_partials and _weight_sums."""
 
-    partial: tuple[int, int]  # shape
+    partial: Layout
     launches: tuple[Launch, Launch]
 
 
@@ -950,7 +957,7 @@ def _convolution(
     )  # fmt: skip
     warps, bounded = plan.configuration.warps, plan.configuration.bounded
     tuned = of_warps(warps, launch, problem, device, deterministic, bounded)
-    return _Convolution((dst.shape, dst.stride()), (n, plan.total, plan.maps), tuned)
+    return _Convolution((dst.shape, dst.stride()), dense(n, 3, plan.total, plan.maps), tuned)
 
 
 def _slices(plan: _Plan, blocks: int) -> tuple[int, int]:
@@ -1016,7 +1023,7 @@ def _weight_gradient(
         "BLOCK": SUMS,
     }
     sums = Launch(_weight_sums, plan.programs, (slices,), constants, 4, 3, reuse)
-    return _WeightGradient((slices, plan.total), (tuned, sums))
+    return _WeightGradient(dense(slices, plan.total), (tuned, sums))
 
 
 # --- what operators call ----------------------------------------------------------------------
@@ -1029,13 +1036,13 @@ def forward(
     split: bool,
     bias: Tensor | None,
     statistics: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+) -> tuple[Tensor, Tensor | None]:
     """The convolution, and what global pooling needs to know of its result.
 
     x: (N, C, H, W) with any strides; weights and bias as in mfef_ext.reference. Returns
-    y (N, Cout, H, W) in the layout of x and, with ``statistics``, per image, channel and each of T
-    tiles of pixels: the sum and the maximum (N, Cout, T) in float32, and the index h * W + w
-    of the first maximum (N, Cout, T) in int32. They are taken before y is rounded to its dtype.
+    y (N, Cout, H, W) in the layout of x and, with ``statistics``, a tensor (N, 3, Cout, T) in
+    float32: per image, channel and each of T tiles of pixels the sum, the maximum, and the bits of
+    the int32 index h * W + w of the first maximum. They are taken before y is rounded to its dtype.
     """
     shape, strides, dtype = x.shape, x.stride(), x.dtype
     if bias is not None:
@@ -1045,15 +1052,19 @@ def forward(
         False, bias is not None, statistics, _arithmetic(dtype),
         torch.are_deterministic_algorithms_enabled(), usual(dtype, x, bias, *weights),
     )  # fmt: skip
+    return run(call, x, weights, bias, statistics)
+
+
+def run(
+    call: _Convolution, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, statistics: bool
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`forward` of a call that is made for its arguments, the bias being contiguous."""
     y = x.new_empty_strided(*call.result)
-    if not statistics:
-        call.launch(x, y, tuple(weights), bias, None, None, None)
-        return y, None
-    sums = x.new_empty(call.statistics, dtype=torch.float32)
-    maxima = x.new_empty(call.statistics, dtype=torch.float32)
-    indices = x.new_empty(call.statistics, dtype=torch.int32)
-    call.launch(x, y, tuple(weights), bias, sums, maxima, indices)
-    return y, (sums, maxima, indices)
+    per_tile = None
+    if statistics:
+        per_tile = x.new_empty_strided(*call.statistics, dtype=torch.float32)
+    call.launch(x, y, tuple(weights), bias, per_tile)
+    return y, per_tile
 
 
 def data_gradient(
@@ -1067,7 +1078,7 @@ def data_gradient(
         torch.are_deterministic_algorithms_enabled(), usual(dtype, grad, *weights),
     )  # fmt: skip
     grad_x = x.new_empty_strided(*call.result)
-    call.launch(grad, grad_x, tuple(weights), None, None, None, None)
+    call.launch(grad, grad_x, tuple(weights), None, None)
     return grad_x
 
 
@@ -1082,7 +1093,7 @@ def weight_gradient(
         usual(dtype, grad, x, *weights),
     )  # fmt: skip
     results = [torch.empty_like(w) for w in weights]
-    partial = x.new_empty(call.partial, dtype=torch.float32)
+    partial = x.new_empty_strided(*call.partial, dtype=torch.float32)
     partials, sums = call.launches
     partials(grad, x, partial)
     sums(partial, tuple(results))

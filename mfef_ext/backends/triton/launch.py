@@ -36,6 +36,19 @@ def usual(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     return together % 16 == 0
 
 
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+
+
+def dense(*shape: int) -> Layout:
+    """Of a contiguous tensor: ``t.new_empty_strided(*dense(...))`` takes two thirds of the time of
+    ``new_empty``, if the strides are at hand."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return shape, tuple(reversed(strides))
+
+
 def like(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     """A tensor that says what a real one of that shape and strides would, without its memory."""
     return torch.empty_strided(shape, strides, device="meta")

@@ -14,12 +14,16 @@ CUDA = torch.device("cuda", 0)
 
 def forget():
     """Whatever was chosen, and the calls that know it."""
-    from mfef_ext.backends.triton import attention, conv, tuning
+    from mfef_ext.backends.triton import attention, conv, ops, tuning
 
     tuning._choices.clear()
     for calls in (
-        conv._convolution, conv._weight_gradient, attention._forward_call, attention._backward_call
-    ):  # fmt: skip
+        ops._block_call,
+        conv._convolution,
+        conv._weight_gradient,
+        attention._forward_call,
+        attention._backward_call,
+    ):
         calls.cache_clear()
 
 
