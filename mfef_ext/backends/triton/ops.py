@@ -84,18 +84,21 @@ def _block_call(
     save: bool,
     products: str,
     deterministic: bool,
-    reuse: bool,
+    reuse: tuple[bool, bool],
 ) -> _BlockCall:
-    """Both calls of the block's forward at once: to look one up takes microseconds."""
+    """Both calls of the block's forward at once: to look one up takes microseconds.
+
+    reuse: of each.
+    """
     convolution = conv._convolution(
         shape, strides, shape, strides, device, dtype, weights, groups, split, False, False, True,
-        products, deterministic, reuse,
+        products, deterministic, reuse[0],
     )  # fmt: skip
     *_, tiles = convolution.statistics[0]
     return _BlockCall(
         convolution,
         attention._forward_call(
-            *convolution.result, device, dtype, parameters, tiles, save, deterministic, reuse
+            *convolution.result, device, dtype, parameters, tiles, save, deterministic, reuse[1]
         ),
     )
 
@@ -107,7 +110,7 @@ def _mfef_block(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save):
             x.shape, x.stride(), x.device, dtype, conv._key(conv_weights), tuple(groups), split,
             attention._key(*parameters), save, conv._arithmetic(dtype),
             torch.are_deterministic_algorithms_enabled(),
-            usual(dtype, x, *conv_weights, *parameters),
+            (usual(dtype, x, *conv_weights), usual(dtype, *parameters)),
         )  # fmt: skip
         y, statistics = conv.run(call.convolution, x, conv_weights, None, True)
         out, *saved = attention.run(call.attention, y, *parameters, statistics, save)
