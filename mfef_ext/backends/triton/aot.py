@@ -90,7 +90,8 @@ class Case(NamedTuple):
         words += ["channels_last"] * self.channels_last + ["split=False"] * (not self.split)
         words += ["attention alone"] * (self.operator == "dual_attention")
         words += ["inference"] * (not self.backward)
-        words += [f"{len(self.groups)} branches"] * (len(self.groups) != 4)
+        branches = len(self.groups)
+        words += [f"{branches} branch" + "es" * (branches > 1)] * (branches != 4)
         words += ["other choices"] * self.others
         return " ".join(words)
 
@@ -194,7 +195,7 @@ FIRST = (
 )
 # What else tuning.py may take, in both layouts: of a branch for each way of products, on large maps
 # without that of taps and channels together.
-WIDE, NARROW, TWO = (1, 8, 16), (1, 4, 16), (1, 16)
+WIDE, NARROW, TWO, ONE = (1, 8, 16), (1, 4, 16), (1, 16), (1,)
 OTHERS = tuple(
     case._replace(others=True)
     for case in (
@@ -202,6 +203,8 @@ OTHERS = tuple(
         Case("mfef_block", "tf32", (128, 192, 8), True, groups=WIDE),
         Case("mfef_block", "tf32", (128, 96, 8), groups=NARROW),
         Case("mfef_block", "float16", (128, 96, 8), True, groups=NARROW),
+        Case("multi_scale_conv2d", "tf32", (128, 64, 8), groups=ONE),
+        Case("multi_scale_conv2d", "float16", (128, 64, 8), True, groups=ONE),
         Case("mfef_block", "bfloat16", (32, 64, 56), groups=TWO),
         Case("mfef_block", "float16", (32, 64, 56), True, groups=TWO),
         Case("mfef_block", "tf32", (32, 64, 56), groups=TWO),

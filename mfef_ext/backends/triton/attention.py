@@ -28,7 +28,7 @@ partial results in the order of their tiles. The only atomic counts finished til
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import REGISTERS, Launch, Layout, dense, like, usual
-from .tuning import about, of_warps
+from .tuning import Tile, about, of_tiles
 
 # --- maxima -----------------------------------------------------------------------------------
 #
@@ -957,41 +957,37 @@ def parameter_gradient_kernel(
 STAGES = 1  # no loop of this file has a tl.dot to feed, which is what Triton pipelines for
 
 
-class Tile(NamedTuple):
-    """A tile of a map and the warps that work on it."""
+class Tiles(NamedTuple):
+    """Tiles of a map, with as many pixels each."""
 
-    block_c: int
-    block_p: int
-    warps: tuple[int, ...]  # of which tuning.py takes one
-
-    def constants(self) -> dict[str, int]:
-        """As a kernel takes them."""
-        return {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p}
+    pixels: int
+    choices: tuple[Tile, ...]  # of which tuning.py takes one
 
 
 # Nothing was measured on hardware yet: the shape decides, by reasoning. At most 16 elements per
 # thread keep the accumulators of the widest loop (three each) in registers; the fastest axis of a
 # tile is a whole number of sectors of 32 bytes in memory. Of a small image, a chain of short steps
-# with barriers in between, no reasoning says how many warps do it fastest.
+# with barriers in between, no reasoning says how many warps do it fastest, and whether in half as
+# many steps. Only their channels are a choice: how many pixels a tile has is how many partial
+# gradients of the spatial weight there are.
 IMAGE_TILES = {
-    "tiny": Tile(64, 16, (8,)),  # maps of up to 4 x 4
-    "small": Tile(32, 64, (4, 8)),  # up to 8192 elements per image
-    "large": Tile(64, 64, (8, 16)),
+    "tiny": Tiles(16, (Tile(64, 8),)),  # maps of up to 4 x 4
+    "small": Tiles(64, (Tile(32, 4), Tile(32, 8))),  # up to 8192 elements per image
+    "large": Tiles(64, (Tile(64, 8), Tile(64, 16), Tile(32, 8))),
 }
+# The kernels of the passes over large maps have one choice: their grids and the scratch between
+# them depend on it together.
 PIXEL_TILES = {
-    "rows": Tile(16, 128, (4,)),  # pixels are neighbours in memory, large maps
-    "short rows": Tile(32, 64, (4,)),  # the same, fewer pixels: more programs
-    "channels": Tile(128, 16, (4,)),  # channels are neighbours in memory
-    "few channels": Tile(32, 32, (4,)),
+    "rows": Tiles(128, (Tile(16, 4),)),  # pixels are neighbours in memory, large maps
+    "short rows": Tiles(64, (Tile(32, 4),)),  # the same, fewer pixels: more programs
+    "channels": Tiles(16, (Tile(128, 4),)),  # channels are neighbours in memory
+    "few channels": Tiles(32, (Tile(32, 4),)),
 }
 # (hidden units, channels) per tile of the MLP, for up to 4, up to 16 and more hidden units.
 MLP_TILES = {4: (4, 256), 16: (16, 128), 32: (32, 64)}
 GATE_WARPS = 4
-# Warps for which ptxas must not choose: see of_warps.
-BOUNDED = {
-    ("image_forward_kernel", IMAGE_TILES["large"]): (16,),
-    ("spatial_backward_kernel", PIXEL_TILES["short rows"]): (4,),
-}
+# Kernels and tiles (channels, pixels, warps) for which ptxas must not choose: see tuning.Tile.
+BOUNDED = {("image_forward_kernel", 64, 64, 16), ("spatial_backward_kernel", 32, 64, 4)}
 # Channels per step where the statistics of an image are added up, and tiles per step, which is 1
 # where the convolution's tile is the whole map.
 GATHER_CHANNELS = 128
@@ -1008,7 +1004,7 @@ class Plan(NamedTuple):
     """What the shape of an image decides."""
 
     image: bool
-    tile: Tile
+    tile: Tiles
     tiles: int  # of pixels, per image
     chunk: int  # pixels per program of statistics_kernel
     work: int  # floats of scratch per image, forward
@@ -1022,8 +1018,8 @@ def _whole(count: int) -> int:
     return (count + 15) // 16 * 16
 
 
-def choose(c: int, hw: int, channels_last: bool) -> tuple[bool, Tile]:
-    """Whether one program does a whole image (c, hw), and the tile."""
+def choose(c: int, hw: int, channels_last: bool) -> tuple[bool, Tiles]:
+    """Whether one program does a whole image (c, hw), and the tiles."""
     if hw <= IMAGE_PIXELS and c * hw <= IMAGE_ELEMENTS:
         if hw <= 16:
             return True, IMAGE_TILES["tiny"]
@@ -1037,7 +1033,7 @@ def plan_for(c: int, h: int, w: int, hidden: int, k: int, channels_last: bool) -
     """The plan for images (c, h, w), ``hidden`` units and a k x k spatial weight."""
     hw = h * w
     image, tile = choose(c, hw, channels_last)
-    tiles = triton.cdiv(hw, tile.block_p)
+    tiles = triton.cdiv(hw, tile.pixels)
     block_h, block_m = next(t for most, t in MLP_TILES.items() if hidden <= most or most == 32)
     taps = 2 * min(k, 2 * h - 1) * min(k, 2 * w - 1)
     work_backward = 4 * _whole(c) + 5 * _whole(hw) + _whole(5 * hidden) + tiles * _whole(taps)
@@ -1045,7 +1041,7 @@ def plan_for(c: int, h: int, w: int, hidden: int, k: int, channels_last: bool) -
         image=image,
         tile=tile,
         tiles=tiles,
-        chunk=CHUNK_TILES * tile.block_p,
+        chunk=CHUNK_TILES * tile.pixels,
         work=3 * _whole(c) + 2 * _whole(hw) + _whole(hidden),
         work_backward=work_backward + (0 if image else tiles * _whole(c)),
         taps=taps,
@@ -1163,6 +1159,33 @@ def _gate(images: int, numbers: tuple[int, ...], constants: dict[str, Any], reus
     )
 
 
+def _tuned(
+    kernel: Any,
+    programs: int,
+    numbers: tuple[int, ...],
+    constants: dict[str, Any],
+    tiles: Tiles,
+    problem: tuple,
+    device: torch.device,
+    deterministic: bool,
+    reuse: bool,
+) -> Launch:
+    """A kernel in the tile of ``tiles`` that is the fastest for a class of problems."""
+    choices = [
+        tile._replace(bounded=(kernel.__name__, tile.channels, tiles.pixels, tile.warps) in BOUNDED)
+        for tile in tiles.choices
+    ]
+
+    def launch(tile: Tile) -> Launch:
+        own = {"BLOCK_C": tile.channels, "BLOCK_P": tiles.pixels}
+        return Launch(
+            kernel, programs, numbers, {**constants, **own}, tile.warps, STAGES, reuse,
+            tile.registers,
+        )  # fmt: skip
+
+    return of_tiles(choices, launch, problem, device, deterministic)
+
+
 @lru_cache(maxsize=1024)
 def _forward_call(
     shape: tuple[int, ...],
@@ -1187,7 +1210,6 @@ def _forward_call(
     sizes, taps = (c, h, w, hw), spatial_strides[1:]
     constants = {
         **parameters.constants(),
-        **tile.constants(),
         **plan.mlp,
         "FLAT": flat,
         "SAVE": save,
@@ -1202,9 +1224,9 @@ def _forward_call(
     def launch(kernel: Any, programs: int, *numbers: int) -> Launch:
         # Not what is saved: with and without it the bits are the same.
         problem = dtype, c, hidden, k, flat, _is_channels_last(y), given_tiles > 0, *about(n, hw)
-        make = partial(Launch, kernel, programs, numbers, constants, stages=STAGES, reuse=reuse)
-        bounded = BOUNDED.get((kernel.__name__, tile), ())
-        return of_warps(tile.warps, make, problem, device, deterministic, bounded)
+        return _tuned(
+            kernel, programs, numbers, constants, tile, problem, device, deterministic, reuse
+        )
 
     if plan.image:
         tiles = given_tiles or 1
@@ -1222,7 +1244,8 @@ def _forward_call(
             launch(output_kernel, programs, plan.work, *sizes, *taps, *from_y, *to_out),
         ]
         if given_tiles == 0:
-            programs = n * triton.cdiv(c, tile.block_c) * tiles
+            (only,) = tile.choices
+            programs = n * triton.cdiv(c, only.channels) * tiles
             launches.insert(0, launch(statistics_kernel, programs, *sizes, tiles, *from_y))
     return _Call(
         plan.image,
@@ -1259,7 +1282,6 @@ def _backward_call(
     sizes, taps = (c, h, w, hw), spatial_strides[1:]
     constants = {
         **parameters.constants(),
-        **tile.constants(),
         **plan.mlp,
         "FLAT": flat,
         "NEED_Y": need_x,
@@ -1275,9 +1297,9 @@ def _backward_call(
     def launch(kernel: Any, programs: int, *numbers: int) -> Launch:
         # Not which gradients are needed: each has the same bits whatever the others.
         problem = dtype, c, hidden, k, flat, _is_channels_last(y), *about(n, hw)
-        make = partial(Launch, kernel, programs, numbers, constants, stages=STAGES, reuse=reuse)
-        bounded = BOUNDED.get((kernel.__name__, tile), ())
-        return of_warps(tile.warps, make, problem, device, deterministic, bounded)
+        return _tuned(
+            kernel, programs, numbers, constants, tile, problem, device, deterministic, reuse
+        )
 
     if plan.image:
         numbers = work, *sizes, hidden, plan.taps, *taps, *of_maps, *(() if need_x else (0,) * 4)

@@ -40,7 +40,7 @@ and not at all in deterministic mode. There are no atomics.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, Layout, dense, like, usual
-from .tuning import about, of_warps
+from .tuning import Tile, about, of_tiles
 
 WIDE = 8  # channels per group from which tl.dot pays: below, most of its block is padding
 WIDE_GRADIENT = 2  # the same for the weight gradient on tensor cores: its columns are always full
@@ -68,29 +68,31 @@ class Configuration(NamedTuple):
 
     name: str
     pixels: int  # of a tile
-    channels: int  # destination channels (weight gradient: output channels) of a tile at most
     depth: int  # of a tl.dot (weight gradient: columns of a tile, taps x input channels, at most)
-    warps: tuple[int, ...]  # of which tuning.py takes one
     stages: int
-    bounded: tuple[int, ...] = ()  # warps for which ptxas must not choose: see of_warps
+    # Of which tuning.py takes one; their channels are the destination channels (weight gradient:
+    # output channels) of a tile at most.
+    tiles: tuple[Tile, ...]
 
 
 # "half" is 16-bit floats, "tf32" float32 on tensor cores, "ieee" float32 on the ordinary units:
 # there tl.dot keeps its operands in registers, so blocks are small.
-# Twice the warps halve the registers of a thread and the work between two of its loads; in "ieee"
-# there is one choice, since it is rarely asked for and every candidate is compiled at first calls.
+# Twice the warps halve the registers of a thread and the work between two of its loads. Half the
+# channels do so too, with more programs and with pixels that are read once more; they are left out
+# where no group is as wide. In "ieee" there is one choice, since it is rarely asked for and every
+# candidate is compiled at first calls.
 CONVOLUTION = {
-    ("half", False): Configuration("half", 64, 64, 32, (4, 8), 3),
-    ("half", True): Configuration("half, large maps", 128, 32, 32, (4, 8), 3, (4,)),
-    ("tf32", False): Configuration("tf32", 64, 32, 32, (4, 8), 3),
-    ("tf32", True): Configuration("tf32, large maps", 128, 32, 32, (4, 8), 3),
-    ("ieee", False): Configuration("ieee", 64, 32, 16, (4,), 2, (4,)),
-    ("ieee", True): Configuration("ieee, large maps", 128, 32, 16, (8,), 2),
+    ("half", False): Configuration("half", 64, 32, 3, (Tile(64, 4), Tile(64, 8), Tile(32, 4))),
+    ("half", True): Configuration("half, large maps", 128, 32, 3, (Tile(32, 4, True), Tile(32, 8))),
+    ("tf32", False): Configuration("tf32", 64, 32, 3, (Tile(32, 4), Tile(32, 8), Tile(64, 8))),
+    ("tf32", True): Configuration("tf32, large maps", 128, 32, 3, (Tile(32, 4), Tile(32, 8))),
+    ("ieee", False): Configuration("ieee", 64, 16, 2, (Tile(32, 4, True),)),
+    ("ieee", True): Configuration("ieee, large maps", 128, 16, 2, (Tile(32, 8),)),
 }
 WEIGHT_GRADIENT = {
-    "half": Configuration("half", 64, 64, 64, (4, 8), 3),
-    "tf32": Configuration("tf32", 32, 64, 64, (4, 8), 3, (4,)),
-    "ieee": Configuration("ieee", 32, 32, 32, (4,), 2),
+    "half": Configuration("half", 64, 64, 3, (Tile(64, 4), Tile(64, 8))),
+    "tf32": Configuration("tf32", 32, 64, 3, (Tile(64, 4, True), Tile(64, 8))),
+    "ieee": Configuration("ieee", 32, 32, 2, (Tile(32, 4),)),
 }
 
 
@@ -292,13 +294,14 @@ def _convolve_branch(
     src, dst, weight, bias, statistics, block, tile, first_image, pixel, offsets, to,
     h, w, inside, N, H, W, src_c, src_h, src_w, dst_n, dst_c,
     BRANCHES: tl.constexpr, WHICH: tl.constexpr, TOTAL: tl.constexpr,
-    IMAGES: tl.constexpr, PIXELS: tl.constexpr,
+    IMAGES: tl.constexpr, PIXELS: tl.constexpr, MOST: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """A tile of the result of one branch."""
     BRANCH: tl.constexpr = BRANCHES[WHICH]
     DESTINATIONS: tl.constexpr = BRANCH[2]
     CHANNELS: tl.constexpr = BRANCH[7]
+    tl.static_assert(CHANNELS <= MOST)
     PER_GROUP: tl.constexpr = (BRANCH[2] + BRANCH[7] - 1) // BRANCH[7]
     IS_WIDE: tl.constexpr = BRANCH[6]
     if IS_WIDE:
@@ -348,8 +351,8 @@ def _convolve(
     src_n, src_c, src_h, src_w, dst_n, dst_c, dst_h, dst_w,
     BRANCHES: tl.constexpr, COUNT: tl.constexpr, TILES: tl.constexpr, TOTAL: tl.constexpr,
     SUMMED: tl.constexpr, SRC_FLAT: tl.constexpr, DST_FLAT: tl.constexpr,
-    IMAGES: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    INDEX: tl.constexpr,
+    IMAGES: tl.constexpr, PIXELS: tl.constexpr, MOST: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """dst (N, TOTAL, H, W) from src and the weights; SUMMED: every branch adds to all of dst.
 
@@ -375,7 +378,7 @@ def _convolve(
                     src, dst, weights[i], bias, statistics, block, tile - BRANCHES[i][9],
                     first_image, pixel, offsets, to, h, w, inside, N, H, W,
                     src_c, src_h, src_w, dst_n, dst_c,
-                    BRANCHES, i, TOTAL, IMAGES, PIXELS, PRECISION, WIDEN, INDEX,
+                    BRANCHES, i, TOTAL, IMAGES, PIXELS, MOST, PRECISION, WIDEN, INDEX,
                 )  # fmt: skip
 
 
@@ -698,7 +701,9 @@ def _plan_convolution(
     h: int,
     w: int,
     products: str,
+    most: int,
 ) -> _Plan:
+    """``most`` are the channels of a tile at most: those of the configuration's."""
     configuration = CONVOLUTION[products, h * w >= LARGE_MAP]
     images, pixels, maps = _block_of_pixels(configuration.pixels, h, w)
     summed = backwards and not split
@@ -717,7 +722,7 @@ def _plan_convolution(
             channels = all_channels
             tiles = -(-destinations * g // channels)
         elif wide:
-            channels = _power_of_two(destinations, 16, configuration.channels)
+            channels = _power_of_two(destinations, 16, most)
             tiles = g * -(-destinations // channels)
         else:
             channels = 16
@@ -790,7 +795,7 @@ def _plan_gradient(
         side = _side(k, h, w)
         wide = outputs >= (WIDE if products == "ieee" else WIDE_GRADIENT)
         if wide:
-            rows = _power_of_two(outputs, 16, configuration.channels)
+            rows = _power_of_two(outputs, 16, configuration.tiles[0].channels)
             columns = _power_of_two(side * side * inputs, 16, configuration.depth)
             tiles = g * -(-outputs // rows) * -(-side * side * inputs // columns)
         else:
@@ -926,12 +931,16 @@ def _convolution(
     """``x`` is what the result looks like."""
     src, x = like(src_shape, src_strides), like(x_shape, x_strides)
     n, _, h, w = x_shape
-    plan = _plan_convolution(weights, groups, split, backwards, h, w, products)
+    plans: dict[Tile, _Plan] = {}  # of the tiles that do differ
+    seen = set()
+    for tile in CONVOLUTION[products, h * w >= LARGE_MAP].tiles:
+        plan = _plan_convolution(weights, groups, split, backwards, h, w, products, tile.channels)
+        if (plan.branches, tile.warps) not in seen:
+            plans[tile] = plan
+        seen.add((plan.branches, tile.warps))
     dst = _map_like(x, plan.total)
     constants = {
-        "BRANCHES": plan.branches,
         "COUNT": len(plan.branches),
-        "TILES": plan.tiles,
         "TOTAL": plan.total,
         "SUMMED": backwards and not split,
         "SRC_FLAT": _is_flat(src, src_strides),
@@ -942,21 +951,26 @@ def _convolution(
         "WIDEN": _WIDEN,
         "INDEX": _index(plan, src, dst),
     }
-    launch = partial(
-        Launch,
-        _convolve,
-        -(-n // plan.images) * plan.maps * plan.tiles,
-        (n, h, w, *src_strides, *dst.stride()),
-        constants,
-        stages=plan.configuration.stages,
-        reuse=reuse,
-    )
+
+    def launch(tile: Tile) -> Launch:
+        plan = plans[tile]
+        own = {"BRANCHES": plan.branches, "TILES": plan.tiles, "MOST": tile.channels}
+        return Launch(
+            _convolve,
+            -(-n // plan.images) * plan.maps * plan.tiles,
+            (n, h, w, *src_strides, *dst.stride()),
+            {**constants, **own},
+            tile.warps,
+            plan.configuration.stages,
+            reuse,
+            tile.registers,
+        )
+
     problem = (
         dtype, products, _shapes(weights), groups, split, backwards, has_statistics,
         constants["SRC_FLAT"], constants["DST_FLAT"], *about(n, h * w),
     )  # fmt: skip
-    warps, bounded = plan.configuration.warps, plan.configuration.bounded
-    tuned = of_warps(warps, launch, problem, device, deterministic, bounded)
+    tuned = of_tiles(tuple(plans), launch, problem, device, deterministic)
     return _Convolution((dst.shape, dst.stride()), dense(n, 3, plan.total, plan.maps), tuned)
 
 
@@ -1001,28 +1015,31 @@ def _weight_gradient(
         "WIDEN": _WIDEN,
         "INDEX": _index(plan, grad, x),
     }
-    partials = partial(
-        Launch,
-        _weight_partials,
-        plan.tiles * slices,
-        (n, h, w, blocks, per_slice, *grad_strides, *x_strides),
-        constants,
-        stages=plan.configuration.stages,
-        reuse=reuse,
-    )
+
+    def launch(tile: Tile) -> Launch:
+        return Launch(
+            _weight_partials,
+            plan.tiles * slices,
+            (n, h, w, blocks, per_slice, *grad_strides, *x_strides),
+            constants,
+            tile.warps,
+            plan.configuration.stages,
+            reuse,
+            tile.registers,
+        )
+
     problem = (
         dtype, products, _shapes(weights), groups, split,
         constants["GRAD_FLAT"], constants["X_FLAT"], *about(n, h * w),
     )  # fmt: skip
-    warps, bounded = plan.configuration.warps, plan.configuration.bounded
-    tuned = of_warps(warps, partials, problem, device, deterministic, bounded)
-    constants = {
+    tuned = of_tiles(plan.configuration.tiles, launch, problem, device, deterministic)
+    of_sums = {
         "BRANCHES": plan.sums,
         "COUNT": len(plan.sums),
         "TOTAL": plan.total,
         "BLOCK": SUMS,
     }
-    sums = Launch(_weight_sums, plan.programs, (slices,), constants, 4, 3, reuse)
+    sums = Launch(_weight_sums, plan.programs, (slices,), of_sums, 4, 3, reuse)
     return _WeightGradient(dense(slices, plan.total), (tuned, sums))
 
 

@@ -117,7 +117,7 @@ def same(listed, wanted):
 
 
 def tiles_of(tiles):
-    return [(*tile, warps) for *tile, several in tiles.values() for warps in several]
+    return [(t.channels, pixels, t.warps) for pixels, several in tiles.values() for t in several]
 
 
 kernels = {
@@ -129,17 +129,16 @@ kernels = {
 same({(one.file, one.name) for one in found}, kernels)
 whole = {"ieee": "ieee", "half": "ieee", "tf32": "tf32"}
 options = ("num_warps", "num_stages", "PRECISION")
-tiles = {
-    (images * pixels, *rest)
-    for images, pixels, *rest in constants("convolve", "IMAGES", "PIXELS", "SRC_FLAT", *options)
-}
+names = ("IMAGES", "PIXELS", "SRC_FLAT", "MOST", *options)
+tiles = {(images * pixels, *rest) for images, pixels, *rest in constants("convolve", *names)}
 for c in conv.CONVOLUTION.values():
-    for flat, warps in itertools.product((True, False), c.warps):
-        key = (c.pixels, flat, warps, c.stages, whole[c.name.split(",")[0]])
+    for flat, tile in itertools.product((True, False), c.tiles):
+        precision = whole[c.name.split(",")[0]]
+        key = (c.pixels, flat, tile.channels, tile.warps, c.stages, precision)
         assert key in tiles, key
 for c in conv.WEIGHT_GRADIENT.values():
-    for flat, warps in itertools.product((True, False), c.warps):
-        key = (flat, warps, c.stages, whole[c.name])
+    for flat, tile in itertools.product((True, False), c.tiles):
+        key = (flat, tile.warps, c.stages, whole[c.name])
         assert key in constants("weight_partials", "X_FLAT", *options), key
 tile = ("BLOCK_C", "BLOCK_P", "num_warps")
 for kernel in (k for f, k in kernels if f == "attention" and k.startswith("image_")):

@@ -266,7 +266,7 @@ def contiguous_weights(branches=((3, 64, 1), (7, 8, 8), (9, 4, 16))):
 
 def test_offsets_are_as_wide_as_they_have_to_be(conv):
     weights, groups = contiguous_weights()
-    plan = conv._plan_convolution(weights, groups, True, False, 8, 8, "half")
+    plan = conv._plan_convolution(weights, groups, True, False, 8, 8, "half", 64)
     small_map, large_map = (
         torch.empty(0).as_strided((0, 2, 8, 8), (0, s, 8, 1)) for s in (64, 2**31)
     )
@@ -408,7 +408,9 @@ def test_large_sums_of_float16_do_not_overflow(conv, device):
 def test_plans_do_not_depend_on_the_batch_or_on_large_maps(conv):
     """One compilation serves every batch, and every map that is larger than kernels and tiles."""
     weights, groups = contiguous_weights()
-    sides = [conv._plan_convolution(weights, groups, True, False, s, s, "half") for s in (9, 14)]
+    sides = [
+        conv._plan_convolution(weights, groups, True, False, s, s, "half", 64) for s in (9, 14)
+    ]
     assert sides[0]._replace(maps=0) == sides[1]._replace(maps=0)
 
 

@@ -104,10 +104,11 @@ def launch_of(monkeypatch, tuning):
     monkeypatch.setattr(launch, "CompiledKernel", Code)
 
     def make(kernel, problem=("a class",), device=CUDA, deterministic=False, programs=1):
-        def one(warps, registers):
-            return launch.Launch(kernel, programs, (), {}, warps, 1, True, registers)
+        def one(tile):
+            return launch.Launch(kernel, programs, (), {}, tile.warps, 1, True, tile.registers)
 
-        return tuning.of_warps((4, 8, 2), one, problem, device, deterministic)
+        tiles = [tuning.Tile(32, warps) for warps in (4, 8, 2)]
+        return tuning.of_tiles(tiles, one, problem, device, deterministic)
 
     return make
 
