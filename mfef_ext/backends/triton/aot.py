@@ -453,8 +453,10 @@ Compiled ahead of time by Triton {triton.__version__}, without a GPU, as the lau
 specialise them. Launches that differ only in the number and shapes of the weights, in which strides
 are multiples of 16, in dtypes with the same arithmetic, in whether something is stored for the
 backward and in how the spatial weight lies are compiled once, for the first case. "Other choices"
-are those that may run where a GPU has timed them. Registers and spilled bytes are a thread's,
-shared bytes a block's; the smallest of the GPUs has {SHARED_MEMORY} of them.
+are those that may run where a GPU has timed them. The kernels are **not yet run on hardware**: what
+they take is what ptxas says. MOST are the channels of a tile of `convolve` at most. Registers and
+spilled bytes are a thread's, shared bytes a block's; the smallest of the GPUs has
+{SHARED_MEMORY} of them.
 """
     for file in FILES:
         of_file = [row for row in rows if row[0].file == file]

@@ -20,7 +20,13 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 # What is said of a tile: constants of kernels, in words.
-TILE = {"IMAGES": "images", "PIXELS": "pixels", "BLOCK_C": "channels", "BLOCK_P": "pixels"}
+TILE = {
+    "IMAGES": "images",
+    "PIXELS": "pixels",
+    "MOST": "channels at most",
+    "BLOCK_C": "channels",
+    "BLOCK_P": "pixels",
+}
 REGISTERS = 255  # of a thread: as many as NVIDIA's instructions can name
 ALL_REGISTERS = 65536  # of a multiprocessor, on all architectures
 

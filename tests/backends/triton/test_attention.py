@@ -41,8 +41,11 @@ def force(attention, monkeypatch):
             calls.cache_clear()
 
     def to(name: str) -> None:
+        name, comma, _ = name.partition(", last")
         image = name in attention.IMAGE_TILES
         tile = (attention.IMAGE_TILES if image else attention.PIXEL_TILES)[name]
+        if comma:  # deterministic mode takes the first of the list
+            tile = tile._replace(choices=tile.choices[::-1])
         monkeypatch.setattr(attention, "choose", lambda *_: (image, tile))
         forget()
 
@@ -219,6 +222,7 @@ CONFIGURATIONS = [
     ("tiny", (2, 150, 3, 6), {"hidden": 9}),
     ("small", (1, 40, 9, 10), {"hidden": 3}),
     ("large", (1, 130, 11, 6), {"hidden": 40}),
+    ("large, last choice", (1, 130, 11, 6), {"hidden": 40}),
     ("rows", (1, 20, 11, 13), {"hidden": 4}),
     ("short rows", (2, 40, 9, 8), {"hidden": 20}),
     ("channels", (1, 135, 4, 5), {"hidden": 8}),

@@ -202,6 +202,20 @@ def test_problems_of_each_kind(conv, device, mode, problem):
     check(conv, device, *mode, *arguments, **options)
 
 
+@pytest.mark.parametrize("mode", ["float32, tf32", "bfloat16"], indirect=True)
+def test_the_last_tile_of_each_list(conv, device, mode, monkeypatch):
+    """With other channels than the first, of which deterministic mode would have it."""
+    lists = {key: one._replace(tiles=one.tiles[::-1]) for key, one in conv.CONVOLUTION.items()}
+    most = [{one.tiles[0].channels, one.tiles[-1].channels} for one in lists.values()]
+    assert most.count({32, 64}) == 2
+    monkeypatch.setattr(conv, "CONVOLUTION", lists)
+    for calls in (conv._plan_convolution, conv._convolution):
+        calls.cache_clear()
+    check(conv, device, *mode, 2, 2, 3, [(3, 8, 72, 1), (1, 72, 8, 2)])
+    for calls in (conv._plan_convolution, conv._convolution):
+        calls.cache_clear()
+
+
 def small(dtype: torch.dtype, device: str, n: int = 3, split: bool = True) -> Case:
     branches = [(3, 9, 8, 1), (5, 2, 1, 4)] if split else [(3, 16, 8, 1), (3, 4, 2, 4)]
     return make_case(n, 3, 4, branches, split).to(dtype, device)
