@@ -33,8 +33,8 @@ Operations: 2 N P K for each of the three, less the taps that are farther than m
 the centre: they lie outside of every map and are not looped over.
 
 The order of every sum depends on the shapes of the weights, on H and on W, for the weight gradient
-also on N, and on how many warps tuning.py has found fastest, which is settled once for a process
-and not at all in deterministic mode. There are no atomics.
+also on N, and on which tile and warps tuning.py has found fastest, which is settled once for a
+process and not at all in deterministic mode. There are no atomics.
 """
 
 from __future__ import annotations
