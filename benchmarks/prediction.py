@@ -79,16 +79,17 @@ def _count(launch: Launch, tensors: tuple, products: str) -> Counted:
         kernel = "gate_backward"
     sizes: dict[str, int] = {"read": 0, "written": 0}
     seen: set[int] = set()
-    # Names first that are written: a tensor that is also a place holder counts there.
-    named = list(zip(launch.kernel.arg_names, tensors, strict=False))
-    for way in ("written", "read"):
-        for name, given in named:
-            if (name in WRITTEN[kernel]) != (way == "written"):
-                continue
-            for t in given if isinstance(given, tuple) else (given,):
-                if isinstance(t, Tensor) and id(t) not in seen:
-                    seen.add(id(t))
-                    sizes[way] += t.numel() * t.itemsize
+    # The scratch stands in for what is not saved, and counts by its own name.
+    named = sorted(
+        zip(launch.kernel.arg_names, tensors, strict=False),
+        key=lambda one: (one[0] != "work", one[0] not in WRITTEN[kernel]),
+    )
+    for name, given in named:
+        way = "written" if name in WRITTEN[kernel] else "read"
+        for t in given if isinstance(given, tuple) else (given,):
+            if isinstance(t, Tensor) and id(t) not in seen:
+                seen.add(id(t))
+                sizes[way] += t.numel() * t.itemsize
     dot = direct = 0
     if kernel in ("convolve", "weight_partials"):
         maps = tensors[0]
