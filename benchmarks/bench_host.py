@@ -26,6 +26,7 @@ import torch
 import triton
 from timing import summarise
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 
 from mfef_ext import MFEFBlock
 
@@ -37,15 +38,10 @@ ROUNDS = 60
 class _Driver:
     """CUDA's driver as Triton asks for it, for a device on which nothing is ever launched."""
 
-    class _Launcher:
-        def __init__(self, *what: object) -> None:
-            pass
-
-        def __call__(self, *arguments: object) -> None:
-            pass
-
-    launcher_cls = _Launcher
+    launcher_cls = nvidia.CudaLauncher
     utils = SimpleNamespace(
+        launch=lambda *what: None,
+        build_signature_metadata=lambda signature: b"",
         load_binary=lambda *what: (1, 1, 0, 0, 1024),
         get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
         unload_module=lambda module: None,
@@ -66,6 +62,7 @@ def _pretend() -> None:
     from mfef_ext.backends.triton import ops  # noqa: F401 (before the variable is set: compiled)
 
     os.environ["TRITON_INTERPRET"] = "1"
+    nvidia.PyKernelArg = lambda **what: None
     triton.runtime.driver.set_active(_Driver())
 
 

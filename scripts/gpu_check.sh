@@ -8,7 +8,8 @@
 # .csv, a log of each part, and a folder of results.json and results.csv per backend.
 #
 # The parts come in the order of what they are worth; their limits, with two backends, add up to what
-# there is, so that each has its time even if all that come before it use theirs up.
+# there is, so that each has its time even if all that come before it use theirs up. What they leave
+# of theirs goes to the next ones.
 #
 # A part that fails or runs out of time is shown and does not stop the rest. The exit status is 1 if
 # one failed, 2 if nothing was run. PYTHON names the interpreter, python3 by default.
@@ -43,9 +44,12 @@ trap 'rm -rf "$work"' EXIT
 parts=$work/parts.tsv # name, status, seconds, limit
 : > "$parts"
 
-# part NAME LIMIT COMMAND...: runs it for at most LIMIT seconds, or what is left of the whole.
+spare=0 # seconds that parts had and did not use
+
+# part NAME LIMIT COMMAND...: runs it for at most LIMIT and the spare seconds, or what is left of the
+# whole.
 part() {
-  local name=$1 limit=$2 since=$SECONDS status said
+  local name=$1 limit=$(($2 + spare)) since=$SECONDS status said
   local left=$((SECONDS_IN_ALL - SECONDS_BETWEEN - (SECONDS - begin)))
   shift 2
   if [ "$limit" -gt "$left" ]; then limit=$left; fi
@@ -64,6 +68,8 @@ part() {
   fi
   echo "-- $name $said"
   printf '%s\t%s\t%s\t%s\n' "$name" "$said" $((SECONDS - since)) "$limit" >> "$parts"
+  spare=$((limit - (SECONDS - since)))
+  if [ "$spare" -lt 0 ]; then spare=0; fi
 }
 
 # missing NAME REASON: a part that cannot be run, which is a failure too.

@@ -28,6 +28,15 @@ def test_forward_of_small_maps_by_hand():
     assert attention.written == MAP + 4 * N * (3 * C + 2 * PIXELS + 16)
 
 
+def test_forward_of_large_maps_by_hand():
+    """Nothing is saved, and what stands in for it is not written."""
+    output = counted(suites.FORWARD, side=56)["output"]
+    pixels = 56 * 56
+    scratch = 4 * N * (3 * C + 2 * pixels + 16)
+    assert output.written == 4 * N * C * pixels
+    assert output.read == 4 * N * C * pixels + scratch + 4 * 2 * 49
+
+
 def test_operations_are_those_of_the_suites_less_the_attention():
     forward = counted(suites.FORWARD)["convolve"]
     by_dot, by_taps = 16 * 16 * 9, 16 * 4 * 25 + 16 * 2 * 49 + 16 * 81

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfef_ext import functional, reference
@@ -15,39 +15,20 @@ from tests.accuracy import (
     specification,
     unit_in_the_last_place,
 )
+from tests.drawing import DRAWN, blocks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-EXAMPLES = settings(
-    max_examples=8,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+EXAMPLES = settings(DRAWN, max_examples=8)
 
 
-@st.composite
-def blocks(draw):
-    """Shapes, kernel sizes, groups and modes: every branch of the planner and of the tiles."""
-    sizes = draw(st.lists(st.sampled_from([1, 3, 5, 7, 9, 11]), min_size=1, max_size=4))
-    split = draw(st.booleans())
-    channels = draw(st.integers(len(sizes), 20))
-    height, width = draw(st.integers(1, 12)), draw(st.integers(1, 18))
-    batch = draw(st.sampled_from([1, 2, 3, 16, 17]))
-    return {
-        "shape": (batch, channels, height, width),
-        "kernel_sizes": sizes,
-        "split": split,
-        "reduction": draw(st.sampled_from([1, 4, 16])),
-        "spatial_kernel_size": draw(st.sampled_from([1, 3, 7])),
-        "biases": draw(st.booleans()),
-        "seed": draw(st.integers(0, 100)),
-    }
+# Every branch of the planner and of the tiles.
+BLOCKS = blocks([1, 2, 3, 16, 17], 20, st.integers(1, 12), st.integers(1, 18))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EXAMPLES
-@given(arguments=blocks(), layout=st.sampled_from(LAYOUTS))
+@given(arguments=BLOCKS, layout=st.sampled_from(LAYOUTS))
 def test_random_blocks(engine, dtype, arguments, layout):
     check_block(dtype, layout, **arguments)
 

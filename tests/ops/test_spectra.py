@@ -6,7 +6,7 @@ kernels change their tiles or what is in their lanes, and values that are not fi
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfef_ext import _C, functional, reference
@@ -18,6 +18,7 @@ from tests.accuracy import (
     specification,
     unit_in_the_last_place,
 )
+from tests.drawing import DRAWN
 
 SIDES = (7, 8, 14, 16)
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -41,12 +42,7 @@ def square_blocks(draw):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(DRAWN, max_examples=12)
 @given(
     arguments=square_blocks(),
     layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),

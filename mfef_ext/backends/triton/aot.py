@@ -2,6 +2,7 @@
 
     python -m mfef_ext.backends.triton.aot                 the table, for sm_80, sm_90 and sm_100
     python -m mfef_ext.backends.triton.aot --only kd       of one file's kernels
+    python -m mfef_ext.backends.triton.aot --part 2/6      of every sixth kernel from the second on
     python -m mfef_ext.backends.triton.aot --all           of every launch of the benchmark's cases
     python -m mfef_ext.backends.triton.aot --write         into docs/triton_kernels.md
 
@@ -89,7 +90,8 @@ class Case(NamedTuple):
         words += ["channels_last"] * self.channels_last + ["split=False"] * (not self.split)
         words += ["attention alone"] * (self.operator == "dual_attention")
         words += ["inference"] * (not self.backward)
-        words += [f"{len(self.groups)} branches"] * (len(self.groups) != 4)
+        branches = len(self.groups)
+        words += [f"{branches} branch" + "es" * (branches > 1)] * (branches != 4)
         words += ["other choices"] * self.others
         return " ".join(words)
 
@@ -193,7 +195,7 @@ FIRST = (
 )
 # What else tuning.py may take, in both layouts: of a branch for each way of products, on large maps
 # without that of taps and channels together.
-WIDE, NARROW, TWO = (1, 8, 16), (1, 4, 16), (1, 16)
+WIDE, NARROW, TWO, ONE = (1, 8, 16), (1, 4, 16), (1, 16), (1,)
 OTHERS = tuple(
     case._replace(others=True)
     for case in (
@@ -201,6 +203,8 @@ OTHERS = tuple(
         Case("mfef_block", "tf32", (128, 192, 8), True, groups=WIDE),
         Case("mfef_block", "tf32", (128, 96, 8), groups=NARROW),
         Case("mfef_block", "float16", (128, 96, 8), True, groups=NARROW),
+        Case("multi_scale_conv2d", "tf32", (128, 64, 8), groups=ONE),
+        Case("multi_scale_conv2d", "float16", (128, 64, 8), True, groups=ONE),
         Case("mfef_block", "bfloat16", (32, 64, 56), groups=TWO),
         Case("mfef_block", "float16", (32, 64, 56), True, groups=TWO),
         Case("mfef_block", "tf32", (32, 64, 56), groups=TWO),
@@ -339,20 +343,36 @@ class Usage:
     shared: int
 
 
-def compile_for(one: Specialisation, architecture: int) -> Usage:
-    """Compiles (or finds in Triton's cache) and reads the machine code's resource usage."""
-    source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
-    target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options=dict(one.options))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        run = subprocess.run(command, capture_output=True, text=True)
+def compile_for(one: Specialisation, architectures: Sequence[int]) -> list[Usage]:
+    """Compiles (or finds in Triton's cache) for each architecture, and reads the machine code.
+
+    What Triton's front end makes is the same for all of them, and so made for the first one only;
+    and no code says from which line it is, which is an eighth of the work and no instruction.
+    tests/backends/triton/test_aot.py compares with code that is made in the usual way.
+    """
+    source: Any = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
+    usages: list[Usage] = []
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True
+        for architecture in architectures:
+            target = GPUTarget("cuda", architecture, 32)
+            compiled = triton.compile(source, target=target, options=dict(one.options))
+            if not usages:
+                source = str(Path(folder, "kernel.ttir"))
+                Path(source).write_text(compiled.asm["ttir"])
+            cubin = Path(folder, f"{architecture}.cubin")
+            cubin.write_bytes(compiled.asm["cubin"])
+            usages.append(_usage(one, cubin, compiled.metadata.shared))
+    return usages
+
+
+def _usage(one: Specialisation, cubin: Path, shared: int) -> Usage:
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+    run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
         raise RuntimeError(f"cuobjdump could not read the code of {one.name}: {run.stderr.strip()}")
     registers, spilled = parse_usage(run.stdout)
-    return Usage(registers, spilled, compiled.metadata.shared)
+    return Usage(registers, spilled, shared)
 
 
 def parse_usage(text: str) -> tuple[int, int]:
@@ -370,7 +390,7 @@ def parse_usage(text: str) -> tuple[int, int]:
 Row = tuple[Specialisation, list[Usage]]
 
 
-def _compile(task: tuple[int, int]) -> Usage:
+def _compile(task: tuple[int, tuple[int, ...]]) -> list[Usage]:
     return compile_for(_WORK[task[0]], task[1])
 
 
@@ -378,15 +398,13 @@ _WORK: list[Specialisation] = []  # what a process that is forked finds: kernels
 
 
 def compile_all(
-    specialisations: Sequence[Specialisation], architectures: Sequence[int]
+    specialisations: Sequence[Specialisation], architectures: Sequence[int], jobs: int
 ) -> list[Row]:
-    """On all cores, a process each: Python's part of the compiler leaves no room for threads."""
+    """In so many processes: Python's part of the compiler leaves no room for threads."""
     _WORK[:] = specialisations
-    tasks = [(i, a) for i in range(len(_WORK)) for a in architectures]
-    cores = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
-        usages = pool.map(_compile, tasks)
-        return [(one, [next(usages) for _ in architectures]) for one in specialisations]
+    tasks = [(i, tuple(architectures)) for i in range(len(_WORK))]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        return list(zip(specialisations, pool.map(_compile, tasks), strict=True))
 
 
 def complaints(rows: Iterable[Row], architectures: Sequence[int]) -> list[str]:
@@ -418,6 +436,14 @@ def table(rows: Iterable[Row], architectures: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
+def _part(text: str) -> tuple[int, int]:
+    """ "2/6": (1, 6)."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; write 1/6 to 6/6, for example")
+    return int(found[1]) - 1, int(found[2])
+
+
 def document(rows: Sequence[Row], architectures: Sequence[int]) -> str:
     """docs/triton_kernels.md, with a section for each file of kernels."""
     text = f"""# What the Triton kernels take
@@ -427,8 +453,10 @@ Compiled ahead of time by Triton {triton.__version__}, without a GPU, as the lau
 specialise them. Launches that differ only in the number and shapes of the weights, in which strides
 are multiples of 16, in dtypes with the same arithmetic, in whether something is stored for the
 backward and in how the spatial weight lies are compiled once, for the first case. "Other choices"
-are those that may run where a GPU has timed them. Registers and spilled bytes are a thread's,
-shared bytes a block's; the smallest of the GPUs has {SHARED_MEMORY} of them.
+are those that may run where a GPU has timed them. The kernels are **not yet run on hardware**: what
+they take is what ptxas says. MOST are the channels of a tile of `convolve` at most. Registers and
+spilled bytes are a thread's, shared bytes a block's; the smallest of the GPUs has
+{SHARED_MEMORY} of them.
 """
     for file in FILES:
         of_file = [row for row in rows if row[0].file == file]
@@ -444,23 +472,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES, metavar="N")
     parser.add_argument("--only", nargs="+", choices=FILES, default=FILES, help="files of kernels")
+    parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="every N-th")
     parser.add_argument("--all", action="store_true", help="every launch of the benchmark's cases")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=cores, metavar="N", help="processes")
     parser.add_argument("--write", action="store_true", help=f"write docs/{DOCUMENT.name}")
     options = parser.parse_args(arguments)
     if interpreted():
         print("TRITON_INTERPRET=1 leaves nothing to compile; unset it.", file=sys.stderr)
         return 2
-    part = set(options.only) != set(FILES) or tuple(options.arch) != ARCHITECTURES
+    first, step = options.part
+    part = set(options.only) != set(FILES) or tuple(options.arch) != ARCHITECTURES or step > 1
     if options.write and (part or options.all):
         print(
-            "--write writes the whole table; leave out --only, --arch and --all.", file=sys.stderr
+            "--write writes the whole table; leave out --only, --arch, --part and --all.",
+            file=sys.stderr,
         )
         return 2
     if options.write and not DOCUMENT.parent.is_dir():
         print("--write needs a checkout of the repository, which has docs/.", file=sys.stderr)
         return 2
     found = list(launches(ALL_CASES)) if options.all else collect()
-    rows = compile_all([one for one in found if one.file in options.only], options.arch)
+    in_order = [one for file in FILES if file in options.only for one in found if one.file == file]
+    rows = compile_all(in_order[first::step], options.arch, options.jobs)
     text = document(rows, options.arch)
     if options.write:
         DOCUMENT.write_text(text)

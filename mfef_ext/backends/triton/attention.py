@@ -28,7 +28,7 @@ partial results in the order of their tiles. The only atomic counts finished til
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import REGISTERS, Launch, like, usual
-from .tuning import about, of_warps
+from .launch import REGISTERS, Launch, Layout, dense, like, usual
+from .tuning import Tile, about, of_tiles
 
 # --- maxima -----------------------------------------------------------------------------------
 #
@@ -109,10 +109,15 @@ def _pool_pixels(
 
 @triton.jit
 def _gather_statistics(
-    sums, maxima, places, mean, max, max_index, tiles, C, HW,
+    sums, mean, max, max_index, tiles, C, HW,
     SAVE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Mean, max and (SAVE) max_index of an image's channels from those of its tiles (C, tiles)."""
+    """Mean, max and (SAVE) max_index of an image's channels from those of its tiles.
+
+    sums (C, tiles), then as many maxima, then their places: see conv.py.
+    """
+    maxima = sums + tl.cast(tiles, tl.int64) * C
+    places = (maxima + tl.cast(tiles, tl.int64) * C).to(tl.pointer_type(tl.int32), bitcast=True)
     lane = tl.arange(0, BLOCK_C)
     tile = tl.arange(0, BLOCK_T)
     for c0 in range(0, C, BLOCK_C):
@@ -279,10 +284,10 @@ def _write_output(
 
 @triton.jit(do_not_specialize=["tiles", "H", "W"])
 def statistics_kernel(
-    y, sums, maxima, places, C, H, W, HW, tiles, y_n, y_c, y_h, y_w,
+    y, statistics, C, H, W, HW, tiles, y_n, y_c, y_h, y_w,
     FLAT: tl.constexpr, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Sum, max and place of the max per channel and chunk of PIXELS pixels, (N, C, tiles).
+    """Sum, max and place of the max per channel and chunk of PIXELS pixels, (N, 3, C, tiles).
 
     One program per image, tile of channels and chunk. Reads y once.
     """
@@ -297,15 +302,18 @@ def statistics_kernel(
     total, rank = _pool_pixels(
         y + image * y_n, c, begin, end, y_c, y_h, y_w, C, W, FLAT, BLOCK_C, BLOCK_P
     )
-    at = (image * C + c) * tiles + t
-    tl.store(sums + at, total, mask=c < C)
-    tl.store(maxima + at, _value_of(rank), mask=c < C)
-    tl.store(places + at, _place_of(rank), mask=c < C)
+    third = tl.cast(tiles, tl.int64) * C
+    sums = statistics + image * 3 * third + t
+    maxima = sums + third
+    places = (maxima + third).to(tl.pointer_type(tl.int32), bitcast=True)
+    tl.store(sums + c * tiles, total, mask=c < C)
+    tl.store(maxima + c * tiles, _value_of(rank), mask=c < C)
+    tl.store(places + c * tiles, _place_of(rank), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def gate_kernel(
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias, sums, maxima, places, mean, max, max_index,
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias, statistics, mean, max, max_index,
     work, work_n, C, HW, HIDDEN, tiles,
     BACKWARD: tl.constexpr, SAVE: tl.constexpr,
     HAS_FC1_BIAS: tl.constexpr, HAS_FC2_BIAS: tl.constexpr,
@@ -313,8 +321,8 @@ def gate_kernel(
 ):  # fmt: skip
     """The channel gate of one image per program, into the image's scratch row.
 
-    Forward: from the partial statistics (N, C, tiles), whose totals go to mean, max and max_index
-    with SAVE. BACKWARD: again from mean and max; it leaves the hidden layer as well.
+    Forward: from the partial statistics (N, 3, C, tiles), whose totals go to mean, max and
+    max_index with SAVE. BACKWARD: again from mean and max; it leaves the hidden layer as well.
     """
     whole_c = (C + 15) // 16 * 16
     whole_hw = (HW + 15) // 16 * 16
@@ -332,9 +340,8 @@ def gate_kernel(
         else:
             mean_at = row + whole_c
             max_at = row + 2 * whole_c
-        first = image * C * tiles
         _gather_statistics(
-            sums + first, maxima + first, places + first, mean_at, max_at, max_index + image * C,
+            statistics + image * 3 * C * tiles, mean_at, max_at, max_index + image * C,
             tiles, C, HW, SAVE, BLOCK_S, BLOCK_T,
         )  # fmt: skip
         tl.debug_barrier()
@@ -398,7 +405,7 @@ def output_kernel(
 
 @triton.jit(do_not_specialize=["tiles", "H", "W"])
 def image_forward_kernel(
-    y, out, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight, sums, maxima, places,
+    y, out, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight, statistics,
     mean, max, max_index, spatial_gate, channel_index, work, work_n, C, H, W, HW, HIDDEN, tiles,
     weight_c, weight_h, weight_w, y_n, y_c, y_h, y_w, out_n, out_c, out_h, out_w,
     FLAT: tl.constexpr, SAVE: tl.constexpr, HAS_STATISTICS: tl.constexpr,
@@ -422,9 +429,8 @@ def image_forward_kernel(
         mean_at = row + whole_c
         max_at = row + 2 * whole_c
     if HAS_STATISTICS:
-        first = image * C * tiles
         _gather_statistics(
-            sums + first, maxima + first, places + first, mean_at, max_at, max_index + image * C,
+            statistics + image * 3 * C * tiles, mean_at, max_at, max_index + image * C,
             tiles, C, HW, SAVE, BLOCK_S, BLOCK_T,
         )  # fmt: skip
     else:
@@ -951,41 +957,37 @@ def parameter_gradient_kernel(
 STAGES = 1  # no loop of this file has a tl.dot to feed, which is what Triton pipelines for
 
 
-class Tile(NamedTuple):
-    """A tile of a map and the warps that work on it."""
+class Tiles(NamedTuple):
+    """Tiles of a map, with as many pixels each."""
 
-    block_c: int
-    block_p: int
-    warps: tuple[int, ...]  # of which tuning.py takes one
-
-    def constants(self) -> dict[str, int]:
-        """As a kernel takes them."""
-        return {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p}
+    pixels: int
+    choices: tuple[Tile, ...]  # of which tuning.py takes one
 
 
 # Nothing was measured on hardware yet: the shape decides, by reasoning. At most 16 elements per
 # thread keep the accumulators of the widest loop (three each) in registers; the fastest axis of a
 # tile is a whole number of sectors of 32 bytes in memory. Of a small image, a chain of short steps
-# with barriers in between, no reasoning says how many warps do it fastest.
+# with barriers in between, no reasoning says how many warps do it fastest, and whether in half as
+# many steps. Only their channels are a choice: how many pixels a tile has is how many partial
+# gradients of the spatial weight there are.
 IMAGE_TILES = {
-    "tiny": Tile(64, 16, (8,)),  # maps of up to 4 x 4
-    "small": Tile(32, 64, (4, 8)),  # up to 8192 elements per image
-    "large": Tile(64, 64, (8, 16)),
+    "tiny": Tiles(16, (Tile(64, 8),)),  # maps of up to 4 x 4
+    "small": Tiles(64, (Tile(32, 4), Tile(32, 8))),  # up to 8192 elements per image
+    "large": Tiles(64, (Tile(64, 8), Tile(64, 16), Tile(32, 8))),
 }
+# The kernels of the passes over large maps have one choice: their grids and the scratch between
+# them depend on it together.
 PIXEL_TILES = {
-    "rows": Tile(16, 128, (4,)),  # pixels are neighbours in memory, large maps
-    "short rows": Tile(32, 64, (4,)),  # the same, fewer pixels: more programs
-    "channels": Tile(128, 16, (4,)),  # channels are neighbours in memory
-    "few channels": Tile(32, 32, (4,)),
+    "rows": Tiles(128, (Tile(16, 4),)),  # pixels are neighbours in memory, large maps
+    "short rows": Tiles(64, (Tile(32, 4),)),  # the same, fewer pixels: more programs
+    "channels": Tiles(16, (Tile(128, 4),)),  # channels are neighbours in memory
+    "few channels": Tiles(32, (Tile(32, 4),)),
 }
 # (hidden units, channels) per tile of the MLP, for up to 4, up to 16 and more hidden units.
 MLP_TILES = {4: (4, 256), 16: (16, 128), 32: (32, 64)}
 GATE_WARPS = 4
-# Warps for which ptxas must not choose: see of_warps.
-BOUNDED = {
-    ("image_forward_kernel", IMAGE_TILES["large"]): (16,),
-    ("spatial_backward_kernel", PIXEL_TILES["short rows"]): (4,),
-}
+# Kernels and tiles (channels, pixels, warps) for which ptxas must not choose: see tuning.Tile.
+BOUNDED = {("image_forward_kernel", 64, 64, 16), ("spatial_backward_kernel", 32, 64, 4)}
 # Channels per step where the statistics of an image are added up, and tiles per step, which is 1
 # where the convolution's tile is the whole map.
 GATHER_CHANNELS = 128
@@ -1002,7 +1004,7 @@ class Plan(NamedTuple):
     """What the shape of an image decides."""
 
     image: bool
-    tile: Tile
+    tile: Tiles
     tiles: int  # of pixels, per image
     chunk: int  # pixels per program of statistics_kernel
     work: int  # floats of scratch per image, forward
@@ -1016,8 +1018,8 @@ def _whole(count: int) -> int:
     return (count + 15) // 16 * 16
 
 
-def choose(c: int, hw: int, channels_last: bool) -> tuple[bool, Tile]:
-    """Whether one program does a whole image (c, hw), and the tile."""
+def choose(c: int, hw: int, channels_last: bool) -> tuple[bool, Tiles]:
+    """Whether one program does a whole image (c, hw), and the tiles."""
     if hw <= IMAGE_PIXELS and c * hw <= IMAGE_ELEMENTS:
         if hw <= 16:
             return True, IMAGE_TILES["tiny"]
@@ -1031,7 +1033,7 @@ def plan_for(c: int, h: int, w: int, hidden: int, k: int, channels_last: bool) -
     """The plan for images (c, h, w), ``hidden`` units and a k x k spatial weight."""
     hw = h * w
     image, tile = choose(c, hw, channels_last)
-    tiles = triton.cdiv(hw, tile.block_p)
+    tiles = triton.cdiv(hw, tile.pixels)
     block_h, block_m = next(t for most, t in MLP_TILES.items() if hidden <= most or most == 32)
     taps = 2 * min(k, 2 * h - 1) * min(k, 2 * w - 1)
     work_backward = 4 * _whole(c) + 5 * _whole(hw) + _whole(5 * hidden) + tiles * _whole(taps)
@@ -1039,7 +1041,7 @@ def plan_for(c: int, h: int, w: int, hidden: int, k: int, channels_last: bool) -
         image=image,
         tile=tile,
         tiles=tiles,
-        chunk=CHUNK_TILES * tile.block_p,
+        chunk=CHUNK_TILES * tile.pixels,
         work=3 * _whole(c) + 2 * _whole(hw) + _whole(hidden),
         work_backward=work_backward + (0 if image else tiles * _whole(c)),
         taps=taps,
@@ -1143,9 +1145,10 @@ class _Call(NamedTuple):
     """Launches of one direction, in their order."""
 
     image: bool  # the plan
-    result: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides of out, or of grad_y
-    work: tuple[int, int]  # shape
-    statistics: tuple[int, ...]  # shape of those that are computed here, or ()
+    result: Layout  # of out, or of grad_y
+    work: Layout
+    statistics: Layout | None  # of those that are computed here
+    saved: tuple[Layout, Layout]  # of what is per channel, and per pixel
     launches: tuple[Launch, ...]
 
 
@@ -1154,6 +1157,33 @@ def _gate(images: int, numbers: tuple[int, ...], constants: dict[str, Any], reus
     return Launch(
         gate_kernel, images, numbers, constants, GATE_WARPS, STAGES, reuse, registers=REGISTERS
     )
+
+
+def _tuned(
+    kernel: Any,
+    programs: int,
+    numbers: tuple[int, ...],
+    constants: dict[str, Any],
+    tiles: Tiles,
+    problem: tuple,
+    device: torch.device,
+    deterministic: bool,
+    reuse: bool,
+) -> Launch:
+    """A kernel in the tile of ``tiles`` that is the fastest for a class of problems."""
+    choices = [
+        tile._replace(bounded=(kernel.__name__, tile.channels, tiles.pixels, tile.warps) in BOUNDED)
+        for tile in tiles.choices
+    ]
+
+    def launch(tile: Tile) -> Launch:
+        own = {"BLOCK_C": tile.channels, "BLOCK_P": tiles.pixels}
+        return Launch(
+            kernel, programs, numbers, {**constants, **own}, tile.warps, STAGES, reuse,
+            tile.registers,
+        )  # fmt: skip
+
+    return of_tiles(choices, launch, problem, device, deterministic)
 
 
 @lru_cache(maxsize=1024)
@@ -1180,7 +1210,6 @@ def _forward_call(
     sizes, taps = (c, h, w, hw), spatial_strides[1:]
     constants = {
         **parameters.constants(),
-        **tile.constants(),
         **plan.mlp,
         "FLAT": flat,
         "SAVE": save,
@@ -1195,9 +1224,9 @@ def _forward_call(
     def launch(kernel: Any, programs: int, *numbers: int) -> Launch:
         # Not what is saved: with and without it the bits are the same.
         problem = dtype, c, hidden, k, flat, _is_channels_last(y), given_tiles > 0, *about(n, hw)
-        make = partial(Launch, kernel, programs, numbers, constants, stages=STAGES, reuse=reuse)
-        bounded = BOUNDED.get((kernel.__name__, tile), ())
-        return of_warps(tile.warps, make, problem, device, deterministic, bounded)
+        return _tuned(
+            kernel, programs, numbers, constants, tile, problem, device, deterministic, reuse
+        )
 
     if plan.image:
         tiles = given_tiles or 1
@@ -1215,10 +1244,17 @@ def _forward_call(
             launch(output_kernel, programs, plan.work, *sizes, *taps, *from_y, *to_out),
         ]
         if given_tiles == 0:
-            programs = n * triton.cdiv(c, tile.block_c) * tiles
+            (only,) = tile.choices
+            programs = n * triton.cdiv(c, only.channels) * tiles
             launches.insert(0, launch(statistics_kernel, programs, *sizes, tiles, *from_y))
-    statistics = (n, c, tiles) if not plan.image and given_tiles == 0 else ()
-    return _Call(plan.image, (out.shape, out.stride()), (n, plan.work), statistics, tuple(launches))
+    return _Call(
+        plan.image,
+        (out.shape, out.stride()),
+        dense(n, plan.work),
+        None if plan.image or given_tiles else dense(n, 3, c, tiles),
+        (dense(n, c), dense(n, h, w)),
+        tuple(launches),
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -1246,7 +1282,6 @@ def _backward_call(
     sizes, taps = (c, h, w, hw), spatial_strides[1:]
     constants = {
         **parameters.constants(),
-        **tile.constants(),
         **plan.mlp,
         "FLAT": flat,
         "NEED_Y": need_x,
@@ -1262,9 +1297,9 @@ def _backward_call(
     def launch(kernel: Any, programs: int, *numbers: int) -> Launch:
         # Not which gradients are needed: each has the same bits whatever the others.
         problem = dtype, c, hidden, k, flat, _is_channels_last(y), *about(n, hw)
-        make = partial(Launch, kernel, programs, numbers, constants, stages=STAGES, reuse=reuse)
-        bounded = BOUNDED.get((kernel.__name__, tile), ())
-        return of_warps(tile.warps, make, problem, device, deterministic, bounded)
+        return _tuned(
+            kernel, programs, numbers, constants, tile, problem, device, deterministic, reuse
+        )
 
     if plan.image:
         numbers = work, *sizes, hidden, plan.taps, *taps, *of_maps, *(() if need_x else (0,) * 4)
@@ -1296,7 +1331,14 @@ def _backward_call(
                 reuse,
             )
         )
-    return _Call(plan.image, (grad_y.shape, grad_y.stride()), (n, work), (), tuple(launches))
+    return _Call(
+        plan.image,
+        (grad_y.shape, grad_y.stride()),
+        dense(n, work),
+        None,
+        (dense(n, c), dense(n, h, w)),
+        tuple(launches),
+    )
 
 
 # --- forward ----------------------------------------------------------------------------------
@@ -1309,57 +1351,67 @@ def forward(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     spatial_weight: Tensor,
-    statistics: tuple[Tensor, Tensor, Tensor] | None,
+    statistics: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, ...]:
     """out of reference.dual_attention; with ``save`` also mean, max, max_index, spatial_gate and
     channel_index.
 
-    y: (N, C, H, W), any strides. statistics: sum, max (N, C, T) float32 and place of the max
-    (N, C, T) int32 per tile of pixels, contiguous, from the convolution; None: computed here.
-    out is like y; mean and max (N, C) and spatial_gate (N, H, W) are float32, max_index (N, C) and
-    channel_index (N, H, W) int32.
+    y: (N, C, H, W), any strides. statistics: (N, 3, C, T) from the convolution, contiguous (see
+    conv.forward); None: computed here. out is like y; mean and max (N, C) and spatial_gate
+    (N, H, W) are float32, max_index (N, C) and channel_index (N, H, W) int32.
     """
-    shape, real = y.shape, torch.float32
-    n, c, h, w = shape
     parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight
     call = _forward_call(
-        shape, y.stride(), y.device, y.dtype, _key(*parameters),
-        0 if statistics is None else statistics[0].shape[2], save,
+        y.shape, y.stride(), y.device, y.dtype, _key(*parameters),
+        0 if statistics is None else statistics.shape[3], save,
         torch.are_deterministic_algorithms_enabled(),
-        usual(y.dtype, y, *parameters) and (statistics is None or usual(real, *statistics[:2])),
+        usual(y.dtype, y, *parameters) and usual(torch.float32, statistics),
     )  # fmt: skip
+    return run(call, y, *parameters, statistics, save)
+
+
+def run(
+    call: _Call,
+    y: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    spatial_weight: Tensor,
+    statistics: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    """:func:`forward` of a call that is made for its arguments."""
+    real = torch.float32
     out = y.new_empty_strided(*call.result)
-    work = y.new_empty(call.work, dtype=real)
+    work = y.new_empty_strided(*call.work, dtype=real)
     # Pointers that SAVE rules out are never used.
     mean = max = max_index = spatial_gate = channel_index = work
     results: tuple[Tensor, ...] = (out,)
     if save:
-        mean = y.new_empty((n, c), dtype=real)
-        max = y.new_empty((n, c), dtype=real)
-        max_index = y.new_empty((n, c), dtype=torch.int32)
-        spatial_gate = y.new_empty((n, h, w), dtype=real)
-        channel_index = y.new_empty((n, h, w), dtype=torch.int32)
+        per_channel, per_pixel = call.saved
+        mean = y.new_empty_strided(*per_channel, dtype=real)
+        max = y.new_empty_strided(*per_channel, dtype=real)
+        max_index = y.new_empty_strided(*per_channel, dtype=torch.int32)
+        spatial_gate = y.new_empty_strided(*per_pixel, dtype=real)
+        channel_index = y.new_empty_strided(*per_pixel, dtype=torch.int32)
         results = out, mean, max, max_index, spatial_gate, channel_index
-    if n == 0:
+    if y.shape[0] == 0:
         return results
     mlp = _mlp(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if call.image:
-        of_tiles = statistics or (work, work, work)
         call.launches[0](
-            y, out, *mlp, spatial_weight, *of_tiles,
+            y, out, *mlp, spatial_weight, work if statistics is None else statistics,
             mean, max, max_index, spatial_gate, channel_index, work,
         )  # fmt: skip
         return results
     if statistics is None:
-        statistics = (
-            y.new_empty(call.statistics, dtype=real),
-            y.new_empty(call.statistics, dtype=real),
-            y.new_empty(call.statistics, dtype=torch.int32),
-        )
-        call.launches[0](y, *statistics)
+        assert call.statistics is not None
+        statistics = y.new_empty_strided(*call.statistics, dtype=real)
+        call.launches[0](y, statistics)
     gate, pool, output = call.launches[-3:]
-    gate(*mlp, *statistics, mean, max, max_index, work)
+    gate(*mlp, statistics, mean, max, max_index, work)
     pool(y, channel_index, work)
     output(y, out, spatial_weight, spatial_gate, work)
     return results
@@ -1405,7 +1457,7 @@ def backward(
         and usual(torch.int32, max_index, channel_index),
     )  # fmt: skip
     grad_y = y.new_empty_strided(*call.result) if need_x else y.new_empty((0,))
-    work = y.new_empty(call.work, dtype=torch.float32)
+    work = y.new_empty_strided(*call.work, dtype=torch.float32)
     if y.shape[0] > 0:
         mlp = _mlp(*parameters[:4])
         gates = spatial_gate, channel_index
@@ -1416,7 +1468,7 @@ def backward(
         else:
             finished = y.new_empty((y.shape[0],), dtype=torch.int32)
             gate, pool, spatial, *last = call.launches
-            gate(*mlp, mean, max, max_index, mean, max, max_index, work)
+            gate(*mlp, work, mean, max, max_index, work)
             pool(grad, y, *gates, work, finished)
             spatial(grad, y, mlp[0], mlp[2], spatial_weight, *gates, work, finished)
             if need_x:

@@ -33,14 +33,14 @@ Operations: 2 N P K for each of the three, less the taps that are farther than m
 the centre: they lie outside of every map and are not looped over.
 
 The order of every sum depends on the shapes of the weights, on H and on W, for the weight gradient
-also on N, and on how many warps tuning.py has found fastest, which is settled once for a process
-and not at all in deterministic mode. There are no atomics.
+also on N, and on which tile and warps tuning.py has found fastest, which is settled once for a
+process and not at all in deterministic mode. There are no atomics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -48,8 +48,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, like, usual
-from .tuning import about, of_warps
+from .launch import Launch, Layout, dense, like, usual
+from .tuning import Tile, about, of_tiles
 
 WIDE = 8  # channels per group from which tl.dot pays: below, most of its block is padding
 WIDE_GRADIENT = 2  # the same for the weight gradient on tensor cores: its columns are always full
@@ -68,29 +68,31 @@ class Configuration(NamedTuple):
 
     name: str
     pixels: int  # of a tile
-    channels: int  # destination channels (weight gradient: output channels) of a tile at most
     depth: int  # of a tl.dot (weight gradient: columns of a tile, taps x input channels, at most)
-    warps: tuple[int, ...]  # of which tuning.py takes one
     stages: int
-    bounded: tuple[int, ...] = ()  # warps for which ptxas must not choose: see of_warps
+    # Of which tuning.py takes one; their channels are the destination channels (weight gradient:
+    # output channels) of a tile at most.
+    tiles: tuple[Tile, ...]
 
 
 # "half" is 16-bit floats, "tf32" float32 on tensor cores, "ieee" float32 on the ordinary units:
 # there tl.dot keeps its operands in registers, so blocks are small.
-# Twice the warps halve the registers of a thread and the work between two of its loads; in "ieee"
-# there is one choice, since it is rarely asked for and every candidate is compiled at first calls.
+# Twice the warps halve the registers of a thread and the work between two of its loads. Half the
+# channels do so too, with more programs and with pixels that are read once more; they are left out
+# where no group is as wide. In "ieee" there is one choice, since it is rarely asked for and every
+# candidate is compiled at first calls.
 CONVOLUTION = {
-    ("half", False): Configuration("half", 64, 64, 32, (4, 8), 3),
-    ("half", True): Configuration("half, large maps", 128, 32, 32, (4, 8), 3, (4,)),
-    ("tf32", False): Configuration("tf32", 64, 32, 32, (4, 8), 3),
-    ("tf32", True): Configuration("tf32, large maps", 128, 32, 32, (4, 8), 3),
-    ("ieee", False): Configuration("ieee", 64, 32, 16, (4,), 2, (4,)),
-    ("ieee", True): Configuration("ieee, large maps", 128, 32, 16, (8,), 2),
+    ("half", False): Configuration("half", 64, 32, 3, (Tile(64, 4), Tile(64, 8), Tile(32, 4))),
+    ("half", True): Configuration("half, large maps", 128, 32, 3, (Tile(32, 4, True), Tile(32, 8))),
+    ("tf32", False): Configuration("tf32", 64, 32, 3, (Tile(32, 4), Tile(32, 8), Tile(64, 8))),
+    ("tf32", True): Configuration("tf32, large maps", 128, 32, 3, (Tile(32, 4), Tile(32, 8))),
+    ("ieee", False): Configuration("ieee", 64, 16, 2, (Tile(32, 4, True),)),
+    ("ieee", True): Configuration("ieee, large maps", 128, 16, 2, (Tile(32, 8),)),
 }
 WEIGHT_GRADIENT = {
-    "half": Configuration("half", 64, 64, 64, (4, 8), 3),
-    "tf32": Configuration("tf32", 32, 64, 64, (4, 8), 3, (4,)),
-    "ieee": Configuration("ieee", 32, 32, 32, (4,), 2),
+    "half": Configuration("half", 64, 64, 3, (Tile(64, 4), Tile(64, 8))),
+    "tf32": Configuration("tf32", 32, 64, 3, (Tile(64, 4, True), Tile(64, 8))),
+    "ieee": Configuration("ieee", 32, 32, 2, (Tile(32, 4),)),
 }
 
 
@@ -246,7 +248,7 @@ def _pool(value, valid, pixel, AXIS: tl.constexpr):
 
 @triton.jit
 def _write(
-    acc, dst, bias, sums, maxima, indices, block, first, end, first_image, pixel, offsets, inside,
+    acc, dst, bias, statistics, block, first, end, first_image, pixel, offsets, inside,
     N, H, W, stride_n, stride_c,
     TOTAL: tl.constexpr, OFFSET: tl.constexpr, CHANNELS: tl.constexpr,
     IMAGES: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
@@ -264,20 +266,23 @@ def _write(
     to = dst + tl.cast(first_image, tl.int64) * stride_n
     to += offsets[:, None] + channel.to(INDEX)[None, :] * stride_c
     tl.store(to, acc.to(dst.dtype.element_ty), mask=inside[:, None] & exists[None, :])
-    if sums is not None:
+    if statistics is not None:
         tiles = tl.cdiv(H * W, PIXELS)
-        # The first image's; its size may exceed 2^31 with those of the images before.
-        at = tl.cast(first_image, tl.int64) * (TOTAL * tiles) + block % tiles
+        # Offsets to the first image and to its maxima may exceed 2^31; within a third none does.
+        third = tl.cast(tiles, tl.int64) * TOTAL
+        sums = statistics + third * 3 * first_image + block % tiles
+        maxima = sums + third
+        indices = (maxima + third).to(tl.pointer_type(tl.int32), bitcast=True)
         if IMAGES == 1:
             total, largest, index = _pool(acc, inside[:, None], pixel[:, None], 0)
-            where = at + channel * tiles
+            where = channel * tiles
             mask = exists
         else:
             value = tl.reshape(acc, (IMAGES, PIXELS, CHANNELS))
             valid = tl.reshape(inside, (IMAGES, PIXELS, 1))
             total, largest, index = _pool(value, valid, tl.reshape(pixel, (IMAGES, PIXELS, 1)), 1)
             image = tl.arange(0, IMAGES)[:, None]
-            where = at + (image * TOTAL + channel[None, :]) * tiles
+            where = (image * (3 * TOTAL) + channel[None, :]) * tiles
             mask = (image < N - first_image) & exists[None, :]
         tl.store(sums + where, total, mask=mask)
         tl.store(maxima + where, largest, mask=mask)
@@ -286,16 +291,17 @@ def _write(
 
 @triton.jit
 def _convolve_branch(
-    src, dst, weight, bias, sums, maxima, indices, block, tile, first_image, pixel, offsets, to,
+    src, dst, weight, bias, statistics, block, tile, first_image, pixel, offsets, to,
     h, w, inside, N, H, W, src_c, src_h, src_w, dst_n, dst_c,
     BRANCHES: tl.constexpr, WHICH: tl.constexpr, TOTAL: tl.constexpr,
-    IMAGES: tl.constexpr, PIXELS: tl.constexpr,
+    IMAGES: tl.constexpr, PIXELS: tl.constexpr, MOST: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """A tile of the result of one branch."""
     BRANCH: tl.constexpr = BRANCHES[WHICH]
     DESTINATIONS: tl.constexpr = BRANCH[2]
     CHANNELS: tl.constexpr = BRANCH[7]
+    tl.static_assert(CHANNELS <= MOST)
     PER_GROUP: tl.constexpr = (BRANCH[2] + BRANCH[7] - 1) // BRANCH[7]
     IS_WIDE: tl.constexpr = BRANCH[6]
     if IS_WIDE:
@@ -311,7 +317,7 @@ def _convolve_branch(
         BRANCHES, WHICH, CHANNELS, PRECISION, WIDEN, INDEX,
     )  # fmt: skip
     _write(
-        acc, dst, bias, sums, maxima, indices, block, first, end, first_image, pixel, to, inside,
+        acc, dst, bias, statistics, block, first, end, first_image, pixel, to, inside,
         N, H, W, dst_n, dst_c, TOTAL, BRANCH[5], CHANNELS, IMAGES, PIXELS, INDEX,
     )  # fmt: skip
 
@@ -334,21 +340,25 @@ def _convolve_sum(
             BRANCHES, i, CHANNELS, PRECISION, WIDEN, INDEX,
         )  # fmt: skip
     _write(
-        acc, dst, None, None, None, None, block, tile * CHANNELS, TOTAL, first_image, pixel, to,
-        inside, N, H, W, dst_n, dst_c, TOTAL, 0, CHANNELS, IMAGES, PIXELS, INDEX,
+        acc, dst, None, None, block, tile * CHANNELS, TOTAL, first_image, pixel, to, inside,
+        N, H, W, dst_n, dst_c, TOTAL, 0, CHANNELS, IMAGES, PIXELS, INDEX,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "H", "W"])
 def _convolve(
-    src, dst, weights, bias, sums, maxima, indices, N, H, W,
+    src, dst, weights, bias, statistics, N, H, W,
     src_n, src_c, src_h, src_w, dst_n, dst_c, dst_h, dst_w,
     BRANCHES: tl.constexpr, COUNT: tl.constexpr, TILES: tl.constexpr, TOTAL: tl.constexpr,
     SUMMED: tl.constexpr, SRC_FLAT: tl.constexpr, DST_FLAT: tl.constexpr,
-    IMAGES: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    INDEX: tl.constexpr,
+    IMAGES: tl.constexpr, PIXELS: tl.constexpr, MOST: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """dst (N, TOTAL, H, W) from src and the weights; SUMMED: every branch adds to all of dst."""
+    """dst (N, TOTAL, H, W) from src and the weights; SUMMED: every branch adds to all of dst.
+
+    statistics (N, 3, TOTAL, tiles of pixels per image): sums, maxima, and the bits of the maxima's
+    int32 places. One tensor, because to allocate one takes the host longer than to plan a call.
+    """
     tile = tl.program_id(0) % TILES
     block = tl.program_id(0) // TILES
     first_image, image, pixel, h, w, inside = _pixels_of(block, N, H, W, IMAGES, PIXELS)
@@ -365,10 +375,10 @@ def _convolve(
         for i in tl.static_range(COUNT):
             if (tile >= BRANCHES[i][9]) & (tile < BRANCHES[i][9] + BRANCHES[i][10]):
                 _convolve_branch(
-                    src, dst, weights[i], bias, sums, maxima, indices, block,
-                    tile - BRANCHES[i][9], first_image, pixel, offsets, to, h, w, inside, N, H, W,
+                    src, dst, weights[i], bias, statistics, block, tile - BRANCHES[i][9],
+                    first_image, pixel, offsets, to, h, w, inside, N, H, W,
                     src_c, src_h, src_w, dst_n, dst_c,
-                    BRANCHES, i, TOTAL, IMAGES, PIXELS, PRECISION, WIDEN, INDEX,
+                    BRANCHES, i, TOTAL, IMAGES, PIXELS, MOST, PRECISION, WIDEN, INDEX,
                 )  # fmt: skip
 
 
@@ -691,7 +701,9 @@ def _plan_convolution(
     h: int,
     w: int,
     products: str,
+    most: int,
 ) -> _Plan:
+    """``most`` are the channels of a tile at most: those of the configuration's."""
     configuration = CONVOLUTION[products, h * w >= LARGE_MAP]
     images, pixels, maps = _block_of_pixels(configuration.pixels, h, w)
     summed = backwards and not split
@@ -710,7 +722,7 @@ def _plan_convolution(
             channels = all_channels
             tiles = -(-destinations * g // channels)
         elif wide:
-            channels = _power_of_two(destinations, 16, configuration.channels)
+            channels = _power_of_two(destinations, 16, most)
             tiles = g * -(-destinations // channels)
         else:
             channels = 16
@@ -783,7 +795,7 @@ def _plan_gradient(
         side = _side(k, h, w)
         wide = outputs >= (WIDE if products == "ieee" else WIDE_GRADIENT)
         if wide:
-            rows = _power_of_two(outputs, 16, configuration.channels)
+            rows = _power_of_two(outputs, 16, configuration.tiles[0].channels)
             columns = _power_of_two(side * side * inputs, 16, configuration.depth)
             tiles = g * -(-outputs // rows) * -(-side * side * inputs // columns)
         else:
@@ -886,15 +898,15 @@ def _map_like(x: Tensor, channels: int) -> Tensor:
 class _Convolution(NamedTuple):
     """A call of _convolve."""
 
-    result: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
-    statistics: tuple[int, ...]  # shape
+    result: Layout
+    statistics: Layout
     launch: Launch
 
 
 class _WeightGradient(NamedTuple):
     """A call of _weight_partials and _weight_sums."""
 
-    partial: tuple[int, int]  # shape
+    partial: Layout
     launches: tuple[Launch, Launch]
 
 
@@ -919,12 +931,16 @@ def _convolution(
     """``x`` is what the result looks like."""
     src, x = like(src_shape, src_strides), like(x_shape, x_strides)
     n, _, h, w = x_shape
-    plan = _plan_convolution(weights, groups, split, backwards, h, w, products)
+    plans: dict[Tile, _Plan] = {}  # of the tiles that do differ
+    seen = set()
+    for tile in CONVOLUTION[products, h * w >= LARGE_MAP].tiles:
+        plan = _plan_convolution(weights, groups, split, backwards, h, w, products, tile.channels)
+        if (plan.branches, tile.warps) not in seen:
+            plans[tile] = plan
+        seen.add((plan.branches, tile.warps))
     dst = _map_like(x, plan.total)
     constants = {
-        "BRANCHES": plan.branches,
         "COUNT": len(plan.branches),
-        "TILES": plan.tiles,
         "TOTAL": plan.total,
         "SUMMED": backwards and not split,
         "SRC_FLAT": _is_flat(src, src_strides),
@@ -935,22 +951,27 @@ def _convolution(
         "WIDEN": _WIDEN,
         "INDEX": _index(plan, src, dst),
     }
-    launch = partial(
-        Launch,
-        _convolve,
-        -(-n // plan.images) * plan.maps * plan.tiles,
-        (n, h, w, *src_strides, *dst.stride()),
-        constants,
-        stages=plan.configuration.stages,
-        reuse=reuse,
-    )
+
+    def launch(tile: Tile) -> Launch:
+        plan = plans[tile]
+        own = {"BRANCHES": plan.branches, "TILES": plan.tiles, "MOST": tile.channels}
+        return Launch(
+            _convolve,
+            -(-n // plan.images) * plan.maps * plan.tiles,
+            (n, h, w, *src_strides, *dst.stride()),
+            {**constants, **own},
+            tile.warps,
+            plan.configuration.stages,
+            reuse,
+            tile.registers,
+        )
+
     problem = (
         dtype, products, _shapes(weights), groups, split, backwards, has_statistics,
         constants["SRC_FLAT"], constants["DST_FLAT"], *about(n, h * w),
     )  # fmt: skip
-    warps, bounded = plan.configuration.warps, plan.configuration.bounded
-    tuned = of_warps(warps, launch, problem, device, deterministic, bounded)
-    return _Convolution((dst.shape, dst.stride()), (n, plan.total, plan.maps), tuned)
+    tuned = of_tiles(tuple(plans), launch, problem, device, deterministic)
+    return _Convolution((dst.shape, dst.stride()), dense(n, 3, plan.total, plan.maps), tuned)
 
 
 def _slices(plan: _Plan, blocks: int) -> tuple[int, int]:
@@ -994,29 +1015,32 @@ def _weight_gradient(
         "WIDEN": _WIDEN,
         "INDEX": _index(plan, grad, x),
     }
-    partials = partial(
-        Launch,
-        _weight_partials,
-        plan.tiles * slices,
-        (n, h, w, blocks, per_slice, *grad_strides, *x_strides),
-        constants,
-        stages=plan.configuration.stages,
-        reuse=reuse,
-    )
+
+    def launch(tile: Tile) -> Launch:
+        return Launch(
+            _weight_partials,
+            plan.tiles * slices,
+            (n, h, w, blocks, per_slice, *grad_strides, *x_strides),
+            constants,
+            tile.warps,
+            plan.configuration.stages,
+            reuse,
+            tile.registers,
+        )
+
     problem = (
         dtype, products, _shapes(weights), groups, split,
         constants["GRAD_FLAT"], constants["X_FLAT"], *about(n, h * w),
     )  # fmt: skip
-    warps, bounded = plan.configuration.warps, plan.configuration.bounded
-    tuned = of_warps(warps, partials, problem, device, deterministic, bounded)
-    constants = {
+    tuned = of_tiles(plan.configuration.tiles, launch, problem, device, deterministic)
+    of_sums = {
         "BRANCHES": plan.sums,
         "COUNT": len(plan.sums),
         "TOTAL": plan.total,
         "BLOCK": SUMS,
     }
-    sums = Launch(_weight_sums, plan.programs, (slices,), constants, 4, 3, reuse)
-    return _WeightGradient((slices, plan.total), (tuned, sums))
+    sums = Launch(_weight_sums, plan.programs, (slices,), of_sums, 4, 3, reuse)
+    return _WeightGradient(dense(slices, plan.total), (tuned, sums))
 
 
 # --- what operators call ----------------------------------------------------------------------
@@ -1029,13 +1053,13 @@ def forward(
     split: bool,
     bias: Tensor | None,
     statistics: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+) -> tuple[Tensor, Tensor | None]:
     """The convolution, and what global pooling needs to know of its result.
 
     x: (N, C, H, W) with any strides; weights and bias as in mfef_ext.reference. Returns
-    y (N, Cout, H, W) in the layout of x and, with ``statistics``, per image, channel and each of T
-    tiles of pixels: the sum and the maximum (N, Cout, T) in float32, and the index h * W + w
-    of the first maximum (N, Cout, T) in int32. They are taken before y is rounded to its dtype.
+    y (N, Cout, H, W) in the layout of x and, with ``statistics``, a tensor (N, 3, Cout, T) in
+    float32: per image, channel and each of T tiles of pixels the sum, the maximum, and the bits of
+    the int32 index h * W + w of the first maximum. They are taken before y is rounded to its dtype.
     """
     shape, strides, dtype = x.shape, x.stride(), x.dtype
     if bias is not None:
@@ -1045,15 +1069,19 @@ def forward(
         False, bias is not None, statistics, _arithmetic(dtype),
         torch.are_deterministic_algorithms_enabled(), usual(dtype, x, bias, *weights),
     )  # fmt: skip
+    return run(call, x, weights, bias, statistics)
+
+
+def run(
+    call: _Convolution, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, statistics: bool
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`forward` of a call that is made for its arguments, the bias being contiguous."""
     y = x.new_empty_strided(*call.result)
-    if not statistics:
-        call.launch(x, y, tuple(weights), bias, None, None, None)
-        return y, None
-    sums = x.new_empty(call.statistics, dtype=torch.float32)
-    maxima = x.new_empty(call.statistics, dtype=torch.float32)
-    indices = x.new_empty(call.statistics, dtype=torch.int32)
-    call.launch(x, y, tuple(weights), bias, sums, maxima, indices)
-    return y, (sums, maxima, indices)
+    per_tile = None
+    if statistics:
+        per_tile = x.new_empty_strided(*call.statistics, dtype=torch.float32)
+    call.launch(x, y, tuple(weights), bias, per_tile)
+    return y, per_tile
 
 
 def data_gradient(
@@ -1067,7 +1095,7 @@ def data_gradient(
         torch.are_deterministic_algorithms_enabled(), usual(dtype, grad, *weights),
     )  # fmt: skip
     grad_x = x.new_empty_strided(*call.result)
-    call.launch(grad, grad_x, tuple(weights), None, None, None, None)
+    call.launch(grad, grad_x, tuple(weights), None, None)
     return grad_x
 
 
@@ -1082,7 +1110,7 @@ def weight_gradient(
         usual(dtype, grad, x, *weights),
     )  # fmt: skip
     results = [torch.empty_like(w) for w in weights]
-    partial = x.new_empty(call.partial, dtype=torch.float32)
+    partial = x.new_empty_strided(*call.partial, dtype=torch.float32)
     partials, sums = call.launches
     partials(grad, x, partial)
     sums(partial, tuple(results))

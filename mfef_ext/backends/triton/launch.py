@@ -20,7 +20,13 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 # What is said of a tile: constants of kernels, in words.
-TILE = {"IMAGES": "images", "PIXELS": "pixels", "BLOCK_C": "channels", "BLOCK_P": "pixels"}
+TILE = {
+    "IMAGES": "images",
+    "PIXELS": "pixels",
+    "MOST": "channels at most",
+    "BLOCK_C": "channels",
+    "BLOCK_P": "pixels",
+}
 REGISTERS = 255  # of a thread: as many as NVIDIA's instructions can name
 ALL_REGISTERS = 65536  # of a multiprocessor, on all architectures
 
@@ -34,6 +40,19 @@ def usual(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
                 return False
             together |= t.data_ptr()
     return together % 16 == 0
+
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+
+
+def dense(*shape: int) -> Layout:
+    """Of a contiguous tensor: ``t.new_empty_strided(*dense(...))`` takes two thirds of the time of
+    ``new_empty``, if the strides are at hand."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return shape, tuple(reversed(strides))
 
 
 def like(shape: Sequence[int], strides: Sequence[int]) -> Tensor:

@@ -7,12 +7,15 @@ fakes and autograd formulas of the native operators serve them unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import ops
 from . import attention, conv, device_of
+from .launch import usual
 
 _lib = torch.library.Library("mfef_triton", "FRAGMENT")
 for _op in ops.OPERATORS:
@@ -61,10 +64,56 @@ def _dual_attention_backward(grad, y, *rest):
         return attention.backward(grad, y, *rest)
 
 
+class _BlockCall(NamedTuple):
+    """The convolution with its statistics, and the attention that takes them."""
+
+    convolution: conv._Convolution
+    attention: attention._Call
+
+
+@lru_cache(maxsize=1024)
+def _block_call(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: conv._Weights,
+    groups: tuple[int, ...],
+    split: bool,
+    parameters: attention._Parameters,
+    save: bool,
+    products: str,
+    deterministic: bool,
+    reuse: tuple[bool, bool],
+) -> _BlockCall:
+    """Both calls of the block's forward at once: to look one up takes microseconds.
+
+    reuse: of each.
+    """
+    convolution = conv._convolution(
+        shape, strides, shape, strides, device, dtype, weights, groups, split, False, False, True,
+        products, deterministic, reuse[0],
+    )  # fmt: skip
+    *_, tiles = convolution.statistics[0]
+    return _BlockCall(
+        convolution,
+        attention._forward_call(
+            *convolution.result, device, dtype, parameters, tiles, save, deterministic, reuse[1]
+        ),
+    )
+
+
 def _mfef_block(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save):
+    parameters, dtype = (w1, b1, w2, b2, ws), x.dtype
     with device_of(x):
-        y, statistics = conv.forward(x, conv_weights, groups, split, None, True)
-        out, *saved = attention.forward(y, w1, b1, w2, b2, ws, statistics, save)
+        call = _block_call(
+            x.shape, x.stride(), x.device, dtype, conv._key(conv_weights), tuple(groups), split,
+            attention._key(*parameters), save, conv._arithmetic(dtype),
+            torch.are_deterministic_algorithms_enabled(),
+            (usual(dtype, x, *conv_weights), usual(dtype, *parameters)),
+        )  # fmt: skip
+        y, statistics = conv.run(call.convolution, x, conv_weights, None, True)
+        out, *saved = attention.run(call.attention, y, *parameters, statistics, save)
         return (out, y, *saved) if save else (out,)
 
 

@@ -51,7 +51,7 @@ def launches(problem: Problem, channels_last: bool) -> dict[str, tuple[Launch, .
         )
         forward.append(convolution.launch)
         backward += [data.launch, *gradients.launches]
-        tiles = convolution.statistics[2] if has_statistics else 0
+        tiles = convolution.statistics[0][-1] if has_statistics else 0
     if problem.hidden:
         k = problem.spatial_kernel_size
         taps = like((1, 2, k, k), (2 * k * k, k * k, k, 1)).stride()

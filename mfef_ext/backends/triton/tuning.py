@@ -1,10 +1,11 @@
 """Which of a few launches runs: timed once per class of problems, on the GPU that is there.
 
-A plan may offer a short list of launches that take the same tensors. The first is what shapes alone
-would choose. The first call of a class times them all, on its own tensors, and the fastest is kept
-for as long as the process lives: calls of a class have the same bits, from the first one on. A
-class is a kernel with its arithmetic, weights and layout, on a device, for maps and batches of
-about one size (:func:`about`), so that no last batch of an epoch is timed anew.
+A plan may offer a short list of launches that take the same tensors: tiles with more or fewer
+channels, more or fewer warps. The first is what shapes alone would choose. The first call of a
+class times them all, on its own tensors, and the fastest is kept for as long as the process lives:
+calls of a class have the same bits, from the first one on. A class is a kernel with its arithmetic,
+weights and layout, on a device, for maps and batches of about one size (:func:`about`), so that no
+last batch of an epoch is timed anew.
 
 Where :func:`pinned` names a reason nothing is timed and the first is taken, for good if the class
 is met there for the first time. In deterministic mode it is always the first: the choice, and with
@@ -30,6 +31,20 @@ SAMPLES = 5  # of a candidate; their median counts
 CALLS = 10  # launches of a sample, at most: the host is slower than a kernel of small maps
 SAMPLE = 1.0  # milliseconds that a sample takes, about, unless one launch takes longer
 MARGIN = 0.97  # of the first's time; who takes more may be faster by chance
+
+
+class Tile(NamedTuple):
+    """What the launches of a list differ in."""
+
+    channels: int
+    warps: int
+    # Whether a thread may have all registers that there are for it: ptxas, left to itself, makes
+    # threads spill so that more blocks fit.
+    bounded: bool = False
+
+    @property
+    def registers(self) -> int | None:
+        return min(REGISTERS, ALL_REGISTERS // (32 * self.warps)) if self.bounded else None
 
 
 class Choice(NamedTuple):
@@ -151,23 +166,19 @@ class Tuned(Launch):
         return f"of {', '.join(names)}: {why}"
 
 
-def of_warps(
-    warps: Sequence[int],
-    launch: Callable[..., Launch],
+def of_tiles(
+    tiles: Sequence[Tile],
+    launch: Callable[[Tile], Launch],
     problem: tuple,
     device: torch.device,
     deterministic: bool,
-    bounded: Sequence[int] = (),
 ) -> Launch:
-    """``launch`` with as many warps as are fastest for a class: see :class:`Tuned`.
-
-    With those in ``bounded`` a thread may have all registers that there are for it: ptxas, left to
-    itself, makes threads spill so that more blocks fit.
-    """
-    candidates = {}
-    for n in warps:
-        registers = min(REGISTERS, ALL_REGISTERS // (32 * n)) if n in bounded else None
-        candidates[f"{n} warps"] = launch(warps=n, registers=registers)
-    if len(warps) == 1:
-        return candidates.popitem()[1]
+    """``launch`` of the tile that is the fastest for a class: see :class:`Tuned`."""
+    if len(tiles) == 1:
+        return launch(tiles[0])
+    several = len({tile.channels for tile in tiles}) > 1
+    candidates = {
+        f"{tile.channels} channels, " * several + f"{tile.warps} warps": launch(tile)
+        for tile in tiles
+    }
     return Tuned(candidates, problem, device, deterministic)

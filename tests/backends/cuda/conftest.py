@@ -13,20 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
 
 from mfef_ext import backends, functional, ops
 from mfef_ext.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[3]
 H200 = 227 * 1024  # bytes of shared memory that a thread block may have
-# How examples are drawn: the same ones every time, and not shrunk, which takes minutes.
-DRAWN = settings(
-    deadline=None,
-    derandomize=True,
-    phases=(Phase.generate,),
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 SOURCES = [Path(__file__).with_name("host.cpp")]
 SOURCES += sorted(p for d in ("cuda", "common") for p in (ROOT / "csrc" / d).iterdir())
 

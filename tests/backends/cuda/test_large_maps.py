@@ -19,37 +19,23 @@ from tests.accuracy import (
     make_case,
     run_block,
 )
-from tests.backends.cuda.conftest import DRAWN, H200
+from tests.backends.cuda.conftest import H200
 from tests.backends.cuda.test_plan import problem
 from tests.backends.triton.test_attention import draw_case, expected
 from tests.backends.triton.test_attention import eager_errors as eager_errors_of_attention
+from tests.drawing import DRAWN, blocks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 EXAMPLES = settings(DRAWN, max_examples=8)
 
 
-@st.composite
-def blocks(draw):
-    """One tile and several, whole and partial spans, whole groups and runs of one."""
-    sizes = draw(st.lists(st.sampled_from([1, 3, 5, 7, 9, 11]), min_size=1, max_size=4))
-    return {
-        "shape": (
-            draw(st.sampled_from([1, 2, 3])),
-            draw(st.integers(len(sizes), 24)),
-            draw(st.integers(1, 24)),
-            draw(st.integers(17, 40)),
-        ),
-        "kernel_sizes": sizes,
-        "split": draw(st.booleans()),
-        "spatial_kernel_size": draw(st.sampled_from([1, 3, 7])),
-        "biases": draw(st.booleans()),
-        "seed": draw(st.integers(0, 100)),
-    }
+# One tile and several, whole and partial spans, whole groups and runs of one.
+BLOCKS = blocks([1, 2, 3], 24, st.integers(1, 24), st.integers(17, 40), reductions=[4])
 
 
 @EXAMPLES
-@given(arguments=blocks(), layout=st.sampled_from(LAYOUTS))
+@given(arguments=BLOCKS, layout=st.sampled_from(LAYOUTS))
 def test_random_blocks(device, arguments, layout):
     check_block(torch.float32, layout, backend="cuda", device=device, **arguments)
 

@@ -16,7 +16,7 @@ from tests.accuracy import (
     run_block,
     unit_in_the_last_place,
 )
-from tests.backends.cuda.conftest import DRAWN
+from tests.drawing import DRAWN, blocks
 from tests.ops.test_accuracy import strided
 from tests.ops.test_contracts import tied_case
 
@@ -26,30 +26,15 @@ A100, SMALLEST = 163 * 1024, 99 * 1024
 EXAMPLES = settings(DRAWN, max_examples=25)
 
 
-@st.composite
-def blocks(draw):
-    """Every width of a row, compiled and other kernel sizes, whole and partial blocks of images."""
-    sizes = draw(st.lists(st.sampled_from([1, 3, 5, 7, 9, 11]), min_size=1, max_size=4))
-    channels = draw(st.integers(len(sizes), 24))
-    return {
-        "shape": (
-            draw(st.sampled_from([1, 2, 3, 5])),
-            channels,
-            draw(st.integers(1, 12)),
-            draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 11, 14, 16])),
-        ),
-        "kernel_sizes": sizes,
-        "split": draw(st.booleans()),
-        "reduction": draw(st.sampled_from([1, 4, 16])),
-        "spatial_kernel_size": draw(st.sampled_from([1, 3, 7])),
-        "biases": draw(st.booleans()),
-        "seed": draw(st.integers(0, 100)),
-    }
+# Every width of a row, compiled and other kernel sizes, whole and partial blocks of images.
+BLOCKS = blocks(
+    [1, 2, 3, 5], 24, st.integers(1, 12), st.sampled_from([1, 2, 3, 4, 5, 7, 8, 11, 14, 16])
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EXAMPLES
-@given(arguments=blocks(), layout=st.sampled_from(LAYOUTS))
+@given(arguments=BLOCKS, layout=st.sampled_from(LAYOUTS))
 def test_random_blocks(device, dtype, arguments, layout):
     check_block(dtype, layout, backend="cuda", device=device, **arguments)
 

@@ -10,21 +10,17 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mfef_ext import reference
 from tests.accuracy import ATTENTION, MIRRORS, Errors, largest
+from tests.drawing import DRAWN
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-EXAMPLES = settings(
-    max_examples=4,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+EXAMPLES = settings(DRAWN, max_examples=4)
 # Where a value overflows, a GPU says nothing and the interpreter's numpy warns.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -45,8 +41,11 @@ def force(attention, monkeypatch):
             calls.cache_clear()
 
     def to(name: str) -> None:
+        name, comma, _ = name.partition(", last")
         image = name in attention.IMAGE_TILES
         tile = (attention.IMAGE_TILES if image else attention.PIXEL_TILES)[name]
+        if comma:  # deterministic mode takes the first of the list
+            tile = tile._replace(choices=tile.choices[::-1])
         monkeypatch.setattr(attention, "choose", lambda *_: (image, tile))
         forget()
 
@@ -141,16 +140,18 @@ def computed(attention, case: Case, given_statistics=None) -> list[Tensor]:
     return [out, grad_y, *present]
 
 
-def tile_statistics(y: Tensor, pixels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a convolution gives with its output: sum, max and its place per ``pixels`` pixels."""
+def tile_statistics(y: Tensor, pixels: int, places: Tensor | None = None) -> Tensor:
+    """What a convolution gives with its output: sum, max and its place per ``pixels`` pixels.
+
+    places: (N, C, T), those that torch names unless given.
+    """
     parts = y.float().flatten(2).split(pixels, dim=2)
     tops = [part.max(2) for part in parts]
-    places = [top.indices + i * pixels for i, top in enumerate(tops)]
-    return (
-        torch.stack([part.sum(2) for part in parts], 2),
-        torch.stack([top.values for top in tops], 2),
-        torch.stack(places, 2).int(),
-    )
+    if places is None:
+        places = torch.stack([top.indices + i * pixels for i, top in enumerate(tops)], 2)
+    sums = torch.stack([part.sum(2) for part in parts], 2)
+    maxima = torch.stack([top.values for top in tops], 2)
+    return torch.stack([sums, maxima, places.int().view(torch.float32)], 1)
 
 
 def eager_errors(case: Case, wanted: list[Tensor]) -> list[float]:
@@ -221,6 +222,7 @@ CONFIGURATIONS = [
     ("tiny", (2, 150, 3, 6), {"hidden": 9}),
     ("small", (1, 40, 9, 10), {"hidden": 3}),
     ("large", (1, 130, 11, 6), {"hidden": 40}),
+    ("large, last choice", (1, 130, 11, 6), {"hidden": 40}),
     ("rows", (1, 20, 11, 13), {"hidden": 4}),
     ("short rows", (2, 40, 9, 8), {"hidden": 20}),
     ("channels", (1, 135, 4, 5), {"hidden": 8}),
@@ -288,11 +290,11 @@ def test_ties_go_to_the_first_element(attention, device, plan, layout, tile):
     case.y[:, :, 1] = -case.y[:, :, 1].abs()
     given_statistics = None
     if tile is not None:
-        sums, maxima, places = tile_statistics(case.y, tile)
-        for t, part in enumerate(case.y.flatten(2).split(tile, dim=2)):
-            first = (part == part.amax(2, keepdim=True)).int().argmax(2)
-            places[:, :, t] = first + t * tile
-        given_statistics = sums, maxima, places
+        firsts = [
+            (part == part.amax(2, keepdim=True)).int().argmax(2) + t * tile
+            for t, part in enumerate(case.y.flatten(2).split(tile, dim=2))
+        ]
+        given_statistics = tile_statistics(case.y, tile, torch.stack(firsts, 2))
     _, mean, max, max_index, _, channel_index = attention.forward(
         case.y, *case.parameters, given_statistics, True
     )

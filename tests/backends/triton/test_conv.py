@@ -10,21 +10,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mfef_ext import ops, reference
 from tests.accuracy import FEW, MIRRORS, factor, largest, unit_in_the_last_place
+from tests.drawing import DRAWN
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-EXAMPLES = settings(
-    max_examples=3,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+EXAMPLES = settings(DRAWN, max_examples=3)
 
 
 @pytest.fixture
@@ -206,6 +202,20 @@ def test_problems_of_each_kind(conv, device, mode, problem):
     check(conv, device, *mode, *arguments, **options)
 
 
+@pytest.mark.parametrize("mode", ["float32, tf32", "bfloat16"], indirect=True)
+def test_the_last_tile_of_each_list(conv, device, mode, monkeypatch):
+    """With other channels than the first, of which deterministic mode would have it."""
+    lists = {key: one._replace(tiles=one.tiles[::-1]) for key, one in conv.CONVOLUTION.items()}
+    most = [{one.tiles[0].channels, one.tiles[-1].channels} for one in lists.values()]
+    assert most.count({32, 64}) == 2
+    monkeypatch.setattr(conv, "CONVOLUTION", lists)
+    for calls in (conv._plan_convolution, conv._convolution):
+        calls.cache_clear()
+    check(conv, device, *mode, 2, 2, 3, [(3, 8, 72, 1), (1, 72, 8, 2)])
+    for calls in (conv._plan_convolution, conv._convolution):
+        calls.cache_clear()
+
+
 def small(dtype: torch.dtype, device: str, n: int = 3, split: bool = True) -> Case:
     branches = [(3, 9, 8, 1), (5, 2, 1, 4)] if split else [(3, 16, 8, 1), (3, 4, 2, 4)]
     return make_case(n, 3, 4, branches, split).to(dtype, device)
@@ -270,7 +280,7 @@ def contiguous_weights(branches=((3, 64, 1), (7, 8, 8), (9, 4, 16))):
 
 def test_offsets_are_as_wide_as_they_have_to_be(conv):
     weights, groups = contiguous_weights()
-    plan = conv._plan_convolution(weights, groups, True, False, 8, 8, "half")
+    plan = conv._plan_convolution(weights, groups, True, False, 8, 8, "half", 64)
     small_map, large_map = (
         torch.empty(0).as_strided((0, 2, 8, 8), (0, s, 8, 1)) for s in (64, 2**31)
     )
@@ -315,7 +325,7 @@ def test_an_empty_batch(conv, device, split):
     assert y.shape == case.grad.shape and grad_x.shape == case.x.shape
     assert not any(g.any() for g in (grad_bias, *grads))
     _, per_tile = conv.forward(case.x, case.weights, case.groups, split, None, True)
-    assert [t.shape for t in per_tile] == [(0, case.grad.shape[1], 1)] * 3
+    assert per_tile.shape == (0, 3, case.grad.shape[1], 1)
 
 
 @pytest.mark.parametrize(
@@ -332,9 +342,10 @@ def test_an_image_does_not_depend_on_its_batch(conv, device, dtype, side):
         same_bits([y[part], grad_x[part]], computed(conv, part_of)[:2])
 
 
-def pooled(per_tile: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def pooled(per_tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum, maximum and its index over the tiles; of equal maxima the first tile's."""
-    sums, maxima, indices = per_tile
+    sums, maxima, bits = per_tile.unbind(1)
+    indices = bits.view(torch.int32)
     largest_of, tile = maxima.max(2)
     return sums.sum(2), largest_of, indices.gather(2, tile.unsqueeze(2)).squeeze(2)
 
@@ -348,7 +359,7 @@ def test_statistics(conv, device, mode, shape):
     y, per_tile = conv.forward(x, case.weights, case.groups, True, case.bias, True)
     plain, nothing = conv.forward(x, case.weights, case.groups, True, case.bias, False)
     assert nothing is None and torch.equal(y, plain)
-    assert [t.dtype for t in per_tile] == [torch.float32, torch.float32, torch.int32]
+    assert per_tile.dtype == torch.float32
     total, maximum, index = pooled(per_tile)
     flat = y.float().flatten(2)
     # Triton's interpreter does not round to bfloat16 but cuts, so this is not torch's rounding.
@@ -405,13 +416,15 @@ def test_large_sums_of_float16_do_not_overflow(conv, device):
     weight = torch.full((8, 16, 1, 1), 200.0, dtype=torch.float16, device=device)
     weight[:, ::2] = -200.0
     y, per_tile = conv.forward(x, [weight], [1], True, None, True)
-    assert not y.any() and not per_tile[0].any()
+    assert not y.any() and not per_tile[:, 0].any()
 
 
 def test_plans_do_not_depend_on_the_batch_or_on_large_maps(conv):
     """One compilation serves every batch, and every map that is larger than kernels and tiles."""
     weights, groups = contiguous_weights()
-    sides = [conv._plan_convolution(weights, groups, True, False, s, s, "half") for s in (9, 14)]
+    sides = [
+        conv._plan_convolution(weights, groups, True, False, s, s, "half", 64) for s in (9, 14)
+    ]
     assert sides[0]._replace(maps=0) == sides[1]._replace(maps=0)
 
 

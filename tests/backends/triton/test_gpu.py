@@ -178,10 +178,12 @@ def test_call_that_tunes_has_the_bits_of_those_after(shape, dtype):
 
 @GPU
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cuda_graph(shape):
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_cuda_graph(shape, layout):
     """Forward and backward are captured, and replayed for other values."""
     block = block_on("cuda")
-    x, grad = torch.randn(shape, device="cuda"), torch.randn(shape, device="cuda")
+    x = torch.randn(shape, device="cuda").contiguous(memory_format=layout)
+    grad = torch.randn(shape, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -234,21 +236,27 @@ def needs(gigabytes):
         pytest.skip(f"{free / 2**30:.0f} GB of GPU memory are free, {gigabytes} are needed")
 
 
-def test_many_images(device, untuned):
-    """The last images of more than 2^31 elements have the bits that they have alone."""
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_many_images(device, untuned, layout):
+    """The last images of more than 2^31 elements have the bits that they have alone, and the
+    convolution's weights, to which the others give nothing, the gradient."""
     images, channels = 5, 8
     if device == "cuda":
         images, channels = 2**19 + 8, 64
         needs(32)
     block = block_on(device, torch.bfloat16, channels)
-    x = torch.randn(4, channels, 8, 8, device=device, dtype=torch.bfloat16)
-    many = torch.zeros(images, channels, 8, 8, device=device, dtype=torch.bfloat16)
-    many[-4:] = x
+    like = {"device": device, "dtype": torch.bfloat16, "memory_format": layout}
+    many = torch.empty((images, channels, 8, 8), **like).zero_()
+    x = many[-4:].normal_().clone()
     assert device == "cpu" or many.numel() > 2**31
     grad = torch.ones((), device=device, dtype=torch.bfloat16)
-    out, grad_x, *_ = gradients(block, many, grad.expand_as(many))
-    alone, alone_x, *_ = gradients(block, x, grad.expand_as(x))
+    out, grad_x, *grads = gradients(block, many, grad.expand_as(many))
+    alone, alone_x, *alone_grads = gradients(block, x, grad.expand_as(x))
     same_bits([out[-4:], grad_x[-4:]], [alone, alone_x])
+    # The same few terms in another order.
+    for a, b in list(zip(grads, alone_grads, strict=True))[: len(block.conv.weights)]:
+        assert a.any()
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-4)
 
 
 def test_large_image(device, untuned):
@@ -270,3 +278,95 @@ def test_large_image(device, untuned):
         return y.detach()[:, :, -4:], grad_x[:, :, -4:]
 
     same_bits(last_rows(x), last_rows(x[:, :, -rows:]))
+
+
+# --- losses -----------------------------------------------------------------------------------
+
+
+def logits_on(device):
+    """Three students' and their targets', several tiles of each."""
+    torch.manual_seed(0)
+    return [torch.randn(40, 100).to(device) for _ in range(6)]
+
+
+def losses(logits):
+    """[losses, gradients of the logits] of a step; targets have gradients too."""
+    leaves = [x.detach().requires_grad_() for x in logits]
+    found = torch.stack(
+        functional.kd_losses(leaves[:3], leaves[3:], backend="triton", detach_target=False)
+    )
+    weights = torch.tensor([1.0, 2.0, 3.0], device=found.device)
+    return [found.detach(), *torch.autograd.grad(found @ weights, leaves)]
+
+
+@GPU
+def test_losses_on_a_second_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    first = losses(logits_on("cuda:0"))
+    with torch.cuda.device(0):
+        second = losses(logits_on("cuda:1"))
+        assert torch.cuda.current_device() == 0
+    assert all(t.device == torch.device("cuda:1") for t in second)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu())
+
+
+@GPU
+def test_losses_on_a_non_default_stream():
+    logits = logits_on("cuda")
+    wanted = losses(logits)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = [torch.zeros_like(x) for x in logits]
+        torch.cuda._sleep(100_000_000)
+        for x, y in zip(late, logits, strict=True):
+            x.copy_(y)
+        got = losses(late)
+    stream.synchronize()
+    same_bits(wanted, got)
+
+
+@GPU
+def test_losses_in_a_cuda_graph():
+    logits = logits_on("cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        losses(logits)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = losses(logits)
+    for _ in range(3):
+        for x in logits:
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.cuda.synchronize()
+        same_bits(losses(logits), captured)
+
+
+# Where a tile has no class, the interpreter subtracts infinities, whose difference is masked.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_many_logits(device, untuned):
+    """Gradients of the last images of more than 2^31 logits; their number is a power of two, so
+    that the mean over another batch scales exactly."""
+    images, few, classes = 8, 4, 1025
+    if device == "cuda":
+        images = 2**21
+        needs(24)
+
+    def gradient(student, target):
+        student = student.detach().requires_grad_()
+        loss = functional.kd_loss(student, target, backend="triton")
+        return torch.autograd.grad(loss, student)[0]
+
+    like = {"device": device, "dtype": torch.bfloat16}
+    student, target = (torch.zeros(images, classes, **like) for _ in range(2))
+    for logits in (student, target):
+        logits[-few:].normal_()
+    assert device == "cpu" or student.numel() > 2**31
+    many = gradient(student, target)[-few:]
+    alone = gradient(student[-few:].clone(), target[-few:].clone())
+    same_bits([many * (images // few)], [alone])

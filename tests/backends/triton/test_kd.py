@@ -11,11 +11,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfef_ext import functional, reference
 from tests.accuracy import FEW, factor, largest, unit_in_the_last_place
+from tests.drawing import DRAWN
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CUDA = torch.cuda.is_available()
@@ -86,12 +87,7 @@ def check(dtype, device, images, classes, temperature=3.0, spread=3.0, seed=0, d
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(
-    max_examples=6,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(DRAWN, max_examples=6)
 @given(
     images=st.integers(1, 12),
     classes=st.sampled_from([1, 2, 10, 16, 17, 100, 128, 129, 1000, 1024, 1025, 2100]),

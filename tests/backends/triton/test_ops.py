@@ -13,12 +13,18 @@ from mfef_ext import backends, functional
 from mfef_ext.modules import MFEFBlock
 from tests.accuracy import check_block, make_case, run_block
 
-pytestmark = pytest.mark.skipif(
+INTERPRETED = pytest.mark.skipif(
     torch.cuda.is_available(),
     reason="Triton is not interpreted beside a GPU",
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def small(device, shape=(2, 8, 4, 5), **options):
+    """A block's arguments, as leaves."""
+    case = make_case(shape, dtype=torch.float32, **options)
+    return case.cast(torch.float32, device)
 
 
 # The kernels' own tests draw at random; here each is one block that reaches both of them.
@@ -28,6 +34,7 @@ BLOCKS = [
 ]
 
 
+@INTERPRETED  # test_gpu.py has them for a GPU
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("arguments", BLOCKS, ids=["split", "pyramid"])
 def test_blocks(dtype, arguments):
@@ -35,25 +42,25 @@ def test_blocks(dtype, arguments):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_repeats_are_bit_identical(layout):
-    case = make_case((2, 8, 4, 5), kernel_sizes=(3, 5), dtype=torch.float32).cast(torch.float32)
+def test_repeats_are_bit_identical(device, layout):
+    case = small(device, kernel_sizes=(3, 5))
     runs = [run_block(case, functional.mfef_block, layout, backend="triton") for _ in range(2)]
     assert runs[0][0].is_contiguous(memory_format=layout)
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
 
-def test_an_image_does_not_depend_on_its_neighbours():
-    case = make_case((4, 8, 5, 5), kernel_sizes=(3, 5), dtype=torch.float32).cast(torch.float32)
+def test_an_image_does_not_depend_on_its_neighbours(device):
+    case = small(device, (4, 8, 5, 5), kernel_sizes=(3, 5))
     arguments = (case.weights, case.groups, *case.attention)
     whole = functional.mfef_block(case.x, *arguments, backend="triton")
     alone = functional.mfef_block(case.x[2:3], *arguments, backend="triton")
     assert torch.equal(alone[0], whole[2])
 
 
-def test_empty_batch():
-    block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto", backend="triton")
-    x = torch.randn(0, 8, 5, 4, requires_grad=True)
+def test_empty_batch(device):
+    block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto", backend="triton", device=device)
+    x = torch.randn(0, 8, 5, 4, device=device, requires_grad=True)
     out = block(x)
     assert out.shape == x.shape
     out.sum().backward()
@@ -62,8 +69,8 @@ def test_empty_batch():
         assert torch.equal(p.grad, torch.zeros_like(p))
 
 
-def test_what_needs_no_gradient_gets_none():
-    case = make_case((2, 8, 4, 5), kernel_sizes=(3, 5), dtype=torch.float32).cast(torch.float32)
+def test_what_needs_no_gradient_gets_none(device):
+    case = small(device, kernel_sizes=(3, 5))
     everything = run_block(case, functional.mfef_block, backend="triton")
     for i, leaf in list(enumerate(case.leaves()))[::4]:  # x, a convolution's weight, fc1's, ...
         for other in case.leaves():
@@ -76,11 +83,11 @@ def test_what_needs_no_gradient_gets_none():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_opcheck(layout):
+def test_opcheck(device, layout):
     triton_ops()
-    block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto")
+    block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto", device=device)
     a = block.attention
-    x = torch.randn(2, 8, 4, 5).contiguous(memory_format=layout).requires_grad_()
+    x = torch.randn(2, 8, 4, 5, device=device).contiguous(memory_format=layout).requires_grad_()
     torch.library.opcheck(
         torch.ops.mfef_triton.mfef_block.default,
         (
@@ -98,7 +105,7 @@ def triton_ops():
     return ops
 
 
-def test_who_observes_calls_sees_them():
+def test_who_observes_calls_sees_them(device):
     """Calls go without the dispatcher, unless something there would have to do with them."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -110,8 +117,8 @@ def test_who_observes_calls_sees_them():
             seen.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    block = MFEFBlock(8, kernel_sizes=(3,), groups=[1], backend="triton")
-    x = torch.randn(2, 8, 3, 4, requires_grad=True)
+    block = MFEFBlock(8, kernel_sizes=(3,), groups=[1], backend="triton", device=device)
+    x = torch.randn(2, 8, 3, 4, device=device, requires_grad=True)
     out = block(x)
     (wanted,) = torch.autograd.grad(out.sum(), x)
     with Mode():
@@ -123,7 +130,7 @@ def test_who_observes_calls_sees_them():
     with torch.profiler.profile() as profiled:
         block(x)
     assert any(event.key == "mfef_triton::mfef_block" for event in profiled.key_averages())
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         assert block(x).dtype == torch.bfloat16
     # A negation that has yet to be done.
     lazy = torch.view_as_complex(torch.stack([x, x], -1).detach()).conj().imag
@@ -133,8 +140,8 @@ def test_who_observes_calls_sees_them():
         assert torch.equal(block(x), out)
 
 
-def test_double_backward_is_refused():
-    case = make_case((1, 4, 3, 3), kernel_sizes=(3,), dtype=torch.float32).cast(torch.float32)
+def test_double_backward_is_refused(device):
+    case = small(device, (1, 4, 3, 3), kernel_sizes=(3,))
     out = functional.mfef_block(
         case.x, case.weights, case.groups, *case.attention, backend="triton"
     )
@@ -143,8 +150,8 @@ def test_double_backward_is_refused():
         grad.sum().backward()
 
 
-def test_torch_func():
-    case = make_case((1, 4, 3, 3), kernel_sizes=(3,), dtype=torch.float32).cast(torch.float32)
+def test_torch_func(device):
+    case = small(device, (1, 4, 3, 3), kernel_sizes=(3,))
     weights, attention = [w.detach() for w in case.weights], [p.detach() for p in case.attention]
 
     def total(x):
@@ -160,15 +167,16 @@ def test_torch_func():
         torch.func.jvp(total, (x,), (x,))
 
 
-def test_compiles_without_graph_breaks():
-    block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto", backend="triton")
-    x = torch.randn(2, 8, 4, 5, requires_grad=True)
+def test_compiles_without_graph_breaks(device):
+    block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto", backend="triton", device=device)
+    x = torch.randn(2, 8, 4, 5, device=device, requires_grad=True)
     out = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
     (grad,) = torch.autograd.grad(out.square().sum(), x)
     (wanted,) = torch.autograd.grad(block(x).square().sum(), x)
     assert torch.equal(grad, wanted)
 
 
+@INTERPRETED
 def test_predicate_says_why_not(monkeypatch):
     case = make_case((1, 4, 3, 3), kernel_sizes=(3,))
     arguments = (case.weights, case.groups, *case.attention)
@@ -186,6 +194,7 @@ def test_predicate_says_why_not(monkeypatch):
         backends.choose(described, "triton")
 
 
+@INTERPRETED
 def test_automatic_choice_prefers_what_has_run_on_hardware(monkeypatch):
     from mfef_ext.backends import reference as plain
     from mfef_ext.backends import triton

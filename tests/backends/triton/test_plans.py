@@ -49,6 +49,32 @@ def test_explain_names_the_way_of_each_branch():
     assert "k=3 tl.dot, k=5 direct taps, k=7 direct taps, k=9 direct taps" in text
 
 
+def test_explain_says_why_not(monkeypatch):
+    """The first reason, and what would run; the kernels themselves are not asked for."""
+    from mfef_ext.backends import triton
+
+    block, x = MFEFBlock(8, groups="auto"), torch.zeros(1, 8, 4, 4)
+
+    def reason(block, x):
+        lines = mfef_ext.explain(x, block).splitlines()
+        assert not any("program(s)" in line for line in lines)
+        (line,) = [line.strip() for line in lines if line.strip().startswith("triton: ")]
+        return line
+
+    if not torch.cuda.is_available():
+        dtypes = "float32, bfloat16, float16"
+        doubles = f"triton: no, dtype torch.float64 is not one of {dtypes}"
+        assert reason(MFEFBlock(8, groups="auto", dtype=torch.float64), x.double()) == doubles
+        with monkeypatch.context() as old:
+            old.setattr(triton, "_capability", lambda problem: (7, 5))
+            assert reason(block, x) == "triton: no, cpu has compute capability (7, 5), below 8.0"
+        wide = torch.empty(1, device="cpu").expand(1, 8, 2**16, 2**15)
+        assert reason(block, wide) == "triton: no, a map of 65536 x 32768 has 2^31 pixels or more"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    elsewhere = "triton: no, its tensors must be on a CUDA device, not on cpu"
+    assert reason(block, x) == elsewhere
+
+
 def test_doctor_says_which_triton_and_how_it_runs(monkeypatch):
     import triton
 

@@ -14,12 +14,16 @@ CUDA = torch.device("cuda", 0)
 
 def forget():
     """Whatever was chosen, and the calls that know it."""
-    from mfef_ext.backends.triton import attention, conv, tuning
+    from mfef_ext.backends.triton import attention, conv, ops, tuning
 
     tuning._choices.clear()
     for calls in (
-        conv._convolution, conv._weight_gradient, attention._forward_call, attention._backward_call
-    ):  # fmt: skip
+        ops._block_call,
+        conv._convolution,
+        conv._weight_gradient,
+        attention._forward_call,
+        attention._backward_call,
+    ):
         calls.cache_clear()
 
 
@@ -100,10 +104,11 @@ def launch_of(monkeypatch, tuning):
     monkeypatch.setattr(launch, "CompiledKernel", Code)
 
     def make(kernel, problem=("a class",), device=CUDA, deterministic=False, programs=1):
-        def one(warps, registers):
-            return launch.Launch(kernel, programs, (), {}, warps, 1, True, registers)
+        def one(tile):
+            return launch.Launch(kernel, programs, (), {}, tile.warps, 1, True, tile.registers)
 
-        return tuning.of_warps((4, 8, 2), one, problem, device, deterministic)
+        tiles = [tuning.Tile(32, warps) for warps in (4, 8, 2)]
+        return tuning.of_tiles(tiles, one, problem, device, deterministic)
 
     return make
 
@@ -195,6 +200,34 @@ def test_first_of_the_list_where_nothing_is_timed(monkeypatch, tuning, launch_of
     launch_of(kernel, device=device)("x")
     assert kernel.launched[2:] == ([4] if not deterministic else [2])
     assert len(timed) == (3 if deterministic else 0)
+
+
+def test_tiles_are_named_by_what_they_differ_in(tuning, launch_of):
+    from mfef_ext.backends.triton.launch import Launch
+
+    def one(tile):
+        return Launch(Kernel(), 1, (), {}, tile.warps, 1, True, tile.registers)
+
+    tiles = [tuning.Tile(64, 4), tuning.Tile(64, 8), tuning.Tile(32, 4, bounded=True)]
+    found = tuning.of_tiles(tiles, one, ("a class",), CUDA, False)
+    assert found.names == ("64 channels, 4 warps", "64 channels, 8 warps", "32 channels, 4 warps")
+    assert [launch.options.get("maxnreg") for launch in found.candidates] == [None, None, 255]
+    assert tuning.Tile(32, 16, bounded=True).registers == 128
+    assert type(tuning.of_tiles(tiles[:1], one, (), CUDA, False)) is Launch
+
+
+def test_only_wide_groups_have_tiles_of_other_channels(tuning):
+    """So a narrow block compiles no kernel twice."""
+    from mfef_ext.backends.triton import conv
+
+    def names(channels):
+        weight = ((channels, channels, 3, 3), (channels * 9, 9, 3, 1))
+        maps = ((2, channels, 8, 8), (channels * 64, 64, 8, 1)) * 2
+        rest = ((weight,), (1,), True, False, False, True, "half", False, True)
+        return conv._convolution(*maps, CUDA, torch.bfloat16, *rest).launch.names
+
+    assert names(32) == ("4 warps", "8 warps")
+    assert names(64) == ("64 channels, 4 warps", "64 channels, 8 warps", "32 channels, 4 warps")
 
 
 def test_clock(monkeypatch, tuning):
@@ -295,7 +328,7 @@ def test_what_is_explained(device, timed, nothing_runs):
     text = str(mfef_ext.explain(x[:3].repeat(2, 1, 1, 1), block))
     why = "microseconds at its first call"
     assert text.count(f"of 4 warps, 8 warps (chosen): 30.0, 20.0 {why}") == 2
-    assert "convolve: 3 program(s) of 2 images x 32 pixels, 8 warps" in text
+    assert "convolve: 3 program(s) of 2 images x 32 pixels x 64 channels at most, 8 warps" in text
     assert text.count("the first call will time them") == 3
 
 
