@@ -129,7 +129,7 @@ def test_what_is_wrong_is_said_once(tmp_path):
     (tmp_path / "file").touch()
     for options, words in (
         (["--out", str(tmp_path / "file")], "cannot be written"),
-        (["--epochs", "0"], "--epochs=0 must be at least 1"),
+        (["--epochs", "0"], "--epochs=0 must be from 1 to 1000000"),
     ):
         status, error = launch(tmp_path, [*QUICK, *options])
         assert status == [2, 2] and error.count("mfef: ") == error.count(words) == 1

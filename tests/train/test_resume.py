@@ -155,11 +155,12 @@ def test_no_checkpoint_is_intact(stopped, capsys, content):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--lr", "0.2"], "--lr=0.2 is not what the run in .* was begun with .0.1."),
+        (["--lr", "0.2"], "--lr=0.2 is not what the run in .* was begun with .--lr=0.1."),
         (["--epochs", "9"], "--epochs=9 is not"),
         (["--students", "resnet8"], "--students="),
         (["--method", "dml"], "--method=dml is not"),
         (["--seed", "3"], "--seed=3"),
+        (["--no-sync-batch-norm"], "--no-sync-batch-norm is not .* .--sync-batch-norm."),
     ],
 )
 def test_other_options_are_refused(stopped, capsys, options, words):

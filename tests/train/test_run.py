@@ -240,6 +240,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
     assert main([*QUICK, "--out", str(path), "--method", "ce"]) == 4
     assert "No space left on device" in capsys.readouterr().err
     assert checkpoint.load(path / "last.ckpt")["epoch"] == 0
+    assert not list(path.glob("*.writing"))
 
 
 def test_ctrl_c_outside_the_steps_is_not_a_traceback(tmp_path, capsys, monkeypatch):

@@ -34,7 +34,8 @@ def prepared(tmp_path, **options):
 def gradients(run, size):
     run.distiller.train()
     ((x, y), *_) = data.training_batches(run.dataset, size, 0, 0)
-    terms = loop._gradients(run, run.distiller, x, y, size, 1.0, HeadClock(nn.Module(), y.device))
+    clock = HeadClock(nn.Module(), y.device)
+    terms = loop.Training(run, run.distiller, clock, None, []).gradients(x, y, size, 1.0)
     parameters = run.distiller.named_parameters()
     return terms, {n: p.grad.clone() for n, p in parameters if p.grad is not None}
 
@@ -90,14 +91,14 @@ def test_float16_steps_that_overflow_are_left_out_until_the_scale_fits(tmp_path,
 
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
-    real = loop._gradients
+    real = loop.Training.gradients
 
-    def planted(run, *arguments):
-        terms = real(run, *arguments)
-        run.distiller.students[1].stem.weight.grad[0, 0, 0, 0] = torch.inf
+    def planted(training, *arguments):
+        terms = real(training, *arguments)
+        training.run.distiller.students[1].stem.weight.grad[0, 0, 0, 0] = torch.inf
         return terms
 
-    monkeypatch.setattr(loop, "_gradients", planted)
+    monkeypatch.setattr(loop.Training, "gradients", planted)
     assert main([*QUICK, "--out", str(tmp_path / "run")]) == 5
     error = capsys.readouterr().err
     assert "epoch 1, step 1: the gradient of students.1.stem.weight is not finite" in error
