@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, DataError, CheckpointError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError):  # a full disk has no file name; the last checkpoint is whole
-            message = f"a file could not be written ({error}); make room and try again"
+            message = f"a file could not be written ({error}); make room or allow it, and try again"
         return _refuse(message, _status(error), isinstance(error.__cause__, SaidElsewhere))
     except NotFiniteError as error:
         return _refuse(

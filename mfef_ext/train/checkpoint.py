@@ -89,7 +89,7 @@ def load(path: Path) -> dict[str, Any]:
 def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
     """The newest intact checkpoint of a run folder, its state, and what is wrong with newer ones.
 
-    None if the folder has no checkpoints; CheckpointError if none of them is intact.
+    None if no run was begun there; CheckpointError if none of its checkpoints is intact.
     """
     complaints: list[str] = []
     for name in (LAST, PREVIOUS):
@@ -101,6 +101,11 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
                 complaints.append(str(error))
     if complaints:
         raise CheckpointError(complaints[0])
+    if (folder / "config.json").exists():  # which is written after the first checkpoint
+        raise CheckpointError(
+            f"{folder} holds a run without {LAST} and {PREVIOUS}, so there is nothing to go on "
+            "from; put one of them back, or begin again with a new --out"
+        )
     return None
 
 

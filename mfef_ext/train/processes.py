@@ -109,14 +109,17 @@ def join(device: str) -> Processes:
             f"--device={device} is one GPU for {ranks} processes; use --device cuda, of which each "
             "takes its own"
         )
+    local = os.environ.get("LOCAL_RANK", "0")
     if ranks > 1 and device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        device = f"cuda:{local}"
     try:
         there = torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as error:
+        # Where there is no GPU at all, the first process of the machine says so.
+        said = local != "0" and not torch.cuda.is_available()
         raise UsageError(
             f"--device={device} cannot be used ({str(error).splitlines()[0]}); use --device cpu"
-        ) from error
+        ) from (SaidElsewhere() if said else error)
     if ranks > 1 and not dist.is_initialized():
         if there.type == "cuda":
             torch.cuda.set_device(there)

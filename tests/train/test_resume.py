@@ -187,11 +187,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, tmp_path, cap
     assert contents(tmp_path / "straight") == contents(stopped)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", None])
-def test_no_checkpoint_is_intact(stopped, capsys, content):
+@pytest.mark.parametrize("damage", ["emptied", "replaced", "cut", "removed"])
+def test_no_checkpoint_is_intact(stopped, capsys, damage):
     for name in ("last.ckpt", "previous.ckpt"):
         whole = (stopped / name).read_bytes()
-        (stopped / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+        left = {"emptied": b"", "replaced": b"garbage", "cut": whole[: len(whole) // 2]}
+        (stopped / name).unlink()
+        if damage in left:
+            (stopped / name).write_bytes(left[damage])
     before = sorted(p.name for p in stopped.iterdir())
     capsys.readouterr()
     assert resume(stopped) == 4
