@@ -75,7 +75,7 @@ def options_of(method, teacher):
     return options
 
 
-# Averages, and a scale that the first steps overflow and bring down; float16 is slow here.
+# Averages, and a scale that counts its steps; float16 is slow here.
 MIXED = ("--amp", "fp16", "--ema", "0.9", "--labels-per-class", "2", "--batch-size", "4")
 
 
