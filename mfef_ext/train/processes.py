@@ -51,20 +51,19 @@ class Processes:
         if self.ranks == 1:
             return act()
         answer: list[T] = []
-        mine: Exception | None = None
+        errors: list[Exception | None] = [None] * self.ranks
         try:
             answer.append(act())
         except Exception as error:
-            mine = error
-        errors: list[Exception | None] = [None] * self.ranks
-        dist.all_gather_object(errors, mine)
-        rank = next((rank for rank, error in enumerate(errors) if error is not None), None)
-        if rank is None:
-            return answer[0]
-        if rank == self.rank:
-            assert mine is not None
-            raise mine
-        raise errors[rank] from SaidElsewhere()  # type: ignore[misc]
+            dist.all_gather_object(errors, error)
+            if not any(errors[: self.rank]):
+                raise
+        else:
+            dist.all_gather_object(errors, None)
+        for elsewhere in errors:
+            if elsewhere is not None:
+                raise elsewhere from SaidElsewhere()
+        return answer[0]
 
     def in_turn(self, act: Callable[[], T]) -> T:
         """As :meth:`together`, with process 0 done before the others begin."""

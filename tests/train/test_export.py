@@ -85,9 +85,10 @@ def test_networks_of_timm_and_torchvision(tmp_path):
     """Both train together for an epoch and answer as trained where this package is not."""
     pytest.importorskip("timm")
     run = tmp_path / "run"
-    students = ("timm:test_resnet", "torchvision:shufflenet_v2_x0_5")  # the smallest
-    options = ["--dataset", "fake32", "--epochs", "1", "--batch-size", "290", "--threads", "1"]
-    argv = [*options, "--students", *students, "--tap", "layer3", "stage3", "--out", str(run)]
+    students = ("timm:test_resnet", "torchvision:resnet18")
+    options = ["--dataset", "fake32", "--epochs", "1", "--batch-size", "50", "--threads", "1"]
+    options += ["--labels-per-class", "10"]
+    argv = [*options, "--students", *students, "--tap", "layer3", "--out", str(run)]
     assert cli.main(["train", *argv]) == 0
     trained = evaluate.restore(run, "last")
     x = trained.dataset.test.x[:64]
