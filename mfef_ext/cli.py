@@ -60,9 +60,12 @@ def _run(argv: Sequence[str] | None) -> int:
     )
     export.add_argument("--student", type=int, default=0, metavar="I", help="0 is the first")
     export.add_argument(
+        "--ema", action="store_true", help="its averaged weights; default: those of the last step"
+    )
+    export.add_argument(
         "--format", choices=("safetensors", "torch-export", "onnx"), default="safetensors"
     )
-    export.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/export/student<I>")
+    export.add_argument("--out", type=Path, metavar="FILE", help="default: in RUN/export")
     table = commands.add_parser("table", help="runs side by side, in Markdown")
     table.add_argument(
         "paths", type=Path, metavar="RUN", nargs="+", help="run folders, or folders of these"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .method import METHODS, Batch, Method
+from .stem import computing_once
 from .stem import share_stem as share_stem_of
 from .tap import forward_with_map, probe
 
@@ -121,16 +122,11 @@ class OnlineDistiller(nn.Module):
                 f"x holds {len(images)} batches of images for {len(self.students)} students: "
                 "give one tensor for all or one each"
             )
-        for layer in self._stem:
-            layer.remembers = True
-        try:
+        with computing_once(self._stem):
             pairs = [
                 self._forward_with_map(s, tap, x)
                 for s, tap, x in zip(self.students, self.taps, images, strict=True)
             ]
-        finally:
-            for layer in self._stem:  # the next batch may come in the same tensor
-                layer.remembers, layer.seen = False, None
         return images, [logits for logits, _ in pairs], [last_map for _, last_map in pairs]
 
     def compile_students(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..functional import kd_losses
-from .method import Batch, StudentShape, label_losses, register
+from .method import Batch, StudentShape, check_share, label_losses, register
 from .teacher import TaughtByTeacher
 
 
@@ -31,8 +31,7 @@ class SoftTargets(TaughtByTeacher):
         alpha: float = 0.9,
     ) -> None:
         super().__init__("kd", teacher)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha={alpha} must be from 0 to 1; 0.9 is usual")
+        check_share(alpha, usual=0.9)
         self.temperature = temperature
         self.alpha = alpha
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import kd_losses
-from .method import Batch, Method, StudentShape, at_least_two, label_losses, register
+from .method import Batch, Method, StudentShape, at_least_two, check_share, label_losses, register
 
 Variant = Literal["naive", "linear", "minlogit", "general"]
 
@@ -51,8 +51,7 @@ class CollaborativeLearning(Method):
         at_least_two(shapes, "kdcl", "their logits are combined")
         if variant not in get_args(Variant):
             raise ValueError(f"variant={variant!r} is unknown; use one of {get_args(Variant)}")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha={alpha} must be from 0 to 1; 0.5 is the default")
+        check_share(alpha, usual=0.5)
         self.variant = variant
         self.temperature = temperature
         self.alpha = alpha

@@ -93,6 +93,12 @@ def at_least_two(shapes: Sequence[StudentShape], method: str, why: str) -> None:
         raise ValueError(f"method={method!r} needs at least two students: {why}; got {len(shapes)}")
 
 
+def check_share(alpha: float, usual: float) -> None:
+    """ValueError unless ``alpha`` can be the distillation terms' share of the loss."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha} must be from 0 to 1; {usual} is usual")
+
+
 def label_losses(logits: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
     """``ce/student<i>``: cross-entropy of each student, in float32 at least, batch mean."""
     return {f"ce/student{i}": F.cross_entropy(z.float(), labels) for i, z in enumerate(logits)}

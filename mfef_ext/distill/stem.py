@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,9 +26,21 @@ class Once:
         return self.seen[1]
 
 
+@contextmanager
+def computing_once(layers: Sequence[Once]) -> Iterator[None]:
+    """The layers remember their answers for the length of one forward pass of all students."""
+    for layer in layers:
+        layer.remembers = True
+    try:
+        yield
+    finally:
+        for layer in layers:  # the next batch may come in the same tensor
+            layer.remembers, layer.seen = False, None
+
+
 def share_stem(students: Sequence[nn.Module], taps: Sequence[str]) -> list[Once]:
     """Gives all students the first one's layers, up to the last stage before the map that is
-    tapped; returns what can remember their answers for the length of a forward pass of all.
+    tapped; returns what :func:`computing_once` takes.
 
     The last stage is the last part with a convolution up to the tap; where a network consists of
     nothing in front of that part, such as VGG's ``features``, it is looked for inside.

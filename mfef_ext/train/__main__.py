@@ -19,11 +19,17 @@ if TYPE_CHECKING:
 DONE, USAGE, DATA, FILES, NOT_FINITE, INTERRUPTED = 0, 2, 3, 4, 5, 75
 
 
-def _refuse(message: str, status: int, once: bool = False) -> int:
-    """Prints why the command ends; ``once``: of several processes that end so, in the first."""
-    if not (once and int(os.environ.get("RANK", "0"))):
+def _refuse(message: str, status: int, quiet: bool = False) -> int:
+    """Prints why the command ends, unless another process says the same."""
+    if not quiet:
         print(f"mfef: {message}", file=sys.stderr)
     return status
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, UsageError):
+        return USAGE
+    return DATA if isinstance(error, DataError) else FILES
 
 
 def _without_extras() -> int:
@@ -42,41 +48,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .presets import configured
     from .processes import SaidElsewhere, is_loss_of_another, leave
 
+    others = int(os.environ.get("RANK", "0")) > 0  # who meet the same as process 0
     try:
         config, options = configured(sys.argv[1:] if argv is None else argv)
-    except UsageError as error:  # all processes read the same options
-        return _refuse(str(error), USAGE, once=True)
+    except UsageError as error:
+        return _refuse(str(error), USAGE, others)
     config = tyro.cli(TrainConfig, prog="mfef train", default=config, args=options)
     try:
-        try:
-            config.check()
-        except UsageError as error:
-            return _refuse(str(error), USAGE, once=True)
+        config.check()
+    except UsageError as error:
+        return _refuse(str(error), USAGE, others)
+    try:
         if config.seeds:
             _train_seeds(config)
         else:
             _train_and_report(config)
-    except UsageError as error:
-        return _refuse(str(error), USAGE, isinstance(error.__cause__, SaidElsewhere))
-    except DataError as error:
-        return _refuse(str(error), DATA, isinstance(error.__cause__, SaidElsewhere))
-    except CheckpointError as error:  # of a teacher, or to resume
-        return _refuse(str(error), FILES)
-    except OSError as error:  # a full disk has no file name; the last checkpoint is whole
-        return _refuse(f"a file could not be written ({error}); make room and try again", FILES)
+    except (UsageError, DataError, CheckpointError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError):  # a full disk has no file name; the last checkpoint is whole
+            message = f"a file could not be written ({error}); make room or allow it, and try again"
+        return _refuse(message, _status(error), isinstance(error.__cause__, SaidElsewhere))
     except NotFiniteError as error:
         return _refuse(
             f"stopped: {error}; try a smaller --lr. The last good epoch is kept: "
             f"mfef show {error.folder}",
             NOT_FINITE,
-            once=True,
+            others,
         )
     except InterruptedByUser as error:
         out = error.folder.parent if error.folder and config.seeds else error.folder
         return _refuse(
             f"stopped: {error}. The same command with --out {out} --resume auto goes on",
             INTERRUPTED,
-            once=True,
+            others,
         )
     except RuntimeError as error:
         if not is_loss_of_another(error):
@@ -85,10 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "stopped: another process ended; checkpoints already written are whole, and the same "
             "command with the run's folder as --out and --resume auto goes on",
             INTERRUPTED,
-            once=True,
+            others,
         )
     except KeyboardInterrupt:  # before the first step, after the last, or for the second time
-        return _refuse("stopped at once; checkpoints already written are whole", INTERRUPTED)
+        return _refuse(
+            "stopped at once; checkpoints already written are whole", INTERRUPTED, others
+        )
     finally:
         leave()
     return DONE
@@ -111,12 +117,8 @@ def look(command: str, **options: Any) -> int:
     }
     try:
         answer = commands[command](**options)
-    except UsageError as error:
-        return _refuse(str(error), USAGE)
-    except DataError as error:
-        return _refuse(str(error), DATA)
-    except CheckpointError as error:
-        return _refuse(str(error), FILES)
+    except (UsageError, DataError, CheckpointError) as error:
+        return _refuse(str(error), _status(error))
     except OSError as error:
         return _refuse(f"a file cannot be read or written: {error}", FILES)
     print(answer)
@@ -163,14 +165,8 @@ def _train_seeds(config: TrainConfig) -> None:
         print(table.table([out]))
 
 
-def _train_and_report(config: TrainConfig) -> None:
-    import torch
-    from rich.console import Console
-
+def _check_surroundings(config: TrainConfig) -> None:
     from ..inspection import build_info
-    from . import loop, report
-    from .display import Display
-    from .processes import join
 
     if config.tensorboard and find_spec("tensorboard") is None:
         raise UsageError("--tensorboard needs a package; run: pip install tensorboard")
@@ -178,8 +174,19 @@ def _train_and_report(config: TrainConfig) -> None:
         build_info()
     except ValueError as error:  # MFEF_USE_ISA names what this processor has not
         raise UsageError(f"MFEF_USE_ISA: {error}") from error
+
+
+def _train_and_report(config: TrainConfig) -> None:
+    import torch
+    from rich.console import Console
+
+    from . import loop, report
+    from .display import Display
+    from .processes import join
+
     torch.set_num_threads(config.thread_count)
     processes = join(config.device)
+    processes.together(partial(_check_surroundings, config))
     console = Console(quiet=processes.rank > 0)
     with Display(console, config.epochs) as display:
         run = loop.train(config, display, processes)

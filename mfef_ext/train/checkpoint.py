@@ -23,6 +23,7 @@ from torch import nn
 from .models import StudentSpec
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+BESIDE = ".writing"  # the suffix of what is not whole yet
 _MAGIC = b"mfef-checkpoint 1 "
 
 
@@ -33,16 +34,21 @@ class CheckpointError(Exception):
 def write_whole(path: Path, content: bytes, previous: Path | None = None) -> None:
     """Writes beside, flushes to the disk, renames: a reader sees the old file or the new one.
 
-    The old one becomes ``previous``, if that is given.
+    The old one becomes ``previous``, if that is given. OSError if the disk is full, say; what was
+    written beside is then gone again.
     """
-    beside = path.with_name(path.name + ".writing")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if previous is not None and path.exists():
-        os.replace(path, previous)
-    os.replace(beside, path)
+    beside = path.with_name(path.name + BESIDE)
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
     # The rename itself is on the disk only once the folder is.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -83,7 +89,7 @@ def load(path: Path) -> dict[str, Any]:
 def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
     """The newest intact checkpoint of a run folder, its state, and what is wrong with newer ones.
 
-    None if the folder has no checkpoints; CheckpointError if none of them is intact.
+    None if no run was begun there; CheckpointError if none of its checkpoints is intact.
     """
     complaints: list[str] = []
     for name in (LAST, PREVIOUS):
@@ -95,6 +101,11 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
                 complaints.append(str(error))
     if complaints:
         raise CheckpointError(complaints[0])
+    if (folder / "config.json").exists():  # which is written after the first checkpoint
+        raise CheckpointError(
+            f"{folder} holds a run without {LAST} and {PREVIOUS}, so there is nothing to go on "
+            "from; put one of them back, or begin again with a new --out"
+        )
     return None
 
 

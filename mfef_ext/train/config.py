@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from ..backends import BACKEND_NAMES
 from ..distill import METHODS
 from ..distill.distiller import method_options
-from . import UsageError
+from . import UsageError, unknown
 from .data import DATASETS, WITH_FILES
 from .models import check_known as check_student_known
 
@@ -149,11 +149,9 @@ class TrainConfig:
         for f in fields(self):
             if f.name in given and f.name not in accepted and given[f.name] != f.default:
                 takers = [m for m in sorted(METHODS) if f.name in method_options(m)]
-                value = given[f.name]
-                flag = f"--{'no-' * (value is False)}{f.name.replace('_', '-')}"
                 raise UsageError(
-                    f"{flag}{'' if isinstance(value, bool) else f'={value}'} means nothing to "
-                    f"--method {self.method}; it is for {', '.join(takers)}"
+                    f"{typed(f.name, given[f.name])} means nothing to --method {self.method}; it "
+                    f"is for {', '.join(takers)}"
                 )
         given["ramp_epochs"] = self.ramp_length
         if self.boundary_epochs is None:
@@ -182,45 +180,35 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises UsageError on the first option that makes no sense: one sentence, a remedy."""
-        _check_known("--method", self.method, sorted(METHODS))
-        _check_known("--dataset", self.dataset, list(DATASETS))
+        for name, known in (
+            ("method", sorted(METHODS)),
+            ("dataset", list(DATASETS)),
+            ("backend", list(BACKEND_NAMES)),
+        ):
+            value = getattr(self, name)
+            if value not in known and not (name == "backend" and value is None):
+                raise UsageError(unknown(typed(name, value), value, known))
         for student in self.students:
             check_student_known(student)
-        if self.backend is not None:
-            _check_known("--backend", self.backend, list(BACKEND_NAMES))
-        _check(len(self.students) > 0, "--students", "", "must name at least one network")
+        if not self.students:
+            raise UsageError(
+                f"--students= must name at least one network; the default is {_default('students')}"
+            )
         if len(self.tap) not in (0, 1, len(self.students)):
             raise UsageError(
-                f"--tap={' '.join(self.tap)} names {len(self.tap)} layers for "
+                f"{typed('tap', self.tap)} names {len(self.tap)} layers for "
                 f"{len(self.students)} students; name one for all, one each, or none"
             )
         self._check_data()
-        for flag, count in (
-            ("--epochs", self.epochs),
-            ("--batch-size", self.batch_size),
-            ("--accumulate", self.accumulate),
-        ):
-            _check(count >= 1, flag, count, "must be at least 1")
-        _check(
-            self.ema is None or 0 <= self.ema < 1, "--ema", self.ema, "must be in [0, 1), or None"
-        )
+        for name, (holds, rule) in _LIMITS.items():
+            given = getattr(self, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if value is not None and not holds(value):
+                    raise UsageError(
+                        f"{typed(name, value)} {rule}; the default is {_default(name)}"
+                    )
         if self.compile and self.share_stem:
             raise UsageError("--compile and --share-stem do not go together; leave one of them out")
-        _check(
-            self.threads is None or 1 <= self.threads <= MOST_THREADS,
-            "--threads",
-            self.threads,
-            f"must be from 1 to {MOST_THREADS}",
-        )
-        _check(self.epochs <= 10**6, "--epochs", self.epochs, "must be at most 1000000")
-        _check(
-            re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device) is not None,
-            "--device",
-            self.device,
-            "must be cpu, cuda or cuda:N",
-        )
-        for flag, seed in (("--seed", self.seed), *(("--seeds", s) for s in self.seeds)):
-            _check(0 <= seed < 2**31, flag, seed, "must be from 0 to 2147483647")
         if self.seeds and self.seed != TrainConfig.seed:
             seeds = " ".join(map(str, self.seeds))
             raise UsageError(
@@ -229,58 +217,16 @@ class TrainConfig:
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise UsageError(
-                f"--seeds={' '.join(map(str, self.seeds))} names a seed twice, which would count "
-                "twice; leave one out"
+                f"{typed('seeds', self.seeds)} names a seed twice, which would count twice; leave "
+                "one out"
             )
-        _check(0 < self.lr <= LARGEST, "--lr", self.lr, "must be positive and at most 1e38")
         self.method_options()
         if "teacher" in method_options(self.method) and self.teacher is None:
             raise UsageError(
                 f"--method {self.method} needs a --teacher: student<i>.safetensors of a run folder"
             )
-        _check(
-            self.alpha is None or 0 <= self.alpha <= LARGEST,
-            "--alpha",
-            self.alpha,
-            "must be 0 or more",
-        )
-        _check(
-            self.boundary_epochs is None or 0 <= self.boundary_epochs < math.inf,
-            "--boundary-epochs",
-            self.boundary_epochs,
-            "must be 0 or more, or None",
-        )
-        _check(
-            self.temperature is None or 1e-3 <= self.temperature <= 1000,
-            "--temperature",
-            self.temperature,
-            "must be positive, from 0.001 to 1000",
-        )
-        _check(
-            0 <= self.weight_decay <= LARGEST,
-            "--weight-decay",
-            self.weight_decay,
-            "must be 0 or more and at most 1e38",
-        )
-        # Nesterov momentum is undefined at 0.
-        _check(0 < self.momentum < 1, "--momentum", self.momentum, "must be above 0 and below 1")
-        _check(
-            self.ramp_epochs is None or 0 <= self.ramp_epochs < math.inf,
-            "--ramp-epochs",
-            self.ramp_epochs,
-            "must be 0 or more, or None",
-        )
-        _check(0 <= self.validation < 0.9, "--validation", self.validation, "must be in [0, 0.9)")
         if self.resume and self.out is None:
             raise UsageError("--resume auto needs --out, the folder of the run to go on with")
-        _check(
-            self.labels_per_class is None or self.labels_per_class >= 1,
-            "--labels-per-class",
-            self.labels_per_class,
-            "must be at least 1, or None",
-        )
-        for drop in self.lr_drops:
-            _check(0 < drop <= 1, "--lr-drops", drop, "must be above 0 and at most 1")
 
     def _check_data(self) -> None:
         """Raises UsageError where --dataset and the options that say where it is do not agree."""
@@ -300,28 +246,44 @@ class TrainConfig:
                     f"{flag} means nothing to --dataset {self.dataset}; it is for "
                     f"{', '.join(takers)}"
                 )
-        _check(
-            self.image_size is None or 8 <= self.image_size <= 1024,
-            "--image-size",
-            self.image_size,
-            "must be from 8 to 1024",
-        )
 
 
-def _check(holds: bool, flag: str, value: object, rule: str) -> None:
-    if not holds:
-        default = getattr(TrainConfig, flag[2:].replace("-", "_"))
-        shown = (" ".join(map(str, default)) or "none") if isinstance(default, tuple) else default
-        raise UsageError(f"{flag}={value} {rule}; the default is {shown}")
+# What an option's value, or each of its values, must be, unless it is None.
+_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "image_size": (lambda v: 8 <= v <= 1024, "must be from 8 to 1024"),
+    "epochs": (lambda v: 1 <= v <= 10**6, "must be from 1 to 1000000"),
+    "batch_size": (lambda v: v >= 1, "must be at least 1"),
+    "accumulate": (lambda v: v >= 1, "must be at least 1"),
+    "ema": (lambda v: 0 <= v < 1, "must be in [0, 1), or None"),
+    "threads": (lambda v: 1 <= v <= MOST_THREADS, f"must be from 1 to {MOST_THREADS}"),
+    "device": (
+        lambda v: re.fullmatch(r"cpu|cuda(:\d{1,3})?", v) is not None,
+        "must be cpu, cuda or cuda:N",
+    ),
+    "seed": (lambda v: 0 <= v < 2**31, "must be from 0 to 2147483647"),
+    "seeds": (lambda v: 0 <= v < 2**31, "must be from 0 to 2147483647"),
+    "lr": (lambda v: 0 < v <= LARGEST, "must be positive and at most 1e38"),
+    "lr_drops": (lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
+    # Nesterov momentum is undefined at 0.
+    "momentum": (lambda v: 0 < v < 1, "must be above 0 and below 1"),
+    "weight_decay": (lambda v: 0 <= v <= LARGEST, "must be 0 or more and at most 1e38"),
+    "temperature": (lambda v: 1e-3 <= v <= 1000, "must be positive, from 0.001 to 1000"),
+    "alpha": (lambda v: 0 <= v <= LARGEST, "must be 0 or more"),
+    "boundary_epochs": (lambda v: 0 <= v < math.inf, "must be 0 or more, or None"),
+    "ramp_epochs": (lambda v: 0 <= v < math.inf, "must be 0 or more, or None"),
+    "validation": (lambda v: 0 <= v < 0.9, "must be in [0, 0.9)"),
+    "labels_per_class": (lambda v: v >= 1, "must be at least 1, or None"),
+}
 
 
-def _check_known(flag: str, value: str, known: list[str]) -> None:
-    if value not in known:
-        raise UsageError(unknown(f"{flag}={value}", value, known))
+def typed(name: str, value: object) -> str:
+    """The option ``name`` with ``value``, as it is given on the command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag}={' '.join(map(str, value)) if isinstance(value, tuple | list) else value}"
 
 
-def unknown(what: str, name: str, known: list[str]) -> str:
-    """The sentence about ``what``, in which ``name`` is none of those that are known."""
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{what} is unknown; {hint}use one of {', '.join(known)}"
+def _default(name: str) -> str:
+    default = getattr(TrainConfig, name)
+    return (" ".join(map(str, default)) or "none") if isinstance(default, tuple) else str(default)

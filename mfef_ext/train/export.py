@@ -37,26 +37,34 @@ def export(
     out: Path | None = None,
     checkpoint: str = "last",
     device: str | None = None,
+    ema: bool = False,
 ) -> str:
     """Writes one student of the run ``path`` into one file (``safetensors``: and a .json), and says
-    where and what it was compared on. ``out``: RUN/export/student<i> by default.
+    where and what it was compared on. ``ema``: with its averaged weights, in place of those of the
+    last step. ``out``: RUN/export/student<i> by default.
 
-    Raises UsageError if there is no such student or the file is there already, CheckpointError if
-    the file's logits are not the trained student's. There is no file then.
+    Raises UsageError if there is no such student, no average or the file is there already,
+    CheckpointError if the file's logits are not the trained student's. There is no file then.
     """
     if format == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
         raise UsageError("--format onnx needs two packages; run: pip install onnx onnxscript")
     run = restore(path, checkpoint, device)
     if not 0 <= student < len(run.specs):
         raise UsageError(f"--student={student} must be from 0 to {len(run.specs) - 1} in {path}")
+    if ema and not run.averaged:
+        raise UsageError(
+            f"--ema means nothing to {path}, which was trained without: it has no averaged "
+            "weights; leave --ema out, or train with --ema 0.999"
+        )
+    role = f"student{student}{'-ema' * ema}"
     suffix, which = SUFFIXES[format], "" if checkpoint == "last" else f"-{checkpoint}"
-    out = out or path / "export" / f"student{student}{which}{suffix}"
+    out = out or path / "export" / f"{role}{which}{suffix}"
     if out.suffix != suffix:
         raise UsageError(f"--out={out} must end in {suffix}, as --format {format} writes it")
     for file in (out, out.with_suffix(".json"))[: 1 + (format == "safetensors")]:
         if file.exists():
             raise UsageError(f"--out={file} exists and nothing is ever overwritten; name another")
-    network, about = run.distiller.students[student].cpu().eval(), run.about(f"student{student}")
+    network, about = run.students[role].cpu().eval(), run.about(role)
     x = run.dataset.test.x.cpu()[: ONNX_IMAGES if format == "onnx" else IMAGES]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export") as unchecked:
@@ -73,7 +81,8 @@ def export(
         for written in file.parent.iterdir():
             os.replace(written, out.parent / written.name)
     same = f"within {tolerance:g} of the largest" if tolerance else "bit for bit"
-    return f"{out}: student {student} of {path}; logits of {len(x)} test images are its, {same}"
+    what = f"student {student}{', averaged weights,' * ema} of {path}"
+    return f"{out}: {what}; logits of {len(x)} test images are its, {same}"
 
 
 def _program(network: nn.Module, x: Tensor) -> torch.export.ExportedProgram:

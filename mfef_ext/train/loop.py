@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -49,9 +50,10 @@ def train(config: TrainConfig, display: Display, processes: Processes) -> Run:
     )
     clock = HeadClock(run.distiller.method, processes.device)
     with _stop_requests() as requests:
+        training = Training(run, module, clock, display, requests)
         try:
             for epoch in range(len(run.rows), config.epochs):
-                _one_epoch(run, module, epoch, clock, display, requests)
+                training.one_epoch(epoch)
         except StoppedError as error:
             error.folder = run.path
             raise
@@ -60,146 +62,137 @@ def train(config: TrainConfig, display: Display, processes: Processes) -> Run:
     return run
 
 
-def _one_epoch(
-    run: Run,
-    module: nn.Module,
-    epoch: int,
-    clock: HeadClock,
-    display: Display,
-    requests: list[str],
-) -> None:
-    """Trains, scores, records and saves one epoch; 0 is the first."""
-    started, clock.seconds = clock.now(), 0.0
-    losses = _steps(run, module, epoch, clock, display, requests)
-    seconds = clock.now() - started
-    _check_finite_state(run.distiller, epoch)
-    row = {
-        "epoch": epoch + 1,
-        "lr": run.config.lr_at(epoch),
-        "kd_weight": run.distiller.method.kd_weight(epoch + 1),
-        "loss": sum(losses.values()),
-        **losses,
-    }
-    for split in ("validation", "test"):
-        images = getattr(run.dataset, split)
-        if len(images):
-            scores = accuracy(run, images)
-            row |= {f"{split}/{role}": value for role, value in scores.items()}
-    if run.distiller.method.held_out:
-        _calibrate(run.distiller, run.dataset.validation)
-    rate = len(run.dataset.train) / seconds
-    timing = {"epoch": epoch + 1, "train_seconds": seconds, "method_seconds": clock.seconds}
-    run.rows.append(row)
-    run.timings.append(timing | {"images_per_second": rate})
-    # Of equals the later one: it has seen more, at a smaller learning rate.
-    key = "validation/students" if len(run.dataset.validation) else "test/students"
-    is_best = row[key] == max(earlier[key] for earlier in run.rows)
-    if is_best:
-        run.best_epoch = epoch + 1
-    if run.writes:
-        folder.append_row(run.path / "metrics.jsonl", row)
-        folder.append_row(run.path / "metrics.csv", row)
-        folder.append_row(run.path / "timings.jsonl", run.timings[-1])
-        if is_best:  # first: a run killed in between does this epoch again
-            run.save(checkpoint.BEST)
-        run.save(checkpoint.LAST, checkpoint.PREVIOUS)
-    display.epoch(row, rate)
+@dataclass
+class Training:
+    """A run in the middle of its training, and what is told of it."""
 
+    run: Run
+    module: nn.Module
+    """The run's distiller, shared among the processes if there are several."""
+    clock: HeadClock
+    display: Display
+    requests: list[str]
+    """The signals that asked to stop."""
 
-def _steps(
-    run: Run,
-    module: nn.Module,
-    epoch: int,
-    clock: HeadClock,
-    display: Display,
-    requests: list[str],
-) -> dict[str, float]:
-    """One pass over the training images; the mean of each loss term over them, by name."""
-    config, processes, images = run.config, run.processes, len(run.dataset.train)
-    for group in run.optimizer.param_groups:
-        group["lr"] = config.lr_at(epoch)
-    run.distiller.train()
-    steps = math.ceil(images / config.batch_size)
-    sums = run.sums
-    views = len(run.distiller.students) if run.distiller.method.views else 1
-    batches = data.training_batches(
-        run.dataset,
-        config.batch_size,
-        config.seed,
-        epoch,
-        views,
-        first_step=run.step,
-        rank=processes.rank,
-        ranks=processes.ranks,
-    )
-    for step, (x, y) in enumerate(batches, run.step):
-        _seed(config.seed, epoch, step, processes.rank)
-        where = f"epoch {epoch + 1}, step {step + 1}"
-        size = min(config.batch_size, images - step * config.batch_size)
-        terms = _gradients(run, module, x, y, size, epoch + step / steps, clock)
-        run.scaler.unscale_(run.optimizer)
-        gradients = [p.grad for p in run.distiller.parameters() if p.grad is not None]
-        broken = ~torch.nn.utils.get_total_norm(gradients).isfinite()
-        # One sum says all that the processes must agree on.
-        asked = broken.new_tensor(float(bool(requests)), dtype=torch.float64)
-        *values, broken, stop = processes.sum(
-            torch.stack([*terms.values(), broken.double(), asked])
-        ).tolist()
-        for name, value in zip(terms, values, strict=True):
-            if not math.isfinite(value):
-                raise NotFiniteError(f"{where}: the loss term {name} is {value}")
-            sums[name] = sums.get(name, 0.0) + value * size / images
-        if broken and not (run.scaler.is_enabled() and run.scaler.get_scale() > LEAST_SCALE):
-            name = next(
-                (n for n, p in run.distiller.named_parameters() if _broken(p.grad)), "their norm"
-            )
-            raise NotFiniteError(f"{where}: the gradient of {name} is not finite")
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        if run.average is not None:
-            run.average.update_parameters(run.distiller.students)
-        display.step(epoch + 1, step + 1, steps, sum(values))
-        if stop:
-            _check_finite_state(run.distiller, epoch)
-            run.step = step + 1
-            if run.writes:
-                run.save(checkpoint.LAST, checkpoint.PREVIOUS)
-            who = requests[0] if requests else "another process was stopped"
-            raise InterruptedByUser(f"{who} in epoch {epoch + 1}, after step {step + 1} of {steps}")
-    run.step, run.sums = 0, {}
-    return sums
+    def one_epoch(self, epoch: int) -> None:
+        """Trains, scores, records and saves one epoch; 0 is the first."""
+        run, clock = self.run, self.clock
+        started, clock.seconds = clock.now(), 0.0
+        losses = self.steps(epoch)
+        seconds = clock.now() - started
+        _check_finite_state(run.distiller, epoch)
+        row = {
+            "epoch": epoch + 1,
+            "lr": run.config.lr_at(epoch),
+            "kd_weight": run.distiller.method.kd_weight(epoch + 1),
+            "loss": sum(losses.values()),
+            **losses,
+        }
+        for split in ("validation", "test"):
+            images = getattr(run.dataset, split)
+            if len(images):
+                scores = accuracy(run, images)
+                row |= {f"{split}/{role}": value for role, value in scores.items()}
+        if run.distiller.method.held_out:
+            _calibrate(run.distiller, run.dataset.validation)
+        rate = len(run.dataset.train) / seconds
+        timing = {"epoch": epoch + 1, "train_seconds": seconds, "method_seconds": clock.seconds}
+        run.rows.append(row)
+        run.timings.append(timing | {"images_per_second": rate})
+        # Of equals the later one: it has seen more, at a smaller learning rate.
+        key = "validation/students" if len(run.dataset.validation) else "test/students"
+        is_best = row[key] == max(earlier[key] for earlier in run.rows)
+        if is_best:
+            run.best_epoch = epoch + 1
+        if run.writes:
+            folder.append_row(run.path / "metrics.jsonl", row)
+            folder.append_row(run.path / "metrics.csv", row)
+            folder.append_row(run.path / "timings.jsonl", run.timings[-1])
+            if is_best:  # first: a run killed in between does this epoch again
+                run.save(checkpoint.BEST)
+            run.save(checkpoint.LAST, checkpoint.PREVIOUS)
+        self.display.epoch(row, rate)
 
+    def steps(self, epoch: int) -> dict[str, float]:
+        """One pass over the training images; the mean of each loss term over them, by name."""
+        run, requests = self.run, self.requests
+        config, processes, images = run.config, run.processes, len(run.dataset.train)
+        for group in run.optimizer.param_groups:
+            group["lr"] = config.lr_at(epoch)
+        run.distiller.train()
+        steps = math.ceil(images / config.batch_size)
+        sums = run.sums
+        views = len(run.distiller.students) if run.distiller.method.views else 1
+        batches = data.training_batches(
+            run.dataset,
+            config.batch_size,
+            config.seed,
+            epoch,
+            views,
+            first_step=run.step,
+            rank=processes.rank,
+            ranks=processes.ranks,
+        )
+        for step, (x, y) in enumerate(batches, run.step):
+            _seed(config.seed, epoch, step, processes.rank)
+            where = f"epoch {epoch + 1}, step {step + 1}"
+            size = min(config.batch_size, images - step * config.batch_size)
+            terms = self.gradients(x, y, size, epoch + step / steps)
+            run.scaler.unscale_(run.optimizer)
+            gradients = [p.grad for p in run.distiller.parameters() if p.grad is not None]
+            broken = ~torch.nn.utils.get_total_norm(gradients).isfinite()
+            # One sum says all that the processes must agree on.
+            asked = broken.new_tensor(float(bool(requests)), dtype=torch.float64)
+            *values, broken, stop = processes.sum(
+                torch.stack([*terms.values(), broken.double(), asked])
+            ).tolist()
+            for name, value in zip(terms, values, strict=True):
+                if not math.isfinite(value):
+                    raise NotFiniteError(f"{where}: the loss term {name} is {value}")
+                sums[name] = sums.get(name, 0.0) + value * size / images
+            if broken and not (run.scaler.is_enabled() and run.scaler.get_scale() > LEAST_SCALE):
+                named = run.distiller.named_parameters()
+                name = next((n for n, p in named if _broken(p.grad)), "their norm")
+                raise NotFiniteError(f"{where}: the gradient of {name} is not finite")
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            if run.average is not None:
+                run.average.update_parameters(run.distiller.students)
+            self.display.step(epoch + 1, step + 1, steps, sum(values))
+            if stop:
+                _check_finite_state(run.distiller, epoch)
+                run.step = step + 1
+                if run.writes:
+                    run.save(checkpoint.LAST, checkpoint.PREVIOUS)
+                who = requests[0] if requests else "another process was stopped"
+                raise InterruptedByUser(
+                    f"{who} in epoch {epoch + 1}, after step {step + 1} of {steps}"
+                )
+        run.step, run.sums = 0, {}
+        return sums
 
-def _gradients(
-    run: Run,
-    module: nn.Module,
-    x: list[Tensor],
-    y: Tensor,
-    size: int,
-    epoch: float,
-    clock: HeadClock,
-) -> dict[str, Tensor]:
-    """Leaves in ``.grad`` the gradients of the mean loss over a batch of ``size`` images, of which
-    this process has x and y; returns its share of each term of that mean, float64."""
-    config, ranks = run.config, run.processes.ranks
-    count = parts(config, size, ranks)
-    terms: dict[str, Tensor] = {}
-    run.optimizer.zero_grad()
-    pieces = zip(*(v.tensor_split(count) for v in x), y.tensor_split(count), strict=True)
-    for i, (*views, labels) in enumerate(pieces):
-        alone = isinstance(module, DistributedDataParallel) and i + 1 < count
-        with module.no_sync() if alone else nullcontext():  # type: ignore[operator]
-            with run.autocast():
-                out = module(views if len(views) > 1 else views[0], labels, epoch)
-            clock.backward_starts()
-            # Processes' gradients are averaged: weighed so, they are those of the whole mean.
-            run.scaler.scale(out.loss * (len(labels) * ranks / size)).backward()
-        for name, term in out.losses.items():
-            share = term.detach().double() * (len(labels) / size)
-            if not len(labels):  # the mean over no images is NaN; its gradients are 0
-                share = torch.zeros_like(share)
-            terms[name] = terms[name] + share if name in terms else share
-    return terms
+    def gradients(self, x: list[Tensor], y: Tensor, size: int, epoch: float) -> dict[str, Tensor]:
+        """Leaves in ``.grad`` the gradients of the mean loss over a batch of ``size`` images, of
+        which this process has x and y; returns its share of each term of that mean, float64."""
+        run, module, ranks = self.run, self.module, self.run.processes.ranks
+        count = parts(run.config, size, ranks)
+        terms: dict[str, Tensor] = {}
+        run.optimizer.zero_grad()
+        pieces = zip(*(v.tensor_split(count) for v in x), y.tensor_split(count), strict=True)
+        for i, (*views, labels) in enumerate(pieces):
+            alone = isinstance(module, DistributedDataParallel) and i + 1 < count
+            with module.no_sync() if alone else nullcontext():  # type: ignore[operator]
+                with run.autocast():
+                    out = module(views if len(views) > 1 else views[0], labels, epoch)
+                self.clock.backward_starts()
+                # Processes' gradients are averaged: weighed so, they are those of the whole mean.
+                run.scaler.scale(out.loss * (len(labels) * ranks / size)).backward()
+            for name, term in out.losses.items():
+                share = term.detach().double() * (len(labels) / size)
+                if not len(labels):  # the mean over no images is NaN; its gradients are 0
+                    share = torch.zeros_like(share)
+                terms[name] = terms[name] + share if name in terms else share
+        return terms
 
 
 def _seed(*numbers: int) -> None:

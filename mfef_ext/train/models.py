@@ -10,7 +10,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distill.tap import find_tap, probe
-from . import UsageError, library
+from . import UsageError, library, unknown
 
 
 class BasicBlock(nn.Module):
@@ -281,12 +280,12 @@ def check_known(name: str) -> None:
     else:
         known = [name] if _own(name) else list(STUDENTS)
     if wanted not in known:
-        near = get_close_matches(wanted, known, n=1)
-        hint = f"did you mean {source + ':' if source else ''}{near[0]}? " if near else ""
-        raise UsageError(
-            f"--students={name} is unknown; {hint}use one of {', '.join(STUDENTS)}, "
-            "wrn-DEPTH-WIDTH such as wrn-16-2, torchvision:NAME or timm:NAME"
+        choice = (
+            f"{', '.join(STUDENTS)}, wrn-DEPTH-WIDTH such as wrn-16-2, torchvision:NAME or "
+            "timm:NAME"
         )
+        prefix = source and source + ":"
+        raise UsageError(unknown(f"--students={name}", wanted, known, prefix, choice))
 
 
 @dataclass(frozen=True)

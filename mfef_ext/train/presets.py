@@ -10,8 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from . import UsageError
-from .config import TrainConfig, unknown
+from . import UsageError, unknown
+from .config import TrainConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     # What the papers of online distillation have in common on CIFAR; temperatures, and a ramp of 80

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class SaidElsewhere(Exception):
-    """Why an error is raised here that process 0 has met, and says."""
+    """Why an error is raised here that another process has met, and says."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,37 @@ class Processes:
             raise answer[1] from (SaidElsewhere() if self.rank else answer[1].__cause__)
         return answer[0]  # type: ignore[return-value]
 
+    def together(self, act: Callable[[], T]) -> T:
+        """What ``act``, which all processes call, returns here, once all are done with it; what it
+        raises in one of them, of several the first, is raised in all."""
+        if self.ranks == 1:
+            return act()
+        answer: list[T] = []
+        errors: list[Exception | None] = [None] * self.ranks
+        try:
+            answer.append(act())
+        except Exception as error:
+            dist.all_gather_object(errors, error)
+            if not any(errors[: self.rank]):
+                raise
+        else:
+            dist.all_gather_object(errors, None)
+        for elsewhere in errors:
+            if elsewhere is not None:
+                raise elsewhere from SaidElsewhere()
+        return answer[0]
+
     def in_turn(self, act: Callable[[], T]) -> T:
-        """What ``act`` returns here, after process 0 is done with it; what it raises there is
-        raised in all."""
+        """As :meth:`together`, with process 0 done before the others begin."""
         mine: list[T] = []
         self.first(lambda: mine.append(act()))
-        return mine[0] if mine else act()
+        return self.together(lambda: mine[0] if mine else act())
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of all processes' ``values``, which it replaces."""
         if self.ranks > 1:
             dist.all_reduce(values)
         return values
-
-    def wait(self) -> None:
-        """Returns once all processes are here."""
-        if self.ranks > 1:
-            dist.barrier()
 
     def share(self, module: nn.Module, *, synchronise: bool, unused: bool) -> nn.Module:
         """``module`` with gradients that are means over the processes.
@@ -73,7 +87,7 @@ class Processes:
         if self.ranks == 1:
             return module
         if synchronise:
-            synchronise_batch_norm(module, self.device)
+            self.together(lambda: synchronise_batch_norm(module, self.device))
         return DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
@@ -94,14 +108,17 @@ def join(device: str) -> Processes:
             f"--device={device} is one GPU for {ranks} processes; use --device cuda, of which each "
             "takes its own"
         )
+    local = os.environ.get("LOCAL_RANK", "0")
     if ranks > 1 and device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        device = f"cuda:{local}"
     try:
         there = torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as error:
+        # Where there is no GPU at all, the first process of the machine says so.
+        said = local != "0" and not torch.cuda.is_available()
         raise UsageError(
             f"--device={device} cannot be used ({str(error).splitlines()[0]}); use --device cpu"
-        ) from error
+        ) from (SaidElsewhere() if said else error)
     if ranks > 1 and not dist.is_initialized():
         if there.type == "cuda":
             torch.cuda.set_device(there)

@@ -18,7 +18,7 @@ from ..distill import OnlineDistiller
 from ..distill.distiller import method_options
 from ..version import __version__
 from . import UsageError, checkpoint, data, folder
-from .config import TrainConfig
+from .config import TrainConfig, typed
 from .models import StudentSpec, build_students
 from .processes import Processes
 
@@ -51,6 +51,12 @@ class Run:
     def averaged(self) -> list[nn.Module]:
         """The students with averaged weights, or []."""
         return list(self.average.module.children()) if self.average is not None else []
+
+    @property
+    def students(self) -> dict[str, nn.Module]:
+        """Every student by role, ``student<i>``, and its average, ``student<i>-ema``."""
+        students = {f"student{i}": s for i, s in enumerate(self.distiller.students)}
+        return students | {f"student{i}-ema": s for i, s in enumerate(self.averaged)}
 
     @property
     def writes(self) -> bool:
@@ -114,9 +120,7 @@ class Run:
 
     def save_students(self) -> None:
         """Leaves every student alone in a file of its own, and its average where there is one."""
-        students = {f"student{i}": s for i, s in enumerate(self.distiller.students)}
-        students |= {f"student{i}-ema": s for i, s in enumerate(self.averaged)}
-        for (role, student), spec in zip(students.items(), self.specs * 2, strict=False):
+        for (role, student), spec in zip(self.students.items(), self.specs * 2, strict=False):
             path = self.path / f"{role}.safetensors"
             checkpoint.save_student(path, student, spec, self.about(role))
 
@@ -135,10 +139,10 @@ class Run:
         for name in (name for name in here if name not in NOT_OF_THE_RESULT):
             # What was saved has been through JSON's types: tuples are lists.
             if name not in there or _plain(there[name]) != _plain(here[name]):
-                flag = f"--{name.replace('_', '-')}"
                 raise UsageError(
-                    f"{flag}={here[name]} is not what the run in {self.path} was begun with "
-                    f"({there.get(name)}); resume it with the same options, or name a new --out"
+                    f"{typed(name, here[name])} is not what the run in {self.path} was begun with "
+                    f"({typed(name, there.get(name))}); resume it with the same options, or name a "
+                    "new --out"
                 )
         try:
             self.distiller.load_state_dict(state["distiller"])
@@ -157,7 +161,9 @@ class Run:
             ) from error
         if not self.writes:
             return
-        # A run that was killed may have recorded an epoch that no checkpoint holds.
+        # A run that was killed may have left half a file, and an epoch that no checkpoint holds.
+        for half in self.path.glob("*" + checkpoint.BESIDE):
+            half.unlink()
         for suffix in (".jsonl", ".csv"):
             folder.write_rows(self.path / f"metrics{suffix}", self.rows)
         folder.write_rows(self.path / "timings.jsonl", self.timings)
@@ -182,7 +188,6 @@ def prepare(config: TrainConfig, processes: Processes, path: Path | None = None)
     not work out.
     """
     config.check()
-    device = processes.device
     dataset = processes.in_turn(
         partial(
             data.load,
@@ -194,7 +199,25 @@ def prepare(config: TrainConfig, processes: Processes, path: Path | None = None)
             labels_per_class=config.labels_per_class,
             seed=config.seed,
         )
-    ).to(device)
+    ).to(processes.device)
+    make = partial(_make, config, processes, dataset, path or config.out or Path("runs"))
+    run, found = processes.together(make)  # nobody writes before all have read
+    if found is not None:
+        file, state, run.complaints = found
+        processes.together(lambda: run.restore(file, state))
+    elif path is None:
+        name = f"{config.method}-{config.dataset}"
+        run.path = processes.first(partial(folder.create, config.out, name))
+    return run
+
+
+Found = tuple[Path, dict[str, Any], list[str]]
+
+
+def _make(
+    config: TrainConfig, processes: Processes, dataset: data.Dataset, path: Path
+) -> tuple[Run, Found | None]:
+    """The run in ``path`` with fresh weights, and the checkpoint to go on from, if there is one."""
     if config.batch_size > len(dataset.train):
         raise UsageError(
             f"--batch-size={config.batch_size} is more than the {len(dataset.train)} training "
@@ -217,7 +240,7 @@ def prepare(config: TrainConfig, processes: Processes, path: Path | None = None)
             input_shape=dataset.shape,
             share_stem=config.share_stem,
             **options,
-        ).to(device)
+        ).to(processes.device)
     except ValueError as error:  # too few students, an unknown variant
         raise UsageError(str(error)) from error
     if distiller.method.held_out and not len(dataset.validation):
@@ -242,7 +265,7 @@ def prepare(config: TrainConfig, processes: Processes, path: Path | None = None)
         weight_decay=config.weight_decay,
         nesterov=True,
     )
-    scaler = GradScaler(device.type, enabled=config.amp == "fp16")
+    scaler = GradScaler(processes.device.type, enabled=config.amp == "fp16")
     average = None
     if config.ema is not None:
         average = AveragedModel(
@@ -251,17 +274,8 @@ def prepare(config: TrainConfig, processes: Processes, path: Path | None = None)
     if config.compile:
         distiller.compile_students()
     found = checkpoint.newest(config.out) if config.resume and config.out else None
-    processes.wait()  # nobody writes before all have read
-    if found is not None:
-        path = found[0].parent
-    elif path is None:
-        name = f"{config.method}-{config.dataset}"
-        path = processes.first(partial(folder.create, config.out, name))
     run = Run(config, path, processes, dataset, specs, distiller, optimizer, scaler, average)
-    if found is not None:
-        file, state, run.complaints = found
-        run.restore(file, state)
-    return run
+    return run, found
 
 
 def _check_single_images(

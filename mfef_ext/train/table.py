@@ -28,8 +28,8 @@ class FinishedRun:
 
     @property
     def experiment(self) -> dict[str, str]:
-        """Everything that makes a difference, by name, as text."""
-        return {k: _text(v) for k, v in self.config.items() if k not in _NOT_COMPARED}
+        """Everything that makes a difference, by name, as JSON."""
+        return {k: json.dumps(v) for k, v in self.config.items() if k not in _NOT_COMPARED}
 
 
 def table(paths: Sequence[Path]) -> str:
@@ -58,7 +58,7 @@ def table(paths: Sequence[Path]) -> str:
     head = [*_ALWAYS_SHOWN, *differ, "seeds", "role", "last epoch, %", "best epoch, %", "best on"]
     lines = [head, ["---"] * (len(head) - 3) + ["---:", "---:", "---"]]
     for same in groups.values():
-        shown = [same[0].experiment.get(name, "") for name in (*_ALWAYS_SHOWN, *differ)]
+        shown = [_text(same[0].config.get(name)) for name in (*_ALWAYS_SHOWN, *differ)]
         seeds = " ".join(str(run.config["seed"]) for run in same)
         for role in same[0].summary["last_test_accuracy"]:
             last, best = (
@@ -81,8 +81,8 @@ def _differs(name: str, runs: list[FinishedRun]) -> bool:
     same method."""
     values: dict[str, set[str]] = {}
     for run in runs:
-        comparable = run.experiment["method"] if name in METHOD_OPTIONS else ""
-        values.setdefault(comparable, set()).add(run.experiment.get(name, ""))
+        comparable = run.config["method"] if name in METHOD_OPTIONS else ""
+        values.setdefault(comparable, set()).add(run.experiment.get(name, "null"))
     return any(len(found) > 1 for found in values.values())
 
 
@@ -118,9 +118,11 @@ def _read(path: Path) -> FinishedRun:
 def _text(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
     if isinstance(value, dict):
         return ", ".join(f"{k} {v}" for k, v in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(_text, value)) if isinstance(value, list) else str(value)
 
 
 def _spread(values: list[float]) -> str:

@@ -38,7 +38,7 @@ def test_rows_are_the_trainers_and_a_finished_run_is_not_run_again(tmp_path, mon
     def refuse(*arguments):
         raise AssertionError("an epoch was trained again")
 
-    monkeypatch.setattr("mfef_ext.train.loop._one_epoch", refuse)
+    monkeypatch.setattr("mfef_ext.train.loop.Training.one_epoch", refuse)
     assert bench_accuracy.main(options) == 0
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == result["rows"]
 

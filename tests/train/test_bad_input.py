@@ -57,8 +57,8 @@ def refused(options, capsys, *words):
         (["--backend", "cuda"], ["--backend=cuda does not work here: ", "choose automatically"]),
         (["--device", "cuda:77"], ["--device=cuda:77 cannot be used", "--device cpu"]),
         (["--device", "nonsense"], ["--device=nonsense must be cpu, cuda or cuda:N"]),
-        (["--epochs", "0"], ["--epochs=0 must be at least 1; the default is 15"]),
-        (["--epochs", "-3"], ["--epochs=-3 must be at least 1"]),
+        (["--epochs", "0"], ["--epochs=0 must be from 1 to 1000000; the default is 15"]),
+        (["--epochs", "-3"], ["--epochs=-3 must be from 1"]),
         (["--batch-size", "0"], ["--batch-size=0 must be at least 1"]),
         (["--batch-size", "9999"], ["--batch-size=9999 is more than the 1295 training images"]),
         (["--lr", "0"], ["--lr=0.0 must be positive and at most 1e38; the default is 0.1"]),
@@ -88,7 +88,7 @@ def refused(options, capsys, *words):
         (["--device", "meta"], ["--device=meta must be cpu, cuda or cuda:N"]),
         (["--lr", "1e300"], ["--lr=1e+300 must be positive and at most 1e38"]),
         (["--temperature", "1e200"], ["--temperature=1e+200 must be positive"]),
-        (["--epochs", "1" + "0" * 30], ["must be at most 1000000"]),
+        (["--epochs", "1" + "0" * 30], ["must be from 1 to 1000000"]),
     ],
 )
 def test_refused_in_one_sentence(options, words, capsys, tmp_path, monkeypatch):

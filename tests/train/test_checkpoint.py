@@ -63,6 +63,7 @@ def test_a_write_that_fails_leaves_the_old_file(saved, monkeypatch, failing):
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(saved, {"epoch": 4})
     assert checkpoint.load(saved)["epoch"] == 3
+    assert os.listdir(saved.parent) == ["last.ckpt"]  # nothing half written takes up the disk
 
 
 def test_student_file_is_checked(tmp_path):

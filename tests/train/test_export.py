@@ -85,8 +85,9 @@ def test_networks_of_timm_and_torchvision(tmp_path):
     """Both train together for an epoch and answer as trained where this package is not."""
     pytest.importorskip("timm")
     run = tmp_path / "run"
-    students = ("timm:resnet10t", "torchvision:resnet18")
-    options = ["--dataset", "fake32", "--epochs", "1", "--batch-size", "290", "--threads", "1"]
+    students = ("timm:test_resnet", "torchvision:resnet18")
+    options = ["--dataset", "fake32", "--epochs", "1", "--batch-size", "50", "--threads", "1"]
+    options += ["--labels-per-class", "10"]
     argv = [*options, "--students", *students, "--tap", "layer3", "--out", str(run)]
     assert cli.main(["train", *argv]) == 0
     trained = evaluate.restore(run, "last")
@@ -148,6 +149,7 @@ def test_a_student_that_answers_otherwise_is_not_left(
     ("argv", "status", "words"),
     [
         (["{run}", "--student", "2"], 2, "--student=2 must be from 0 to 1"),
+        (["{run}", "--ema"], 2, "--ema means nothing to {run}, which was trained without"),
         (["{run}", "--student", "-1"], 2, "--student=-1 must be from 0 to 1"),
         (["{run}", "--format", "onnx", "--out", "{tmp}/a.pt2"], 2, "must end in .onnx"),
         (["{run}", "--out", "{tmp}/a.safetensors"], 2, "a.json exists and nothing is ever overwri"),
@@ -163,7 +165,7 @@ def test_refused_in_one_sentence(trained, tmp_path, capsys, argv, status, words)
     before = sorted(tmp_path.iterdir())
     assert cli.main(["export", *(a.format(tmp=tmp_path, run=trained) for a in argv)]) == status
     error = capsys.readouterr().err
-    assert words in error and len(error.splitlines()) == 1
+    assert words.format(run=trained) in error and len(error.splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "a.json").read_text() == "mine"
 
 

@@ -28,16 +28,24 @@ QUICK = (
 )
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 
-# Runs main() in every process, and leaves each one's exit status in a file. PLANT changes something
-# in the process of rank 1 first.
+# Runs main() in every process, once per list of options, and leaves each one's exit statuses in a
+# file. PLANT changes something in the process of rank 1 before its third step; there is no resnet14
+# in that process.
 SCRIPT = """
-import os, sys
+import json, os, sys
 from pathlib import Path
 import torch
-from mfef_ext.train import data, loop
+from mfef_ext.train import UsageError, data, loop, processes, run
 from mfef_ext.train.__main__ import main
+leave, processes.leave = processes.leave, lambda: None  # they meet once
 rank = os.environ["RANK"]
-folder = Path(sys.argv.pop(1))
+folder = Path(sys.argv[1])
+build = run.build_students
+def built(names, *arguments):
+    if rank == "1" and "resnet14" in names:
+        raise UsageError("only here")
+    return build(names, *arguments)
+run.build_students = built
 batches, seen = data.training_batches, []
 def planted(*arguments, **options):
     for x, y in batches(*arguments, **options):
@@ -46,71 +54,125 @@ def planted(*arguments, **options):
             PLANT
         yield x, y
 loop.data.training_batches = planted
-status = main(sys.argv[1:])
-(folder / f"status{rank}").write_text(str(status))
+status = [main(options) for options in json.loads(sys.argv[2])]
+(folder / f"status{rank}").write_text(json.dumps(status))
+leave()
 """
 
 
-def launch(tmp_path, options, plant="pass"):
-    """The exit statuses of both processes, and what they printed to standard error."""
+def launch(tmp_path, *options, plant="pass"):
+    """The exit statuses of both processes, in turn for each list of options, and what they printed
+    to standard error."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("PLANT", plant))
-    command = [*LAUNCH, "--standalone", str(script), str(tmp_path), *options]
+    command = [*LAUNCH, "--standalone", str(script), str(tmp_path), json.dumps(options)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
     assert done.returncode == 0, done.stderr
-    return [int((tmp_path / f"status{rank}").read_text()) for rank in (0, 1)], done.stderr
+    both = [json.loads((tmp_path / f"status{rank}").read_text()) for rank in (0, 1)]
+    return [list(pair) for pair in zip(*both, strict=True)], done.stderr
+
+
+def refuse(*arguments, **options):
+    raise RuntimeError("no GPU")
 
 
 def rows(path):
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
+AGREE = {
+    "mfef": [*QUICK, "--method", "mfef"],
+    "kdcl": [*QUICK, "--method", "kdcl", "--variant", "general"],
+    "okddip": [*QUICK, "--method", "okddip", "--students", "resnet8", "resnet8", "resnet8"],
+    # 230 images: the last batch is one, so that the second process has none of it.
+    "ce of one image": [*QUICK, "--batch-size", "229", "--method", "ce"],
+    "mfef of one image": [*QUICK, "--batch-size", "229", "--method", "mfef"],
+}
+STRAIGHT = [*QUICK, "--method", "dml"]
+# What is wrong, the exit status, and what is said of it.
+WRONG = {
+    "a file": (["--out", "{folder}/file"], 2, "--out={folder}/file cannot be written"),
+    "epochs": (["--epochs", "0"], 2, "--epochs=0 must be from 1 to 1000000"),
+    "parts": (
+        ["--batch-size", "229", "--no-sync-batch-norm"],
+        2,
+        "--batch-size=229 with --accumulate=1 makes parts of 0",
+    ),
+    "batch": (["--batch-size", "999"], 2, "--batch-size=999 is more than the 230 training images"),
+    "backend": (["--backend", "cuda"], 2, "--backend=cuda does not work here: "),
+    "peers": (["--method", "dml", "--students", "resnet8"], 2, "needs at least two students"),
+    "teacher": (["--method", "kd", "--teacher", "no"], 4, "no cannot be read"),
+    "data": (["--dataset", "cifar10", "--data-dir", "no"], 3, "no/cifar-10-batches-py"),
+    "damaged": (["--out", "{folder}/damaged", "--resume", "auto"], 4, "is no mfef checkpoint"),
+    "alone": (
+        ["--method", "ce", "--students", "resnet14", "--out", "{folder}/alone"],
+        2,
+        "mfef: only here",
+    ),
+    "resumed": (
+        ["--method", "mfef", "--no-fusion", "--out", "{folder}/mfef", "--resume", "auto"],
+        2,
+        "--no-fusion is not what the run in {folder}/mfef was begun with (--fusion)",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Everything above in two processes that were started once: the folder that holds the runs,
+    both exit statuses by name, and what was printed to standard error."""
+    path = tmp_path_factory.mktemp("two")
+    (path / "file").touch()
+    (path / "damaged").mkdir()
+    (path / "damaged" / "last.ckpt").write_bytes(b"something")
+    runs = AGREE | {"straight": STRAIGHT}
+    commands = {name: [*options, "--out", str(path / name)] for name, options in runs.items()}
+    for name, (options, _, _) in WRONG.items():
+        commands[name] = [*QUICK, *(option.format(folder=path) for option in options)]
+    statuses, error = launch(path, *commands.values())
+    return path, dict(zip(commands, statuses, strict=True)), error
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--method", "mfef"),
-        ("--method", "kdcl", "--variant", "general"),
-        ("--method", "okddip", "--students", "resnet8", "resnet8", "resnet8"),
-    ],
-    ids=lambda options: options[1],
-)
-def test_two_processes_agree_with_one(options, tmp_path):
-    assert main([*QUICK, *options, "--out", str(tmp_path / "one")]) == 0
-    status, _ = launch(tmp_path, [*QUICK, *options, "--out", str(tmp_path / "two")])
-    assert status == [0, 0]
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert [list(row) for row in one] == [list(row) for row in two]
-    for a, b in zip(one, two, strict=True):
-        for name, value in a.items():
-            if "/" not in name or name.startswith(("ce", "kd")):
+@pytest.mark.parametrize("name", AGREE)
+def test_two_processes_agree_with_one(name, two, tmp_path):
+    path, status, _ = two
+    assert status[name] == [0, 0]
+    assert main([*AGREE[name], "--out", str(tmp_path / "one")]) == 0
+    pairs = list(zip(rows(tmp_path / "one"), rows(path / name), strict=True))
+    for a, b in pairs:
+        assert list(a) == list(b)
+        for term, value in a.items():
+            if "/" not in term or term.startswith(("ce", "kd")):
                 # The gradients' roundings differ, and every step makes more of that.
-                assert b[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
-    config = json.loads((tmp_path / "two" / "config.json").read_text())
+                assert b[term] == pytest.approx(value, rel=1e-3, abs=1e-6), term
+    config = json.loads((path / name / "config.json").read_text())
     assert config["processes"] == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ce", "mfef"])
-def test_a_process_without_an_image(tmp_path, method):
-    # 230 images: the last batch is one, so that the second process has none of it.
-    options = [*QUICK, "--batch-size", "229", "--method", method, "--out"]
-    assert main([*options, str(tmp_path / "one")]) == 0
-    assert launch(tmp_path, [*options, str(tmp_path / "two")])[0] == [0, 0]
-    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
-    status, error = launch(tmp_path, [*options, str(tmp_path / "local"), "--no-sync-batch-norm"])
-    assert status == [2, 2] and "--batch-size=229 with --accumulate=1 makes parts of 0" in error
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_once(name, two):
+    path, status, error = two
+    _, expected, words = WRONG[name]
+    assert status[name] == [expected] * 2
+    assert error.count(words.format(folder=path)) == 1
+    assert error.count("mfef: ") == len(WRONG) and "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_what_is_wrong_in_one_process_leaves_nothing(two):
+    assert not (two[0] / "alone").exists()
 
 
 @pytest.mark.slow
 def test_a_nan_in_one_process_stops_both(tmp_path):
     out = tmp_path / "run"
     options = [*QUICK, "--method", "ce", "--no-sync-batch-norm", "--out", str(out)]
-    status, error = launch(tmp_path, options, "x[0][0, 0, 0, 0] = float('nan')")
-    assert status == [5, 5]
+    statuses, error = launch(tmp_path, options, plant="x[0][0, 0, 0, 0] = float('nan')")
+    assert statuses == [[5, 5]]
     assert error.count("mfef: stopped: epoch 1, step 3: the loss term ce/student0 is nan") == 1
     assert checkpoint.load(out / "last.ckpt")["epoch"] == 0
 
@@ -118,38 +180,25 @@ def test_a_nan_in_one_process_stops_both(tmp_path):
 @pytest.mark.slow
 def test_a_process_that_dies_stops_the_other(tmp_path):
     out = tmp_path / "run"
-    die = "(folder / 'status1').write_text('9'); os._exit(0)"
-    status, error = launch(tmp_path, [*QUICK, "--method", "ce", "--out", str(out)], die)
-    assert status == [75, 9] and "mfef: stopped: another process ended" in error
+    die = "(folder / 'status1').write_text('[9]'); os._exit(0)"
+    statuses, error = launch(tmp_path, [*QUICK, "--method", "ce", "--out", str(out)], plant=die)
+    assert statuses == [[75, 9]] and "mfef: stopped: another process ended" in error
     assert "Traceback" not in error and checkpoint.load(out / "last.ckpt")["step"] == 0
 
 
 @pytest.mark.slow
-def test_what_is_wrong_is_said_once(tmp_path):
-    (tmp_path / "file").touch()
-    for options, words in (
-        (["--out", str(tmp_path / "file")], "cannot be written"),
-        (["--epochs", "0"], "--epochs=0 must be at least 1"),
-    ):
-        status, error = launch(tmp_path, [*QUICK, *options])
-        assert status == [2, 2] and error.count("mfef: ") == error.count(words) == 1
-
-
-@pytest.mark.slow
-def test_stopped_together_and_resumed(tmp_path, capsys):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    options = [*QUICK, "--method", "dml"]
-    assert launch(tmp_path, [*options, "--out", str(straight)])[0] == [0, 0]
-    options += ["--out", str(broken), "--resume", "auto"]
+def test_stopped_together_and_resumed(two, tmp_path, capsys):
+    straight, broken = two[0] / "straight", tmp_path / "broken"
+    options = [*STRAIGHT, "--out", str(broken), "--resume", "auto"]
     stop = "import signal; os.kill(os.getpid(), signal.SIGTERM)"
-    status, error = launch(tmp_path, options, stop)
-    assert status == [75, 75]
+    # The same command twice: stopped, and gone on with.
+    statuses, error = launch(tmp_path, options, options, plant=stop)
+    assert statuses == [[75, 75], [0, 0]]
     assert error.count("mfef: stopped: another process was stopped in epoch 1, after step 3") == 1
-    assert main(options) == 2
-    assert "was begun with 2 processes, not 1; resume it with torchrun" in capsys.readouterr().err
-    assert launch(tmp_path, options)[0] == [0, 0]
     for name in ("metrics.jsonl", "student0.safetensors", "student1.safetensors"):
         assert (straight / name).read_bytes() == (broken / name).read_bytes(), name
+    assert main(options) == 2
+    assert "was begun with 2 processes, not 1; resume it with torchrun" in capsys.readouterr().err
 
 
 def test_one_gpu_for_two_processes_is_refused(monkeypatch, capsys):
@@ -157,6 +206,20 @@ def test_one_gpu_for_two_processes_is_refused(monkeypatch, capsys):
     assert main(["--device", "cuda:1"]) == 2
     assert (
         "--device=cuda:1 is one GPU for 2 processes; use --device cuda" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_no_gpu_is_said_by_the_first_process(rank, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.empty", refuse)
+    assert main(["--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error
+        == ("mfef: --device=cuda:0 cannot be used (no GPU); use --device cpu\n", "")[int(rank)]
     )
 
 

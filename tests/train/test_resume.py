@@ -4,21 +4,32 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 from mfef_ext.distill import METHODS
 from mfef_ext.train import checkpoint
 from mfef_ext.train.__main__ import main
 from mfef_ext.train.display import Display
 
-QUICK = ("--dataset", "fake", "--epochs", "3", "--threads", "1", "--batch-size", "48")
+# 120 images: five steps an epoch.
+QUICK = ("--dataset", "fake", "--epochs", "3", "--threads", "1", "--batch-size", "24")
+QUICK += ("--labels-per-class", "12")
 RESULTS = ("metrics.jsonl", "metrics.csv", "student0.safetensors", "student1.safetensors")
-STEPS = 15  # of all three epochs: 230 images each
+STEPS = 15  # of all three epochs
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Half of the time of so short a run goes into them, and nobody looks at them here."""
+    monkeypatch.setattr("mfef_ext.train.report.draw_curves", lambda run, path: None)
+    monkeypatch.setattr("mfef_ext.train.report.draw_gates", lambda run, path: False)
 
 
 class KilledError(BaseException):
@@ -64,9 +75,15 @@ def options_of(method, teacher):
     return options
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_killed_and_asked_to_stop(method, teacher, tmp_path, monkeypatch):
-    command = [*QUICK, *options_of(method, teacher)]
+# Averages, and a scale that counts its steps; float16 is slow here.
+MIXED = ("--amp", "fp16", "--ema", "0.9", "--labels-per-class", "2", "--batch-size", "4")
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [*((m, ()) for m in sorted(METHODS)), ("ce", MIXED)]
+)
+def test_killed_and_asked_to_stop(method, options, teacher, tmp_path, monkeypatch):
+    command = [*QUICK, *options_of(method, teacher), *options]
     assert main([*command, "--out", str(tmp_path / "straight")]) == 0
     out = ["--out", str(tmp_path / "broken"), "--resume", "auto"]
     draw = random.Random(method)
@@ -81,41 +98,72 @@ def test_killed_and_asked_to_stop(method, teacher, tmp_path, monkeypatch):
     assert contents(tmp_path / "straight") == contents(tmp_path / "broken")
     a, b = (checkpoint.load(tmp_path / n / "best.ckpt") for n in ("straight", "broken"))
     assert a["epoch"] == b["epoch"] and a["metrics"] == b["metrics"]
+    a, b = (checkpoint.load(tmp_path / n / "last.ckpt") for n in ("straight", "broken"))
+    assert a["scaler"] == b["scaler"] and bool(a["scaler"]) == bool(options)
+    for tensors in ("distiller", "average"):
+        torch.testing.assert_close(a[tensors], b[tensors], rtol=0, atol=0)
+    momentum, theirs = a["optimizer"]["state"], b["optimizer"]["state"]
+    torch.testing.assert_close(momentum, theirs, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_from_outside(tmp_path, number):
-    """The same with a process of its own, ten times as long, hit at a random moment."""
-    command = [sys.executable, "-m", "mfef_ext.train", *QUICK, "--epochs", "12", "--method", "ce"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    subprocess.run([*command, "--out", straight], check=True, **quiet)
-    command += ["--out", broken, "--resume", "auto"]
-    process = subprocess.Popen(command, **quiet)
+LONGER = [*QUICK, "--epochs", "12", "--method", "ce"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of a run of twelve epochs that nobody disturbed."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert main([*LONGER, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_from_outside(straight, tmp_path, number):
+    """A process of its own is hit at a random moment, and this one goes on with its run."""
+    out = tmp_path / "broken"
+    options = [*LONGER, "--out", str(out), "--resume", "auto"]
+    command = [sys.executable, "-m", "mfef_ext.train", *options]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, **pipes)
     try:
         deadline = time.monotonic() + 90
-        while not (broken / "metrics.jsonl").exists():
+        while not (out / "metrics.jsonl").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(random.random() / 2)
         process.send_signal(number)
-        process.wait(timeout=30)
+        error = process.communicate(timeout=30)[1]
     finally:
         process.kill()
-    assert process.returncode in (75, -signal.SIGKILL)
-    subprocess.run(command, check=True, **quiet)
-    assert contents(straight) == contents(broken)
+    assert not list(out.glob("student*"))
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL and error == ""
+    else:
+        assert process.returncode == 75 and len(error.splitlines()) == 1
+        assert f"stopped: {signal.Signals(number).name} in epoch" in error
+        assert f"--out {out} --resume auto" in error
+        state = checkpoint.load(out / "last.ckpt")
+        assert state["epoch"] == len((out / "metrics.jsonl").read_text().splitlines()) >= 1
+        assert not list(out.glob("*.writing"))
+    assert main(options) == 0
+    assert contents(straight) == contents(out)
 
 
-@pytest.fixture
-def stopped(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory):
     """The folder of a run that was killed in its third epoch."""
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, 12, kill)
         with pytest.raises(KilledError):
             main([*QUICK, "--method", "ce", "--out", str(out)])
     return out
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(stopped_once, tmp_path / "run")
 
 
 def resume(out, *options):
@@ -139,11 +187,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, tmp_path, cap
     assert contents(tmp_path / "straight") == contents(stopped)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", None])
-def test_no_checkpoint_is_intact(stopped, capsys, content):
+@pytest.mark.parametrize("damage", ["emptied", "replaced", "cut", "removed"])
+def test_no_checkpoint_is_intact(stopped, capsys, damage):
     for name in ("last.ckpt", "previous.ckpt"):
         whole = (stopped / name).read_bytes()
-        (stopped / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+        left = {"emptied": b"", "replaced": b"garbage", "cut": whole[: len(whole) // 2]}
+        (stopped / name).unlink()
+        if damage in left:
+            (stopped / name).write_bytes(left[damage])
     before = sorted(p.name for p in stopped.iterdir())
     capsys.readouterr()
     assert resume(stopped) == 4
@@ -155,11 +206,12 @@ def test_no_checkpoint_is_intact(stopped, capsys, content):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--lr", "0.2"], "--lr=0.2 is not what the run in .* was begun with .0.1."),
+        (["--lr", "0.2"], "--lr=0.2 is not what the run in .* was begun with .--lr=0.1."),
         (["--epochs", "9"], "--epochs=9 is not"),
         (["--students", "resnet8"], "--students="),
         (["--method", "dml"], "--method=dml is not"),
         (["--seed", "3"], "--seed=3"),
+        (["--no-sync-batch-norm"], "--no-sync-batch-norm is not .* .--sync-batch-norm."),
     ],
 )
 def test_other_options_are_refused(stopped, capsys, options, words):
@@ -210,9 +262,10 @@ def test_killed_before_the_first_checkpoint(tmp_path, left, monkeypatch):
         if left == ".writable":
             patch.setattr(type(out), "unlink", lambda path: kill())
         with pytest.raises(KilledError):
-            resume(out)
+            resume(out, "--epochs", "1")
     assert (out / left).exists()
-    assert resume(out) == 0
+    assert resume(out, "--epochs", "1") == 0
+    assert not (out / left).exists()
     assert json.loads((out / "config.json").read_text())["method"] == "ce"
 
 

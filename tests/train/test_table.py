@@ -140,3 +140,15 @@ def test_json_of_something_else_is_refused(tmp_path, capsys, content):
     a = run(tmp_path / "a", 0, {"students": 97.0})
     (a / "config.json").write_text(content)
     refused(capsys, 4, "cannot be read", a)
+
+
+def test_numbers_have_sensible_digits_and_are_compared_in_full(tmp_path, capsys):
+    run(tmp_path / "a", 0, {"students": 97.0}, ramp_epochs=4 / 15, lr_drops=[0.5, 0.75])
+    run(tmp_path / "b", 0, {"students": 98.0}, ramp_epochs=4 / 15 + 1e-9, lr_drops=[2 / 3])
+    run(tmp_path / "c", 1, {"students": 99.0}, ramp_epochs=4 / 15, lr_drops=[0.5, 0.75])
+    rows, _ = table(capsys, tmp_path)
+    assert rows[0][3:6] == ["ramp_epochs", "lr_drops", "seeds"]
+    assert [row[3:6] for row in rows[2:]] == [
+        ["0.266667", "0.5 0.75", "0 1"],
+        ["0.266667", "0.666667", "0"],
+    ]
