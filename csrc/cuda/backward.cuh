@@ -10,7 +10,7 @@
 #pragma once
 
 #include "attention.cuh"
-#include "conv.cuh"
+#include "conv_matrices.cuh"
 
 namespace mfef::cuda {
 
@@ -226,9 +226,9 @@ struct Backward {
       if (!a.grad_x.data) continue;
       if (!s.branch_count) result = grad;
       for (int stage = 0; s.branch_count && stage < a.stages.total(s); ++stage) {
-        block.phase([&](int thread) { load_weights(a, true, stage, m + at.weights, thread, block.threads); });
-        block.phase(
-            [&](int thread) { convolve<kRow>(a, true, stage, m + at.weights, grad, result, thread, block.threads); });
+        block.phase([&](int thread) { load_weights<kRow>(a, true, stage, m + at.weights, thread, block.threads); });
+        if (stage == 0) prepare_sources<kRow>(a, block, at, true);
+        convolve_stage<kRow>(a, block, at, true, stage);
       }
       block.phase([&](int thread) {
         store_map<kRow>(a.grad_x, a.element, s, images.first, images.count, s.branch_count ? s.in : s.out, a.step,

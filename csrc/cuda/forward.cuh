@@ -9,7 +9,7 @@
 #pragma once
 
 #include "attention.cuh"
-#include "conv.cuh"
+#include "conv_matrices.cuh"
 
 namespace mfef::cuda {
 
@@ -22,11 +22,10 @@ MFEF_DEVICE void forward_convolution(const BlockArgs& a, const Block& block, con
         load_map<kRow>(a.x, a.element, a.sizes, images.first, images.count, 0, a.sizes.in, a.step, m + at.source,
                        thread, block.threads);
       }
-      load_weights(a, false, stage, m + at.weights, thread, block.threads);
+      load_weights<kRow>(a, false, stage, m + at.weights, thread, block.threads);
     });
-    block.phase([&](int thread) {
-      convolve<kRow>(a, false, stage, m + at.weights, m + at.source, m + at.dest, thread, block.threads);
-    });
+    if (stage == 0) prepare_sources<kRow>(a, block, at, false);
+    convolve_stage<kRow>(a, block, at, false, stage);
   }
 }
 
