@@ -125,6 +125,11 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
       plan[(direction + "units").c_str()] = (backward ? p.maps.units_backward : p.maps.units).count;
       plan[(direction + "shared_bytes").c_str()] = backward ? p.maps.shared_backward : p.maps.shared;
     } else {
+      std::vector<int> by_tensor_cores;
+      for (int b = 0; b < s.branch_count; ++b) {
+        if (by_matrices(s, s.branches[b])) by_tensor_cores.push_back(b);
+      }
+      plan[(direction + "tensor_core_branches").c_str()] = by_tensor_cores;
       plan[(direction + "stages").c_str()] = s.branch_count ? stages.total(s) : 0;
       plan[(direction + "shared_bytes").c_str()] = backward ? p.shared_backward : p.shared;
     }
@@ -140,11 +145,6 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
     plan["blocks"] = (batch + p.images - 1) / p.images;
     plan["threads"] = p.threads;
     plan["row"] = p.row;
-    std::vector<int> by_tensor_cores;
-    for (int b = 0; b < s.branch_count; ++b) {
-      if (by_matrices(s, s.branches[b])) by_tensor_cores.push_back(b);
-    }
-    plan["tensor_core_branches"] = by_tensor_cores;
   }
   plan["weight_gradient_tiles"] = p.tiles;
   plan["weight_gradient_slices"] = p.slices;

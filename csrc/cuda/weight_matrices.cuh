@@ -19,14 +19,18 @@ namespace mfef::cuda {
 constexpr int kBeside = 4, kWordsOfX = (kSide + 2 * kBeside) / 2, kWordsOfGradient = kSide / 2;
 static_assert(kXStep == kSide * kWordsOfX + 4 && kGradientStep == kSide * kWordsOfGradient + 4);
 
-// The gradient's 16 channels and x's of one image, row by row of a channel, to words of shared memory.
+// `channels` of one image to words of shared memory, a row of the map at a time.
 template <class T>
 MFEF_DEVICE void load_rows(const Map& map, const Sizes& s, int64_t image, int channel, int channels, int beside,
                            int words_of_row, int step, Element half, uint32_t* to, int thread, int threads) {
   const T* data = static_cast<const T*>(map.data) + image * map.stride[0] + channel * map.stride[1];
-  const Quotient by_height(s.height);
+  // Neighbouring threads in the order of memory: channels where those are neighbours, else rows.
+  const bool channels_last = map.stride[1] == 1;
+  const int inner_count = channels_last ? channels : s.height;
+  const Quotient by_inner(inner_count);
   for (int e = thread; e < channels * s.height; e += threads) {
-    const int c = by_height(e), h = e - c * s.height;
+    const int outer = by_inner(e), inner = e - outer * inner_count;
+    const int c = channels_last ? inner : outer, h = channels_last ? outer : inner;
     const T* row = data + c * map.stride[1] + h * map.stride[2];
     uint32_t* words = to + c * step + h * words_of_row;
     with_half(half, [&](auto zero) {
