@@ -83,16 +83,14 @@ def predict(case: suites.Case) -> Prediction:
     # A small map's multiprocessor has whole images; a large one's pieces are spread evenly.
     busiest = blocks / MULTIPROCESSORS if large else -(-blocks // MULTIPROCESSORS) * images
     element = dtype.itemsize
-    by_matrices = plan.get("forward_tensor_core_branches", [])
+    by_matrices = [] if large else plan["forward_tensor_core_branches"]
     assert isinstance(by_matrices, list)
     left_out = of_x = of_weights = 0
     for branch in by_matrices:
-        weight = block.conv.weights[branch]
-        left_out += (
-            weight.shape[0] * weight.shape[1] * suites.taps_inside(case.side, weight.shape[2])
-        )
-        products = matrix_products(*weight.shape[:3], block.conv.groups[branch])
-        of_x, of_weights = of_x + products[0], of_weights + products[1]
+        out, inputs, k, _ = block.conv.weights[branch].shape
+        left_out += out * inputs * suites.taps_inside(case.side, k)
+        of_map, of_weight = matrix_products(out, inputs, k, block.conv.groups[branch])
+        of_x, of_weights = of_x + of_map, of_weights + of_weight
     fma, matrix, memory = {}, {}, {}
     for direction in suites.DIRECTIONS:
         work = suites.count_work(replace(case, direction=direction))

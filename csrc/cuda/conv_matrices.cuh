@@ -234,12 +234,12 @@ MFEF_DEVICE void load_columns(const Branch& b, const Parameter& weights, bool ba
 }
 
 // The work of one thread in loading the weights of a stage.
-template <int kRow>
+template <int kRow, bool kMatrices>
 MFEF_DEVICE void load_weights(const BlockArgs& a, bool backward, int stage, float* to, int thread, int threads) {
   const Sizes& s = a.sizes;
   for_each_branch<kRow>(a, backward, stage, to, threads, [&](int i, int first, int end, float* at, int) {
     const Branch& b = s.branches[i];
-    if constexpr (kRow == kSide) {
+    if constexpr (kMatrices) {
       if (by_matrices(s, b)) {
         auto* words = reinterpret_cast<uint32_t*>(at);
         switch (b.k) {
@@ -260,30 +260,28 @@ MFEF_DEVICE void load_weights(const BlockArgs& a, bool backward, int stage, floa
 }
 
 // A stage of the convolution, its weights in shared memory: of every branch, by whatever suits it.
-template <int kRow>
+template <int kRow, bool kMatrices>
 MFEF_DEVICE void convolve_stage(const BlockArgs& a, const Block& block, const Layout& at, bool backward, int stage) {
-  float* m = block.shared;
-  block.warps([&](const Warp& warp) {
-    if constexpr (kRow == kSide) {
-      convolve_by_matrices(a, warp, backward, stage, m + at.weights, reinterpret_cast<const uint32_t*>(m + at.copy),
+  float *m = block.shared, *weights = m + at.weights;
+  auto direct = [&](int thread) {
+    convolve<kRow>(a, backward, stage, weights, m + at.source, m + at.dest, thread, block.threads);
+  };
+  if constexpr (kMatrices) {
+    block.warps([&](const Warp& warp) {
+      convolve_by_matrices(a, warp, backward, stage, weights, reinterpret_cast<const uint32_t*>(m + at.copy),
                            m + at.dest, block.threads / kWarp);
-    }
-    warp.lanes([&](int thread) {
-      convolve<kRow>(a, backward, stage, m + at.weights, m + at.source, m + at.dest, thread, block.threads);
+      warp.lanes(direct);
     });
-  });
+  } else {
+    block.phase(direct);
+  }
 }
 
-// The copy of the sources, where there is one.
-template <int kRow>
 MFEF_DEVICE void prepare_sources(const BlockArgs& a, const Block& block, const Layout& at, bool backward) {
-  if constexpr (kRow == kSide) {
-    if (!MatrixWay::pixel_step(a.sizes, backward)) return;
-    float* m = block.shared;
-    block.phase([&](int thread) {
-      copy_sources(a, backward, m + at.source, reinterpret_cast<uint32_t*>(m + at.copy), thread, block.threads);
-    });
-  }
+  float* m = block.shared;
+  block.phase([&](int thread) {
+    copy_sources(a, backward, m + at.source, reinterpret_cast<uint32_t*>(m + at.copy), thread, block.threads);
+  });
 }
 
 }  // namespace mfef::cuda

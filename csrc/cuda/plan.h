@@ -480,11 +480,12 @@ inline Plan make_plan(const Sizes& s, int64_t limit) {
 // The kernels of a whole call, in order; `backward` with all gradients.
 inline std::vector<std::string> launches(const Sizes& s, const Plan& p, bool backward) {
   const bool convolution = s.branch_count > 0, attention = s.hidden > 0;
-  if (!p.large && !backward) return {"Forward"};
+  const std::string matrix = p.matrix_tiles ? "Matrix" : "";
+  if (!p.large && !backward) return {matrix + "Forward"};
   std::vector<std::string> all;
   if (!p.large) {
-    all = {"Backward"};
-    if (convolution) all.push_back("WeightGradient");
+    all = {matrix + "Backward"};
+    if (convolution) all.push_back(matrix + "WeightGradient");
   } else if (!backward) {
     all = {"LargeConvolution"};
     if (attention) all.insert(all.end(), {"ChannelGates", "PoolChannels", "GateMap"});

@@ -159,8 +159,8 @@ MFEF_DEVICE void write_item(const BlockArgs& a, int branch, int64_t slice, const
   }
 }
 
-template <int kRow>
-struct WeightGradient {
+template <int kRow, bool kMatrices>
+struct WeightGradientOf {
   static MFEF_DEVICE void run(const BlockArgs& a, const Block& block) {
     const Sizes& s = a.sizes;
     for (int64_t index = block.index; index < int64_t(a.tiles) * a.slices; index += block.count) {
@@ -169,7 +169,7 @@ struct WeightGradient {
       const bool given = a.grads.dy == nullptr;
       const int64_t pixels = s.pixels();
       const Map grad = given ? a.grad_result : Map{a.grads.dy, {s.out * pixels, pixels, s.width, 1}};
-      if constexpr (kRow == kSide) {
+      if constexpr (kMatrices) {
         if (which < a.matrix_tiles) {
           run_matrix_tile(a, block, which, slice, grad, given ? a.element : Element::kFloat);
           continue;
@@ -219,5 +219,10 @@ struct WeightGradient {
     }
   }
 };
+
+template <int kRow>
+struct WeightGradient : WeightGradientOf<kRow, false> {};
+// Where tensor cores compute a branch.
+struct MatrixWeightGradient : WeightGradientOf<kSide, true> {};
 
 }  // namespace mfef::cuda
