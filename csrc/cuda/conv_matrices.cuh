@@ -194,42 +194,44 @@ MFEF_DEVICE void convolve_by_matrices(const BlockArgs& a, const Warp& warp, bool
 }
 
 // The weights of one branch in a stage to shared memory: a thread has a tap of one input channel, so that neighbours
-// read neighbours in memory, of every kParts-th output channel.
-template <int K>
+// read neighbours in memory, of every kLoadParts-th output channel.
 MFEF_DEVICE void load_columns(const Branch& b, const Parameter& weights, bool backward, int first, int end,
                               uint32_t* to, int thread, int threads) {
-  constexpr int kTaps = K * K, kLoadParts = 8;
+  constexpr int kLoadParts = 8;
   const MatrixWay way(b, backward);
-  const int tap_step = 2 * way.tap_step(), inputs = b.in_per_group(), outputs = b.out_per_group();
+  const int k = b.k, taps = k * k, inputs = b.in_per_group(), outputs = b.out_per_group();
+  const int tap_step = 2 * way.tap_step(), skip = (b.full_k - k) / 2, positions = inputs * taps;
   const int64_t so = weights.stride[0], si = weights.stride[1], sy = weights.stride[2], sx = weights.stride[3];
-  const int skip = (b.full_k - K) / 2, positions = inputs * kTaps;
-  const Quotient by_positions(positions);
+  const Quotient by_positions(positions), by_taps(taps), by_k(k);
   auto* words = reinterpret_cast<uint16_t*>(to);
   const auto* data = static_cast<const uint16_t*>(weights.data) + skip * (sy + sx);
-  // A tap of source channel `source` and destination channel `dest` of a group, both filled up; null outside the stage.
-  auto place = [&](int source, int tap, int dest) -> uint16_t* {
-    const int ky = tap / K, column = source / 8 * K + tap - ky * K;
-    if (column < first || column >= end) return nullptr;
-    return words + ((column - first) * K + ky) * tap_step + dest * 8 + source % 8;
+  // Stores the weight of a source and a destination channel of a group, both filled up, if it is of this stage.
+  auto store = [&](int source, int ky, int kx, int dest, const uint16_t& weight) {
+    const int column = source / 8 * k + kx;
+    if (column < first || column >= end) return;
+    words[((column - first) * k + ky) * tap_step + dest * 8 + source % 8] = weight;
   };
   for (int e = thread; e < positions * kLoadParts; e += threads) {
-    const int part = by_positions(e), position = e - part * positions, in = position / kTaps,
-              tap = position - in * kTaps;
-    const uint16_t* from = data + in * si + tap / K * sy + tap % K * sx;
+    const int part = by_positions(e), position = e - part * positions, in = by_taps(position);
+    const int tap = position - in * taps, ky = by_k(tap), kx = tap - ky * k;
+    const uint16_t* from = data + in * si + ky * sy + kx * sx;
     for (int group = 0; group < way.groups; ++group) {
+      const int dest = group * way.dests;
       for (int out = part; out < outputs; out += kLoadParts) {
-        uint16_t* at =
-            backward ? place(out, kTaps - 1 - tap, group * way.dests + in) : place(in, tap, group * way.dests + out);
-        if (at) *at = from[(group * outputs + out) * so];
+        const uint16_t& weight = from[(group * outputs + out) * so];
+        if (backward) {
+          store(out, k - 1 - ky, k - 1 - kx, dest + in, weight);
+        } else {
+          store(in, ky, kx, dest + out, weight);
+        }
       }
     }
   }
   // What fills up the sources.
   const int fill = way.sources - way.source_per_group, dests = way.groups * way.dests;
-  for (int e = thread; e < fill * kTaps * dests; e += threads) {
-    const int source = e / (kTaps * dests), rest = e - source * (kTaps * dests);
-    uint16_t* at = place(way.source_per_group + source, rest / dests, rest % dests);
-    if (at) *at = 0;
+  for (int e = thread; e < fill * taps * dests; e += threads) {
+    const int source = e / (taps * dests), rest = e - source * (taps * dests), tap = rest / dests;
+    store(way.source_per_group + source, tap / k, tap % k, rest - tap * dests, 0);
   }
 }
 
@@ -242,16 +244,7 @@ MFEF_DEVICE void load_weights(const BlockArgs& a, bool backward, int stage, floa
     if constexpr (kMatrices) {
       if (by_matrices(s, b)) {
         auto* words = reinterpret_cast<uint32_t*>(at);
-        switch (b.k) {
-          case 3:
-            return load_columns<3>(b, a.conv_weights[i], backward, first, end, words, thread, threads);
-          case 5:
-            return load_columns<5>(b, a.conv_weights[i], backward, first, end, words, thread, threads);
-          case 7:
-            return load_columns<7>(b, a.conv_weights[i], backward, first, end, words, thread, threads);
-          default:
-            return load_columns<9>(b, a.conv_weights[i], backward, first, end, words, thread, threads);
-        }
+        return load_columns(b, a.conv_weights[i], backward, first, end, words, thread, threads);
       }
     }
     load_branch_weights(Way(b, backward), b.full_k, a.conv_weights[i], 0, 0, a.element, backward, first, end, at,

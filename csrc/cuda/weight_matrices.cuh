@@ -19,10 +19,10 @@ namespace mfef::cuda {
 constexpr int kBeside = 4, kWordsOfX = (kSide + 2 * kBeside) / 2, kWordsOfGradient = kSide / 2;
 static_assert(kXStep == kSide * kWordsOfX + 4 && kGradientStep == kSide * kWordsOfGradient + 4);
 
-// `channels` of one image to words of shared memory, a row of the map at a time.
-template <class T>
+// `channels` of one image to words of shared memory, a row of the map at a time. word(a, b): of two neighbours.
+template <class T, class Word>
 MFEF_DEVICE void load_rows(const Map& map, const Sizes& s, int64_t image, int channel, int channels, int beside,
-                           int words_of_row, int step, Element half, uint32_t* to, int thread, int threads) {
+                           int words_of_row, int step, uint32_t* to, int thread, int threads, const Word& word) {
   const T* data = static_cast<const T*>(map.data) + image * map.stride[0] + channel * map.stride[1];
   // Neighbouring threads in the order of memory: channels where those are neighbours, else rows.
   const bool channels_last = map.stride[1] == 1;
@@ -33,29 +33,29 @@ MFEF_DEVICE void load_rows(const Map& map, const Sizes& s, int64_t image, int ch
     const int c = channels_last ? inner : outer, h = channels_last ? outer : inner;
     const T* row = data + c * map.stride[1] + h * map.stride[2];
     uint32_t* words = to + c * step + h * words_of_row;
-    with_half(half, [&](auto zero) {
-      using Half = decltype(zero);
-      MFEF_UNROLL
-      for (int i = 0; i < kSide / 2; ++i) {
-        float value[2];
-        MFEF_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const int w = 2 * i + j;
-          value[j] = w < s.width ? float(row[w * map.stride[3]]) : 0.0f;
-        }
-        words[beside / 2 + i] = word_of<Half>(value);
-      }
-    });
+    T value[kSide];
+    MFEF_UNROLL
+    for (int w = 0; w < kSide; ++w) value[w] = w < s.width ? row[w * map.stride[3]] : T(0);
+    MFEF_UNROLL
+    for (int i = 0; i < kSide / 2; ++i) words[beside / 2 + i] = word(value[2 * i], value[2 * i + 1]);
     for (int i = 0; i < beside / 2; ++i) words[i] = words[words_of_row - 1 - i] = 0;
   }
 }
 
+// The same of a map in the 16-bit type `half` or in float32.
 MFEF_DEVICE void load_rows(const Map& map, Element element, const Sizes& s, int64_t image, int channel, int channels,
                            int beside, int words_of_row, int step, Element half, uint32_t* to, int thread,
                            int threads) {
-  with_element(element, [&](auto zero) {
-    load_rows<decltype(zero)>(map, s, image, channel, channels, beside, words_of_row, step, half, to, thread, threads);
-  });
+  if (element == half) {
+    load_rows<uint16_t>(map, s, image, channel, channels, beside, words_of_row, step, to, thread, threads,
+                        [](uint16_t a, uint16_t b) { return uint32_t(a) | uint32_t(b) << 16; });
+  } else {
+    load_rows<float>(map, s, image, channel, channels, beside, words_of_row, step, to, thread, threads,
+                     [&](float a, float b) {
+                       const float value[2] = {a, b};
+                       return half == Element::kHalf ? word_of<c10::Half>(value) : word_of<c10::BFloat16>(value);
+                     });
+  }
 }
 
 template <int K>
