@@ -4,9 +4,9 @@
 
 Prints tables of the paper and imagenet suites on an H200, as docs/kernels.md has them. Floors are
 what no schedule can beat: products that meet a pixel at the peak FMA rate of the busiest
-multiprocessor, and bytes at the bandwidth of a copy (large maps: the bytes of all launches, as if
-no cache kept a map for the next). They say nothing of latency, barriers and loads from shared
-memory, which only a measurement will.
+multiprocessor, those of tensor cores with the zeros that fill up their matrices, and bytes at the
+bandwidth of a copy (large maps: the bytes of all launches, as if no cache kept a map for the next).
+They say nothing of latency, barriers and loads from shared memory, which only a measurement will.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mfef_ext.problem import describe_mfef_block
 MULTIPROCESSORS = 132
 CLOCK = 1.98e9  # Hz, the highest of the data sheet
 FMAS = 128  # of a multiprocessor per cycle
+MATRIX_FMAS = 2048  # of its tensor cores, at the peak of the data sheet
 COPY = 4.3e12  # bytes/s read and written, measured on an H200 (decisions.md)
 SHARED = 228 * 1024  # of a multiprocessor; a thread block takes RESERVED more than it asks for
 RESERVED = 1024
@@ -40,17 +41,37 @@ class Prediction:
     """Counts of one case by direction, times in microseconds. ``plan``: of backends.cuda."""
 
     plan: dict[str, object]
-    fma_floor: dict[str, float]  # of the convolutions
+    fma_floor: dict[str, float]  # of the convolutions' direct products
+    matrix_floor: dict[str, float]  # of those by tensor cores
     memory_floor: dict[str, float]  # small maps: also what the launches leave for one another
     weights: int  # bytes of weights that the forward reads from L2, all thread blocks together
     resident: int  # thread blocks of the forward that shared memory lets a multiprocessor hold
 
 
+def matrix_products(out_channels: int, in_channels: int, k: int, groups: int) -> tuple[int, int]:
+    """Multiply-adds by tensor cores for an image of 8x8: of the forward, or the gradient of x, and
+    of the gradient of the weights. ``in_channels`` are a group's. Rows of taps that meet no row of
+    a matrix are left out."""
+    out = out_channels // groups
+    forward = weights = 0
+    for top in range(0, 8, 2):
+        for ky in range(k):
+            first = top + ky - k // 2  # the row of x under the upper of two rows of pixels
+            weights += -1 <= first < 8
+            if ky % 2 == 0:
+                pair = ky + 1 < k
+                forward += (1 + pair) * (-1 - pair <= first < 8)
+    forward *= groups * -(-out // 8) * -(-in_channels // 8) * k * 16 * 8 * 8
+    weights *= groups * -(-out // 16) * -(-in_channels // 8) * k * 16 * 8 * 16
+    return forward, weights
+
+
 def predict(case: suites.Case) -> Prediction:
     """Both directions of a case's shape and dtype."""
-    block = MFEFBlock(case.channels, groups=case.groups, device="meta")
+    dtype = suites.DTYPES[case.dtype]
+    block = MFEFBlock(case.channels, groups=case.groups, device="meta", dtype=dtype)
     a = block.attention
-    x = torch.empty(case.batch, case.channels, case.side, case.side, device="meta")
+    x = torch.empty(case.batch, case.channels, case.side, case.side, device="meta", dtype=dtype)
     problem = describe_mfef_block(
         x, list(block.conv.weights), block.conv.groups, a.fc1_weight, a.fc1_bias, a.fc2_weight,
         a.fc2_bias, a.spatial_weight, True,
@@ -61,12 +82,23 @@ def predict(case: suites.Case) -> Prediction:
     blocks = -(-case.batch // images)
     # A small map's multiprocessor has whole images; a large one's pieces are spread evenly.
     busiest = blocks / MULTIPROCESSORS if large else -(-blocks // MULTIPROCESSORS) * images
-    element = suites.DTYPES[case.dtype].itemsize
-    fma, memory = {}, {}
+    element = dtype.itemsize
+    by_matrices = [] if large else plan["forward_tensor_core_branches"]
+    assert isinstance(by_matrices, list)
+    left_out = of_x = of_weights = 0
+    for branch in by_matrices:
+        out, inputs, k, _ = block.conv.weights[branch].shape
+        left_out += out * inputs * suites.taps_inside(case.side, k)
+        of_map, of_weight = matrix_products(out, inputs, k, block.conv.groups[branch])
+        of_x, of_weights = of_x + of_map, of_weights + of_weight
+    fma, matrix, memory = {}, {}, {}
     for direction in suites.DIRECTIONS:
         work = suites.count_work(replace(case, direction=direction))
         both = direction == suites.BOTH
-        fma[direction] = work.real_ops / 2 / case.batch * busiest / FMAS / CLOCK * 1e6
+        direct = work.real_ops / 2 / case.batch - left_out * (3 if both else 1)
+        fma[direction] = direct * busiest / FMAS / CLOCK * 1e6
+        products = 2 * of_x + of_weights if both else of_x
+        matrix[direction] = products * busiest / MATRIX_FMAS / CLOCK * 1e6
         if large:
             passes = FORWARD_PASSES + BACKWARD_PASSES * both
             moved = (passes * element + 4 * BACKWARD_FLOAT_PASSES * both) * x.numel()
@@ -78,7 +110,7 @@ def predict(case: suites.Case) -> Prediction:
                for w in block.conv.weights)  # fmt: skip
     readers = case.batch * int(str(plan["tiles"])) if large else blocks
     shared = int(str(plan["forward_shared_bytes"])) + RESERVED
-    return Prediction(plan, fma, memory, 4 * taps * readers, SHARED // shared)
+    return Prediction(plan, fma, matrix, memory, element * taps * readers, SHARED // shared)
 
 
 def pair(plan: dict[str, object], name: str, scale: int = 1) -> str:
@@ -101,18 +133,20 @@ def floors(of: dict[str, float]) -> str:
 def small_rows() -> list[str]:
     """The table of the maps that fit on the chip, line by line."""
     lines = [
-        "| shape, float32 | blocks x threads | shared KiB forward, backward | resident | stages "
-        "| launches | MB of weights from L2 | FMA floor, us | memory floor, us |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| shape | dtype | blocks x threads | shared KiB forward, backward | resident | stages "
+        "| launches | MB of weights from L2 | FMA floor, us | tensor-core floor, us "
+        "| memory floor, us |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for case in suites.select(("paper",), ("float32",), (suites.FORWARD,)):
+    for case in suites.select(("paper",), directions=(suites.FORWARD,)):
         found = predict(case)
         plan = found.plan
         lines.append(
-            f"| {case.shape} | {plan['blocks']} x {plan['threads']} "
+            f"| {case.shape} | {case.dtype} | {plan['blocks']} x {plan['threads']} "
             f"| {pair(plan, 'shared_bytes', 1024)} | {found.resident} | {pair(plan, 'stages')} "
             f"| {launches(plan)} | {found.weights / 1e6:.1f} "
-            f"| {floors(found.fma_floor)} | {floors(found.memory_floor)} |"
+            f"| {floors(found.fma_floor)} | {floors(found.matrix_floor)} "
+            f"| {floors(found.memory_floor)} |"
         )
     return lines
 

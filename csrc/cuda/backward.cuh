@@ -10,7 +10,7 @@
 #pragma once
 
 #include "attention.cuh"
-#include "conv.cuh"
+#include "conv_matrices.cuh"
 
 namespace mfef::cuda {
 
@@ -189,8 +189,8 @@ MFEF_DEVICE void attention_backward(const BlockArgs& a, const Block& block, cons
   finish_gradient<kRow>(a, block, at, images);
 }
 
-template <int kRow>
-struct Backward {
+template <int kRow, bool kMatrices>
+struct BackwardOf {
   static MFEF_DEVICE void run(const BlockArgs& a, const Block& block) {
     const Sizes& s = a.sizes;
     const Layout at(s, true, a.step, a.images, a.weights);
@@ -226,9 +226,10 @@ struct Backward {
       if (!a.grad_x.data) continue;
       if (!s.branch_count) result = grad;
       for (int stage = 0; s.branch_count && stage < a.stages.total(s); ++stage) {
-        block.phase([&](int thread) { load_weights(a, true, stage, m + at.weights, thread, block.threads); });
         block.phase(
-            [&](int thread) { convolve<kRow>(a, true, stage, m + at.weights, grad, result, thread, block.threads); });
+            [&](int thread) { load_weights<kRow, kMatrices>(a, true, stage, m + at.weights, thread, block.threads); });
+        if (kMatrices && stage == 0) prepare_sources(a, block, at, true);
+        convolve_stage<kRow, kMatrices>(a, block, at, true, stage);
       }
       block.phase([&](int thread) {
         store_map<kRow>(a.grad_x, a.element, s, images.first, images.count, s.branch_count ? s.in : s.out, a.step,
@@ -237,5 +238,10 @@ struct Backward {
     }
   }
 };
+
+template <int kRow>
+struct Backward : BackwardOf<kRow, false> {};
+// Where tensor cores compute a branch.
+struct MatrixBackward : BackwardOf<kSide, true> {};
 
 }  // namespace mfef::cuda

@@ -42,6 +42,7 @@ struct Branch {
 
 // What the planner reads.
 struct Sizes {
+  Element element;
   int64_t batch;
   int in, out, height, width;
   bool split;
@@ -93,6 +94,52 @@ struct Way {
     way.groups = most(count / dest_per_group, 1);
     way.dest_per_group = least(count, dest_per_group);
     return way;
+  }
+};
+
+// Whether tensor cores compute a branch of a map on the chip (conv_matrices.cuh): 16-bit elements, groups that fill at
+// least a matrix, and maps whose rows and columns are those of the matrices. Narrower groups would be mostly zeros.
+MFEF_HD bool by_matrices(const Sizes& s, const Branch& b) {
+  constexpr int kSide = 8;
+  return s.element != Element::kFloat && s.width > kSide / 2 && s.width <= kSide && s.height <= kSide &&
+         (b.k == 3 || b.k == 5 || b.k == 7 || b.k == 9) && b.in_per_group() >= kSide && b.out_per_group() >= kSide;
+}
+
+// A direction of such a branch. Groups are filled up to whole matrices; channels are in 16-bit elements, of which a
+// word has two.
+struct MatrixWay {
+  int groups, k, source_per_group, dest_per_group;
+  int sources, dests;  // of a group, filled up
+
+  MFEF_HD static int fill8(int n) { return (n + 7) / 8 * 8; }
+  MFEF_HD MatrixWay(const Branch& b, bool backward)
+      : groups(b.groups),
+        k(b.k),
+        source_per_group(backward ? b.out_per_group() : b.in_per_group()),
+        dest_per_group(backward ? b.in_per_group() : b.out_per_group()),
+        sources(fill8(source_per_group)),
+        dests(fill8(dest_per_group)) {}
+
+  // What a stage is cut by: the taps above one another of 8 source channels, in the order (channels, kx).
+  MFEF_HD int columns() const { return sources / 8 * k; }
+  MFEF_HD int tiles() const { return groups * (dests / 8); }  // of 8 destination channels
+  // Words from tap to tap of the weights in shared memory, [column][ky][dest][source]; odd, since they are written
+  // along the taps. What tensor cores read of a tap are 32 neighbours.
+  MFEF_HD int tap_step() const { return tiles() * 32 + 1; }
+
+  // Channels of the sources' copy that the branches before `branch` have; all of them: `branch_count`.
+  MFEF_HD static int first(const Sizes& s, bool backward, int branch) {
+    int channels = 0;
+    for (int b = 0; b < branch; ++b) {
+      const MatrixWay way(s.branches[b], backward);
+      if (by_matrices(s, s.branches[b])) channels += way.groups * way.sources;
+    }
+    return channels;
+  }
+  // Words from pixel to pixel of the copy: 4 more than a multiple of 8, so that 8 neighbours read all banks.
+  MFEF_HD static int pixel_step(const Sizes& s, bool backward) {
+    const int words = first(s, backward, s.branch_count) / 2;
+    return words ? words / 4 % 2 ? words : words + 4 : 0;
   }
 };
 

@@ -182,60 +182,90 @@ MFEF_DEVICE void convolve_any(const ConvTask& task, const float* source, float* 
   convolve_row<kRow>(task, task.weights + channel, {source, kRow, step}, dest, -h, s.height - h, 0, s.width, s.width);
 }
 
-template <int K, int kRow>
-MFEF_DEVICE int convolve_branch(const ConvTask& task, const float* source, float* dest, const BlockArgs& a, int start,
-                                int thread, int threads) {
-  using T = Tiles<kRow>;
-  const int height = a.sizes.height, narrow = task.way.dest() * a.images * ceil_div(height, T::kRows);
-  // More output channels per thread once there are more items than threads; no sum has another order then.
-  const int branches = a.stages.one_by_one ? 1 : a.sizes.branch_count;
-  const bool wide = task.way.dest_per_group % T::kWide == 0 && narrow * branches > kMostThreads;
-  const int items = wide ? narrow / T::kWide : narrow;
-  for (int item = thread - start < 0 ? thread - start + threads : thread - start; item < items; item += threads) {
-    if (wide) {
-      convolve_item<K, kRow, T::kWide>(task, source, dest, height, a.step, item);
-    } else {
-      convolve_item<K, kRow, 1>(task, source, dest, height, a.step, item);
-    }
-  }
-  return items;
-}
-
-// The work of one thread in a stage. Branches follow one another in whole warps, round the block's threads.
+// The direct items of a branch in a stage. They have several output channels each once there are more items than
+// threads; no sum has another order then.
 template <int kRow>
-MFEF_DEVICE void convolve(const BlockArgs& a, bool backward, int stage, const float* weights, const float* source,
-                          float* dest, int thread, int threads) {
+struct Items {
+  bool wide;
+  int count;
+
+  MFEF_DEVICE Items(const BlockArgs& a, const Way& way) {
+    using T = Tiles<kRow>;
+    const Sizes& s = a.sizes;
+    const bool compiled = TileShape::compiled(way.k);
+    const int narrow = way.dest() * a.images * (compiled ? ceil_div(s.height, T::kRows) : s.height);
+    int branches = a.stages.one_by_one ? 1 : 0;
+    for (int b = 0; !a.stages.one_by_one && b < s.branch_count; ++b) branches += !by_matrices(s, s.branches[b]);
+    wide = compiled && way.dest_per_group % T::kWide == 0 && narrow * branches > kMostThreads;
+    count = wide ? narrow / T::kWide : narrow;
+  }
+};
+
+// f(branch, first, end, weights, first thread) for every branch that is in a stage: what it has of it (see Stages),
+// where its weights are, and which thread has its first item. Branches follow one another in whole warps, round the
+// block's threads.
+template <int kRow, class Float, class F>
+MFEF_DEVICE void for_each_branch(const BlockArgs& a, bool backward, int stage, Float* weights, int threads,
+                                 const F& f) {
   const Sizes& s = a.sizes;
   int start = 0;
   for (int b = 0; b < s.branch_count; ++b) {
     int first, end;
     a.stages.channels(s, backward, stage, b, &first, &end);
     if (first == end) continue;
-    const Way way(s.branches[b], backward);
-    const ConvTask task{way, first, end, 0, weights, first == 0 && (b == 0 || !summed(s, backward))};
-    int items;
-    switch (way.k) {
-      case 3:
-        items = convolve_branch<3, kRow>(task, source, dest, a, start, thread, threads);
-        break;
-      case 5:
-        items = convolve_branch<5, kRow>(task, source, dest, a, start, thread, threads);
-        break;
-      case 7:
-        items = convolve_branch<7, kRow>(task, source, dest, a, start, thread, threads);
-        break;
-      case 9:
-        items = convolve_branch<9, kRow>(task, source, dest, a, start, thread, threads);
-        break;
-      default:
-        items = way.dest() * a.images * s.height;
-        for (int item = thread - start < 0 ? thread - start + threads : thread - start; item < items; item += threads) {
-          convolve_any<kRow>(task, source, dest, s, a.step, item);
-        }
-    }
-    weights += (end - first) * way.k * way.k * way.weight_step();
-    start = (start + ceil_div(items, 32) * 32) % threads;
+    f(b, first, end, weights, start);
+    weights += stage_floats(s, backward, b, end - first);
+    const Branch& of = s.branches[b];
+    const int warps = by_matrices(s, of) ? MatrixWay(of, backward).tiles() * a.images
+                                         : ceil_div(Items<kRow>(a, Way(of, backward)).count, kWarp);
+    start = (start + warps * kWarp) % threads;
   }
+}
+
+// Whether a stage is the first to write the output channels of a branch.
+MFEF_DEVICE bool is_fresh(const Sizes& s, bool backward, int branch, int first) {
+  return first == 0 && (branch == 0 || !summed(s, backward));
+}
+
+template <int K, int kRow>
+MFEF_DEVICE void convolve_branch(const ConvTask& task, const float* source, float* dest, const BlockArgs& a, int first,
+                                 int threads) {
+  const Items<kRow> items(a, task.way);
+  for (int item = first; item < items.count; item += threads) {
+    if (items.wide) {
+      convolve_item<K, kRow, Tiles<kRow>::kWide>(task, source, dest, a.sizes.height, a.step, item);
+    } else {
+      convolve_item<K, kRow, 1>(task, source, dest, a.sizes.height, a.step, item);
+    }
+  }
+}
+
+// The direct work of one thread in a stage.
+template <int kRow>
+MFEF_DEVICE void convolve(const BlockArgs& a, bool backward, int stage, const float* weights, const float* source,
+                          float* dest, int thread, int threads) {
+  const Sizes& s = a.sizes;
+  for_each_branch<kRow>(a, backward, stage, weights, threads,
+                        [&](int b, int first, int end, const float* of_branch, int start) {
+                          if (by_matrices(s, s.branches[b])) return;
+                          const Way way(s.branches[b], backward);
+                          const ConvTask task{way, first, end, 0, of_branch, is_fresh(s, backward, b, first)};
+                          const int item = thread - start < 0 ? thread - start + threads : thread - start;
+                          switch (way.k) {
+                            case 3:
+                              return convolve_branch<3, kRow>(task, source, dest, a, item, threads);
+                            case 5:
+                              return convolve_branch<5, kRow>(task, source, dest, a, item, threads);
+                            case 7:
+                              return convolve_branch<7, kRow>(task, source, dest, a, item, threads);
+                            case 9:
+                              return convolve_branch<9, kRow>(task, source, dest, a, item, threads);
+                            default:
+                              for (int i = item; i < Items<kRow>(a, way).count; i += threads) {
+                                convolve_any<kRow>(task, source, dest, s, a.step, i);
+                              }
+                          }
+                        });
 }
 
 // The weights of one branch, or of a part of its way whose own begin at `out_first` and `in_first`, in a stage to
@@ -282,20 +312,6 @@ MFEF_DEVICE void load_branch_weights(const Way& way, int full_k, const Parameter
     default:
       return load_taps<0>(way, full_k, weights, out_first, in_first, element, backward, first, end, to, thread,
                           threads);
-  }
-}
-
-// The work of one thread in loading the weights of a stage.
-MFEF_DEVICE void load_weights(const BlockArgs& a, bool backward, int stage, float* to, int thread, int threads) {
-  const Sizes& s = a.sizes;
-  for (int i = 0; i < s.branch_count; ++i) {
-    int first, end;
-    a.stages.channels(s, backward, stage, i, &first, &end);
-    if (first == end) continue;
-    const Way way(s.branches[i], backward);
-    load_branch_weights(way, s.branches[i].full_k, a.conv_weights[i], 0, 0, a.element, backward, first, end, to, thread,
-                        threads);
-    to += (end - first) * way.k * way.k * way.weight_step();
   }
 }
 

@@ -1,10 +1,10 @@
 // What all kernels stand on: a thread block as a sequence of phases, elements of three types, rows of maps.
 //
 // A kernel is written once, as a function of a Block: `block.phase([&](int thread) {...})` is what every thread does
-// between two barriers. nvcc makes it a __global__ function. A C++ compiler makes it a loop over threads per phase,
-// which is how the tests run the same arithmetic without a GPU (tests/backends/cuda/host.cpp). So nothing here
-// uses what only one of the two has: no shuffles, no barriers but the phases, no state of a thread from one phase
-// to the next but Block::Registers.
+// between two barriers, `block.warps([&](const Warp& warp) {...})` the same for what a warp does together. nvcc makes
+// it a __global__ function. A C++ compiler makes it a loop over threads per phase, which is how the tests run the same
+// arithmetic without a GPU (tests/backends/cuda/host.cpp). So nothing here uses what only one of the two has: no
+// shuffles, no barriers but the phases, no state of a thread from one phase to the next but Block::Registers.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -28,7 +28,26 @@
 
 namespace mfef::cuda {
 
+constexpr int kWarp = 32;
+
+// kWarp threads that act at once (mma.cuh): `warp.lanes([&](int thread) {...})` is what each does by itself in between.
+// What a thread keeps meanwhile is in Warp::Registers, and in Block::Registers from one phase to another.
 #ifdef __CUDACC__
+struct Warp {
+  int index;  // among those of the thread block
+
+  template <class T>
+  struct Registers {
+    T own;
+    __device__ T& operator[](int) { return own; }
+  };
+
+  template <class F>
+  __device__ __forceinline__ void lanes(const F& f) const {
+    f(int(threadIdx.x));
+  }
+};
+
 struct Block {
   int64_t index, count;  // of this thread block, and how many there are
   int threads;
@@ -47,8 +66,31 @@ struct Block {
     f(int(threadIdx.x));
     __syncthreads();
   }
+
+  // A phase of whole warps; `threads` is a multiple of kWarp.
+  template <class F>
+  __device__ __forceinline__ void warps(const F& f) const {
+    f(Warp{int(threadIdx.x) / kWarp});
+    __syncthreads();
+  }
 };
 #else
+struct Warp {
+  int index;
+  bool backwards;
+
+  template <class T>
+  struct Registers {
+    T all[kWarp];
+    T& operator[](int thread) { return all[thread % kWarp]; }
+  };
+
+  template <class F>
+  void lanes(const F& f) const {
+    for (int i = 0; i < kWarp; ++i) f(index * kWarp + (backwards ? kWarp - 1 - i : i));
+  }
+};
+
 struct Block {
   int64_t index, count;
   int threads;
@@ -65,6 +107,12 @@ struct Block {
   template <class F>
   void phase(const F& f) const {
     for (int i = 0; i < threads; ++i) f(backwards ? threads - 1 - i : i);
+  }
+
+  template <class F>
+  void warps(const F& f) const {
+    const int count = threads / kWarp;
+    for (int i = 0; i < count; ++i) f(Warp{backwards ? count - 1 - i : i, backwards});
   }
 };
 #endif

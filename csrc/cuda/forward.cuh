@@ -9,11 +9,11 @@
 #pragma once
 
 #include "attention.cuh"
-#include "conv.cuh"
+#include "conv_matrices.cuh"
 
 namespace mfef::cuda {
 
-template <int kRow>
+template <int kRow, bool kMatrices>
 MFEF_DEVICE void forward_convolution(const BlockArgs& a, const Block& block, const Layout& at, Images images) {
   float* m = block.shared;
   for (int stage = 0; stage < a.stages.total(a.sizes); ++stage) {
@@ -22,11 +22,10 @@ MFEF_DEVICE void forward_convolution(const BlockArgs& a, const Block& block, con
         load_map<kRow>(a.x, a.element, a.sizes, images.first, images.count, 0, a.sizes.in, a.step, m + at.source,
                        thread, block.threads);
       }
-      load_weights(a, false, stage, m + at.weights, thread, block.threads);
+      load_weights<kRow, kMatrices>(a, false, stage, m + at.weights, thread, block.threads);
     });
-    block.phase([&](int thread) {
-      convolve<kRow>(a, false, stage, m + at.weights, m + at.source, m + at.dest, thread, block.threads);
-    });
+    if (kMatrices && stage == 0) prepare_sources(a, block, at, false);
+    convolve_stage<kRow, kMatrices>(a, block, at, false, stage);
   }
 }
 
@@ -144,8 +143,8 @@ MFEF_DEVICE void spatial_gate(const BlockArgs& a, const Block& block, const Layo
   });
 }
 
-template <int kRow>
-struct Forward {
+template <int kRow, bool kMatrices>
+struct ForwardOf {
   static MFEF_DEVICE void run(const BlockArgs& a, const Block& block) {
     const Sizes& s = a.sizes;
     const Layout at(s, false, a.step, a.images, a.weights);
@@ -153,7 +152,7 @@ struct Forward {
     for (int64_t b = block.index; b < a.blocks; b += block.count) {
       const Images images = images_of(a, b);
       if (s.branch_count) {
-        forward_convolution<kRow>(a, block, at, images);
+        forward_convolution<kRow, kMatrices>(a, block, at, images);
       } else {
         block.phase([&](int thread) {
           load_map<kRow>(a.x, a.element, s, images.first, images.count, 0, s.out, a.step, y, thread, block.threads);
@@ -182,5 +181,10 @@ struct Forward {
     }
   }
 };
+
+template <int kRow>
+struct Forward : ForwardOf<kRow, false> {};
+// Where tensor cores compute a branch.
+struct MatrixForward : ForwardOf<kSide, true> {};
 
 }  // namespace mfef::cuda

@@ -23,6 +23,11 @@ constexpr int kTileChannels = 32;  // output channels side by side in it
 // many blocks as this. A constant: the order of sums must not depend on the GPU.
 constexpr int kTileBlocks = 512;
 constexpr int kMostSlices = 64;
+// Of its tiles by tensor cores: bytes of the images in shared memory at a time, so that a multiprocessor of sm_90 and
+// later holds three thread blocks; and words from channel to channel there (see weight_matrices.cuh).
+constexpr int64_t kMatrixShared = 72 * 1024;
+constexpr int kMostMatrixImages = 4;
+constexpr int kXStep = 68, kGradientStep = 36;
 
 // The convolution of a block runs in stages: the weights of a stage are in shared memory, those of the next
 // take their place. A stage has of every branch an equal share of its chains.
@@ -40,18 +45,28 @@ struct Stages {
   bool one_by_one;
 
   MFEF_HD int total(const Sizes& s) const { return one_by_one ? count * s.branch_count : count; }
-  // The source channels [first, end) of a group of branch b in a stage.
+  // The source channels [first, end) of a group of branch b in a stage; by matrices the columns of taps.
   MFEF_HD void channels(const Sizes& s, bool backward, int stage, int b, int* first, int* end) const {
     const Way way(s.branches[b], backward);
+    const bool matrices = by_matrices(s, s.branches[b]);
+    const int all = matrices ? MatrixWay(s.branches[b], backward).columns() : way.source_per_group;
+    const int chain = matrices ? 1 : way.chain();
     *first = *end = 0;
     if (one_by_one) {
       if (stage / count != b) return;
       stage %= count;
     }
-    *first = share(way.source_per_group, way.chain(), count, stage);
-    *end = share(way.source_per_group, way.chain(), count, stage + 1);
+    *first = share(all, chain, count, stage);
+    *end = share(all, chain, count, stage + 1);
   }
 };
+
+// Floats of the weights of `count` of what a stage has of branch b.
+MFEF_HD int64_t stage_floats(const Sizes& s, bool backward, int b, int count) {
+  const Way way(s.branches[b], backward);
+  if (by_matrices(s, s.branches[b])) return int64_t(count) * way.k * MatrixWay(s.branches[b], backward).tap_step();
+  return int64_t(count) * way.k * way.k * way.weight_step();
+}
 
 // The weight gradient: units are (group, run of output channels), items (unit, input channel, rows of taps,
 // output channel); a tile is kTileThreads items of one unit, or several whole units.
@@ -80,8 +95,13 @@ struct Tile {
   int branch, unit, units, item;  // units [unit, unit + units); items of a unit from `item` on
   int in, in_count, out, out_count;
 
-  MFEF_HD Tile(const Sizes& s, int tile) : branch(0), item(0) {
-    while (tile >= TileShape(s.branches[branch]).tiles) tile -= TileShape(s.branches[branch++]).tiles;
+  // Of a small map the branches that tensor cores compute have no such tiles.
+  MFEF_HD static int count(const Sizes& s, bool small, int branch) {
+    const Branch& b = s.branches[branch];
+    return small && by_matrices(s, b) ? 0 : TileShape(b).tiles;
+  }
+  MFEF_HD Tile(const Sizes& s, bool small, int tile) : branch(0), item(0) {
+    while (tile >= count(s, small, branch)) tile -= count(s, small, branch++);
     const Branch& b = s.branches[branch];
     const TileShape shape(b);
     const int all = b.groups * shape.runs, inputs = b.in_per_group(), outputs = b.out_per_group();
@@ -106,6 +126,43 @@ struct Tile {
   }
 };
 
+// The same by tensor cores: units are (group, 16 output channels), items (unit, 8 input channels, column of taps). A
+// tile is what a thread block's warps hold of one unit, one item after the other in each warp.
+struct MatrixTile {
+  static constexpr int kOutputs = 16, kInputs = 8, kWarps = kTileThreads / 32;
+
+  int branch, item, item_end;        // of the unit
+  int input, input_end;              // runs of 8 input channels
+  int in, in_count, out, out_count;  // channels, counted from the branch's first
+
+  // Items of a warp: as many as registers have room for.
+  MFEF_HD static constexpr int held(int k) { return k == 3 ? 4 : 2; }
+  MFEF_HD static int items(const Branch& b) { return ceil_div(b.in_per_group(), kInputs) * b.k; }
+  MFEF_HD static int per_unit(const Branch& b) { return ceil_div(items(b), held(b.k) * kWarps); }
+  MFEF_HD static int count(const Sizes& s, int branch) {
+    const Branch& b = s.branches[branch];
+    return by_matrices(s, b) ? b.groups * ceil_div(b.out_per_group(), kOutputs) * per_unit(b) : 0;
+  }
+  // Words in shared memory of an image's gradient and x.
+  MFEF_HD static int words(int inputs) { return kOutputs * kGradientStep + inputs * kInputs * kXStep; }
+
+  MFEF_HD int inputs() const { return input_end - input; }
+  MFEF_HD MatrixTile(const Sizes& s, int tile) : branch(0) {
+    while (tile >= count(s, branch)) tile -= count(s, branch++);
+    const Branch& b = s.branches[branch];
+    const int runs = ceil_div(b.out_per_group(), kOutputs), unit = tile / per_unit(b), group = unit / runs;
+    const int run = unit - group * runs, step = held(b.k) * kWarps;
+    item = (tile - unit * per_unit(b)) * step;
+    item_end = least(item + step, items(b));
+    input = item / b.k;
+    input_end = (item_end - 1) / b.k + 1;
+    in = group * b.in_per_group() + input * kInputs;
+    in_count = least(inputs() * kInputs, b.in_per_group() - input * kInputs);
+    out = group * b.out_per_group() + run * kOutputs;
+    out_count = least(kOutputs, b.out_per_group() - run * kOutputs);
+  }
+};
+
 // Where the sums of a branch begin among those of a slice; they are in the order (out, in per group, ky, kx).
 MFEF_HD int64_t first_sum(const Sizes& s, int branch) {
   int64_t first = 0;
@@ -122,6 +179,7 @@ MFEF_HD int64_t first_sum(const Sizes& s, int branch) {
 // convolution use and, at other times, the partial sums of the attention.
 struct Layout {
   int source, dest;                // forward: x and y; backward: the gradient of y and, before the gradient of x, y
+  int copy;                        // of the source for tensor cores, [row][column][channel] in 16-bit elements
   int mean, max, max_index, gate;  // [image][channel]
   int hidden_mean, hidden_max;     // [image][hidden]; forward: hidden_mean is their sum
   int logit, grad_mean, grad_max;  // backward, [image][channel]
@@ -142,6 +200,7 @@ struct Layout {
     const int per_pixel = attention ? images * s.pixels() : 0;
     source = take((backward ? s.out : (convolution ? s.in : 0)) * step);
     dest = take((backward ? most(s.out * attention, s.in * convolution) : s.out) * step);
+    copy = take(images * s.height * 8 * MatrixWay::pixel_step(s, backward));
     gate = take(per_channel);
     mean = take(per_channel);
     max = take(per_channel);
@@ -178,6 +237,7 @@ struct Plan {
   int64_t shared, shared_backward, shared_weights;  // bytes of each launch; of the weight gradient
 
   int tiles, slices, pass_images, tile_step;  // of the weight gradient
+  int matrix_tiles, matrix_images;            // of the tiles the first, by tensor cores, and images of a pass there
   int64_t slice_images;                       // large maps: pieces of images
 
   bool large;  // then of the above only tiles, slices and slice_images count
@@ -192,8 +252,7 @@ inline int64_t stage_weights(const Sizes& s, bool backward, const Stages& stages
     for (int b = 0; b < s.branch_count; ++b) {
       int first, end;
       stages.channels(s, backward, stage, b, &first, &end);
-      const Way way(s.branches[b], backward);
-      sum += int64_t(end - first) * way.k * way.k * way.weight_step();
+      sum += stage_floats(s, backward, b, end - first);
     }
     largest = sum > largest ? sum : largest;
   }
@@ -213,7 +272,8 @@ inline bool choose_stages(const Sizes& s, bool backward, const Plan& p, int64_t 
   int most_stages = 1;
   for (int b = 0; b < s.branch_count; ++b) {
     const Way way(s.branches[b], backward);
-    most_stages = most(most_stages, ceil_div(way.source_per_group, way.chain()));
+    most_stages = most(most_stages, by_matrices(s, s.branches[b]) ? MatrixWay(s.branches[b], backward).columns()
+                                                                  : ceil_div(way.source_per_group, way.chain()));
   }
   for (const bool one_by_one : {false, true}) {
     if (!one_by_one && summed(s, backward)) continue;
@@ -228,19 +288,25 @@ inline bool choose_stages(const Sizes& s, bool backward, const Plan& p, int64_t 
   return false;
 }
 
-// Most channels that a tile of the weight gradient reads.
+// Most channels that a tile of a small map's weight gradient reads.
 inline int tile_channels(const Sizes& s, int tiles) {
   int channels = 0;
   for (int t = 0; t < tiles; ++t) {
-    const Tile tile(s, t);
+    const Tile tile(s, true, t);
     channels = most(channels, tile.in_count + tile.out_count);
   }
   return channels;
 }
 
-inline int count_tiles(const Sizes& s) {
+inline int count_tiles(const Sizes& s, bool small) {
   int tiles = 0;
-  for (int b = 0; b < s.branch_count; ++b) tiles += TileShape(s.branches[b]).tiles;
+  for (int b = 0; b < s.branch_count; ++b) tiles += Tile::count(s, small, b);
+  return tiles;
+}
+
+inline int count_matrix_tiles(const Sizes& s) {
+  int tiles = 0;
+  for (int b = 0; b < s.branch_count; ++b) tiles += MatrixTile::count(s, b);
   return tiles;
 }
 
@@ -289,12 +355,14 @@ inline Plan make_small_plan(const Sizes& s, int64_t limit) {
   p.slices = 1;
   p.pass_images = most(64 / s.pixels(), 1);
   p.tile_step = channel_step(p.pass_images * s.height, p.row);
-  p.tiles = count_tiles(s);
+  const int direct_tiles = count_tiles(s, true);
+  p.matrix_tiles = count_matrix_tiles(s);
+  p.tiles = p.matrix_tiles + direct_tiles;
   if (p.tiles) {
     const int64_t wanted = most(least(kTileBlocks / p.tiles, kMostSlices), 4);
     p.slices = int(s.batch < wanted ? (s.batch > 0 ? s.batch : 1) : wanted);
     p.slice_images = (s.batch + p.slices - 1) / p.slices;
-    const int channels = tile_channels(s, p.tiles);
+    const int channels = tile_channels(s, direct_tiles);
     p.shared_weights = int64_t(channels) * p.tile_step * 4;
     while (p.shared_weights > limit && p.pass_images > 1) {
       p.pass_images /= 2;
@@ -306,6 +374,15 @@ inline Plan make_small_plan(const Sizes& s, int64_t limit) {
                     std::to_string((p.shared_weights + 1023) / 1024) + " KiB of shared memory, a thread block has " +
                     std::to_string(limit / 1024));
     }
+    int64_t bytes = 0;  // of an image by tensor cores; less than 18 KiB
+    for (int t = 0; t < p.matrix_tiles; ++t) {
+      const int64_t of = 4 * MatrixTile::words(MatrixTile(s, t).inputs());
+      bytes = of > bytes ? of : bytes;
+    }
+    p.matrix_images = kMostMatrixImages;
+    while (p.matrix_images > 1 && p.matrix_images * bytes > kMatrixShared) p.matrix_images /= 2;
+    bytes *= p.matrix_images;
+    p.shared_weights = bytes > p.shared_weights ? bytes : p.shared_weights;
   }
   p.fits = true;
   return p;
@@ -318,7 +395,7 @@ MFEF_HD int64_t dy_step(const Cover& piece) { return odd_vectors(int64_t(piece.r
 inline int64_t weight_piece_bytes(const Sizes& s, int tiles, const Cover& piece) {
   int64_t floats = 0;
   for (int t = 0; t < tiles; ++t) {
-    const Tile tile(s, t);
+    const Tile tile(s, false, t);
     const int64_t of = tile.in_count * x_step(piece, s.branches[tile.branch]) + tile.out_count * dy_step(piece);
     floats = of > floats ? of : floats;
   }
@@ -373,7 +450,7 @@ inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
   }
 
   p.slices = 1;
-  p.tiles = count_tiles(s);
+  p.tiles = count_tiles(s, false);
   if (p.tiles) {
     m.weight_pieces = m.tiles;
     m.shared_weights = weight_piece_bytes(s, p.tiles, m.weight_pieces);
@@ -403,11 +480,12 @@ inline Plan make_plan(const Sizes& s, int64_t limit) {
 // The kernels of a whole call, in order; `backward` with all gradients.
 inline std::vector<std::string> launches(const Sizes& s, const Plan& p, bool backward) {
   const bool convolution = s.branch_count > 0, attention = s.hidden > 0;
-  if (!p.large && !backward) return {"Forward"};
+  const std::string matrix = p.matrix_tiles ? "Matrix" : "";
+  if (!p.large && !backward) return {matrix + "Forward"};
   std::vector<std::string> all;
   if (!p.large) {
-    all = {"Backward"};
-    if (convolution) all.push_back("WeightGradient");
+    all = {matrix + "Backward"};
+    if (convolution) all.push_back(matrix + "WeightGradient");
   } else if (!backward) {
     all = {"LargeConvolution"};
     if (attention) all.insert(all.end(), {"ChannelGates", "PoolChannels", "GateMap"});
@@ -476,7 +554,7 @@ struct BlockArgs {
   int images, step, weights;
   Stages stages;
   int64_t blocks;  // of images, of large maps: pieces of images; the grid may be smaller
-  int tiles, slices, pass_images;
+  int tiles, slices, pass_images, matrix_tiles, matrix_images;
   int64_t slice_images;
   int64_t bias_terms;  // vectors in grads.channel_sums
   int64_t outputs;     // of the last launch: elements of all parameters' gradients

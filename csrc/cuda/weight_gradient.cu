@@ -6,8 +6,11 @@
 namespace mfef::cuda {
 
 const char* launch_weight_gradient(const BlockArgs& args, const Plan& plan, void* stream) {
-  return launch_for_row<WeightGradient, kTileThreads>(args, plan, int64_t(plan.tiles) * plan.slices, kTileThreads,
-                                                      plan.shared_weights, stream);
+  const int64_t blocks = int64_t(plan.tiles) * plan.slices;
+  if (plan.matrix_tiles) {
+    return launch<MatrixWeightGradient, kTileThreads>(args, blocks, kTileThreads, plan.shared_weights, stream);
+  }
+  return launch_for_row<WeightGradient, kTileThreads>(args, plan, blocks, kTileThreads, plan.shared_weights, stream);
 }
 
 const char* launch_sums(const BlockArgs& args, const Plan&, void* stream) {

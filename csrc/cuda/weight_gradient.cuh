@@ -10,7 +10,7 @@
 // sums once.
 #pragma once
 
-#include "device.cuh"
+#include "weight_matrices.cuh"
 
 namespace mfef::cuda {
 
@@ -159,20 +159,27 @@ MFEF_DEVICE void write_item(const BlockArgs& a, int branch, int64_t slice, const
   }
 }
 
-template <int kRow>
-struct WeightGradient {
+template <int kRow, bool kMatrices>
+struct WeightGradientOf {
   static MFEF_DEVICE void run(const BlockArgs& a, const Block& block) {
     const Sizes& s = a.sizes;
     for (int64_t index = block.index; index < int64_t(a.tiles) * a.slices; index += block.count) {
       const int slice = int(index / a.tiles);
-      const Tile tile(s, int(index - int64_t(slice) * a.tiles));
+      const int which = int(index - int64_t(slice) * a.tiles);
+      const bool given = a.grads.dy == nullptr;
+      const int64_t pixels = s.pixels();
+      const Map grad = given ? a.grad_result : Map{a.grads.dy, {s.out * pixels, pixels, s.width, 1}};
+      if constexpr (kMatrices) {
+        if (which < a.matrix_tiles) {
+          run_matrix_tile(a, block, which, slice, grad, given ? a.element : Element::kFloat);
+          continue;
+        }
+      }
+      const Tile tile(s, true, which - a.matrix_tiles);
       const Branch& b = s.branches[tile.branch];
       const TileShape shape(b);
       float *x = block.shared, *dy = x + tile.in_count * a.step;
       const int64_t end = (slice + 1) * a.slice_images < s.batch ? (slice + 1) * a.slice_images : s.batch;
-      const bool given = a.grads.dy == nullptr;
-      const int64_t pixels = s.pixels();
-      const Map grad = given ? a.grad_result : Map{a.grads.dy, {s.out * pixels, pixels, s.width, 1}};
       Block::Registers<TileSums> registers(block);
       block.phase([&](int thread) {
         registers[thread] = {};
@@ -212,5 +219,10 @@ struct WeightGradient {
     }
   }
 };
+
+template <int kRow>
+struct WeightGradient : WeightGradientOf<kRow, false> {};
+// Where tensor cores compute a branch.
+struct MatrixWeightGradient : WeightGradientOf<kSide, true> {};
 
 }  // namespace mfef::cuda

@@ -11,6 +11,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,13 +65,27 @@ class Host:
                 schema = str(getattr(torch.ops.mfef, name).default._schema)
                 self._definitions.define(schema.removeprefix("mfef::"))
         torch.ops.load_library(str(library))
-        self._settings = ctypes.CDLL(str(library)).mfef_cuda_host_settings
+        loaded = ctypes.CDLL(str(library))
+        self._multiply = loaded.mfef_cuda_host_multiply
+        self._multiply.restype = ctypes.c_bool
+        self._multiply.argtypes = [ctypes.c_char_p, ctypes.c_int, *[ctypes.c_void_p] * 3]
+        self._multiply.argtypes += [ctypes.c_bool]
+        self._settings = loaded.mfef_cuda_host_settings
         self._settings.argtypes = [ctypes.c_int64, ctypes.c_bool]
         self.operators = ops.register("mfef_cuda_host")
 
     def set(self, shared_limit: int = H200, backwards: bool = False) -> None:
         """Bytes of shared memory of a thread block; whether its threads run in descending order."""
         self._settings(shared_limit, backwards)
+
+    def multiply(self, operand: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, by_words: bool):
+        """C + A B as a warp computes it (csrc/cuda/mma.cuh), of float32 arrays."""
+        a, b, c = np.ascontiguousarray(a), np.ascontiguousarray(b), np.array(c, order="C")
+        assert all(array.dtype == np.float32 for array in (a, b, c))
+        assert a.shape[0] == 16 and b.shape == (a.shape[1], 8) and c.shape == (16, 8)
+        pointers = [array.ctypes.data for array in (a, b, c)]
+        assert self._multiply(operand.encode(), a.shape[1], *pointers, by_words)
+        return c
 
 
 @pytest.fixture(scope="session")

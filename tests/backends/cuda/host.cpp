@@ -9,6 +9,7 @@
 #include "cuda/large_attention.cu"
 #include "cuda/large_conv.cu"
 #include "cuda/large_weight_gradient.cu"
+#include "cuda/mma.cuh"
 #include "cuda/ops_cuda.cu"
 #include "cuda/weight_gradient.cu"
 
@@ -37,7 +38,81 @@ const char* run_on_host(Run run, const BlockArgs& args, int64_t blocks, int thre
   return nullptr;
 }
 
+// C += A B of a warp, all row by row in float32; A from memory as a kernel has it, by words and by load_matrices.
+template <class T, int kWords>
+static void multiply_on_host(const float* a, const float* b, float* c, bool by_words) {
+  constexpr int kDepth = kWords * kPerWord<T>, kPitch = 12;  // words of a row, as kernels have them
+  alignas(16) uint32_t of_a[16 * kPitch], of_b[8 * kPitch];
+  auto fill = [](uint32_t* to, int rows, const auto& value) {
+    for (int e = 0; e < rows * kWords; ++e) {
+      float of_word[kPerWord<T>];
+      for (int i = 0; i < kPerWord<T>; ++i) of_word[i] = value(e / kWords, e % kWords * kPerWord<T> + i);
+      to[e / kWords * kPitch + e % kWords] = word_of<T>(of_word);
+    }
+  };
+  fill(of_a, 16, [&](int m, int k) { return a[m * kDepth + k]; });
+  fill(of_b, 8, [&](int n, int k) { return b[k * 8 + n]; });
+  const Block block{0, 1, kWarp, nullptr, host_backwards};
+  block.warps([&](const Warp& warp) {
+    Warp::Registers<FragmentA<kWords>> left;
+    Warp::Registers<FragmentB<kWords>> right;
+    Warp::Registers<Accumulator> sum;
+    auto to_left = [&](int thread) -> auto& { return left[thread]; };
+    auto to_right = [&](int thread) -> auto& { return right[thread]; };
+    auto to_sum = [&](int thread) -> auto& { return sum[thread]; };
+    if (by_words) {
+      warp.lanes([&](int thread) {
+        auto take = [](auto& fragment, const uint32_t* from, auto place, int lane) {
+          for (int reg = 0; reg < int(std::size(fragment.word)); ++reg) {
+            const Place at = place(lane, reg);
+            fragment.word[reg] = from[at.row * kPitch + at.column];
+          }
+        };
+        take(left[thread], of_a, place_in_a, thread % kWarp);
+        take(right[thread], of_b, place_in_b, thread % kWarp);
+      });
+    } else {
+      load_matrices<kWords / 2>(warp, to_left,
+                                [&](int m, int r) { return of_a + (m % 2 * 8 + r) * kPitch + m / 2 * 4; });
+      load_matrices<kWords / 4>(warp, to_right, [&](int m, int r) { return of_b + r * kPitch + m * 4; });
+    }
+    auto each = [&](const auto& f) {
+      warp.lanes([&](int thread) {
+        for (int i = 0; i < 4; ++i) {
+          const Place at = place_in_c(thread % kWarp, i);
+          f(c[at.row * 8 + at.column], sum[thread].value[i]);
+        }
+      });
+    };
+    each([](float memory, float& own) { own = memory; });
+    multiply_add<T, kWords>(warp, to_sum, to_left, to_right);
+    each([](float& memory, float own) { memory = own; });
+  });
+}
+
 }  // namespace mfef::cuda
+
+// A (16, K), B (K, 8), C (16, 8); false for a type and K that tensor cores do not have.
+extern "C" __attribute__((visibility("default"))) bool mfef_cuda_host_multiply(const char* type, int depth,
+                                                                               const float* a, const float* b, float* c,
+                                                                               bool by_words) {
+  using namespace mfef::cuda;
+  const std::string of = type;
+  if (of == "tf32" && depth == 8) {
+    multiply_on_host<Tf32, 8>(a, b, c, by_words);
+  } else if (of == "bfloat16" && depth == 16) {
+    multiply_on_host<c10::BFloat16, 8>(a, b, c, by_words);
+  } else if (of == "bfloat16" && depth == 8) {
+    multiply_on_host<c10::BFloat16, 4>(a, b, c, by_words);
+  } else if (of == "float16" && depth == 16) {
+    multiply_on_host<c10::Half, 8>(a, b, c, by_words);
+  } else if (of == "float16" && depth == 8) {
+    multiply_on_host<c10::Half, 4>(a, b, c, by_words);
+  } else {
+    return false;
+  }
+  return true;
+}
 
 extern "C" __attribute__((visibility("default"))) void mfef_cuda_host_settings(int64_t shared_limit, bool backwards) {
   mfef::cuda::host_shared_limit = shared_limit;

@@ -49,6 +49,22 @@ def test_the_papers_maps_fit(shape):
     assert plan["blocks"] * plan["images"] >= shape[0]
 
 
+@pytest.mark.parametrize(
+    ("shape", "branches"),
+    list(zip(PAPER, ([0], [0, 1], [0, 1, 2], [0, 1, 2, 3], []), strict=True)),
+    ids=str,
+)
+def test_which_branches_tensor_cores_compute(shape, branches):
+    """Groups of 8 and more, of maps as large as their matrices, in 16 bits."""
+    for dtype in (torch.bfloat16, torch.float16):
+        plan = cuda.plan(problem(*shape, dtype=dtype), H200)
+        assert plan["forward_tensor_core_branches"] == branches
+        assert plan["backward_tensor_core_branches"] == branches
+        for name in ("forward", "backward", "weight_gradient"):
+            assert 0 < plan[f"{name}_shared_bytes"] <= H200
+    assert cuda.plan(problem(*shape), H200)["forward_tensor_core_branches"] == []
+
+
 def test_64_channels_need_one_stage_on_every_gpu():
     for limit in (H200, A100, SMALLEST):
         plan = cuda.plan(problem(128, 64, 8), limit)
@@ -136,6 +152,10 @@ def test_not_chosen_by_itself_before_hardware_has_run_it(gpu):
     text = "\n".join(_explain_problem(one, "cuda", False))
     assert "runs on: cuda (forced)" in text and "small-map plan: 128 thread block(s)" in text
     assert "forward: Forward; scratch 0 bytes" in text
+    text = "\n".join(_explain_problem(problem(128, 128, 8, dtype=torch.bfloat16), "cuda", False))
+    assert "branches on tensor cores: [0, 1], backward [0, 1]" in text
+    assert "forward: MatrixForward; scratch 0 bytes" in text
+    assert "backward: MatrixBackward, MatrixWeightGradient, Sums; scratch" in text
     text = "\n".join(_explain_problem(problem(32, 64, 56), "cuda", False))
     assert "large-map plan: per image 8 tile(s) of 14 x 32 pixels" in text
     assert "forward: LargeConvolution, ChannelGates, PoolChannels, GateMap; scratch" in text

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfef_ext import functional, reference
+from mfef_ext.backends import cuda
 from mfef_ext.modules import MFEFBlock
 from tests.accuracy import (
     check_block,
@@ -16,6 +17,8 @@ from tests.accuracy import (
     run_block,
     unit_in_the_last_place,
 )
+from tests.backends.cuda.conftest import H200
+from tests.backends.cuda.test_plan import problem
 from tests.drawing import DRAWN, blocks
 from tests.ops.test_accuracy import strided
 from tests.ops.test_contracts import tied_case
@@ -62,10 +65,41 @@ def test_shapes_that_users_have(device, dtype, shape, options):
     check_block(dtype, shape=shape, backend="cuda", device=device, **options)
 
 
+# Branches that tensor cores compute: every kernel size, beside branches that they do not; groups
+# that fill their matrices and groups that do not; narrower and lower maps; branches that add to the
+# same channels; several tiles of the weight gradient.
+MATRICES = [
+    ((2, 64, 8, 8), {"groups": (1, 1, 1, 1)}),
+    ((2, 64, 8, 8), {"groups": (2, 1, 2, 8)}),
+    ((3, 33, 8, 8), {"kernel_sizes": (7,), "groups": (1,)}),
+    ((1, 72, 7, 5), {"kernel_sizes": (3, 9), "groups": (3, 2)}),
+    ((2, 18, 3, 6), {"kernel_sizes": (5, 3), "groups": (1, 1)}),
+    ((2, 24, 6, 8), {"kernel_sizes": (3, 5, 7), "groups": (1, 1, 8), "split": False}),
+    ((2, 22, 5, 5), {"kernel_sizes": (3, 5), "groups": (1, 1)}),
+    ((2, 72, 8, 8), {"kernel_sizes": (3,), "groups": (1,)}),
+]
+
+
+def by_tensor_cores(shape, dtype, split=True, **options) -> object:
+    mode = "split" if split else "pyramid"
+    plan = cuda.plan(problem(shape[0], *shape[1:], dtype=dtype, mode=mode, **options), H200)
+    return plan["forward_tensor_core_branches"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "options"), MATRICES, ids=str)
+def test_branches_by_tensor_cores(device, dtype, layout, shape, options):
+    assert by_tensor_cores(shape, dtype, **options)
+    assert not by_tensor_cores(shape, torch.float32, **options)
+    check_block(dtype, layout, backend="cuda", device=device, shape=shape, **options)
+
+
 @pytest.mark.parametrize("limit", [A100, SMALLEST])
-def test_stages_of_weights_do_not_change_a_bit(host, limit):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stages_of_weights_do_not_change_a_bit(host, limit, dtype):
     """A device with less shared memory has the weights of a convolution in more stages."""
-    case = make_case((2, 128, 8, 8), dtype=torch.float32).cast(torch.float32)
+    case = make_case((2, 128, 8, 8), dtype=dtype).cast(dtype)
     wanted = run_block(case, functional.mfef_block, backend="cuda")
     host.set(shared_limit=limit)
     for a, b in zip(wanted, run_block(case, functional.mfef_block, backend="cuda"), strict=True):
@@ -74,13 +108,22 @@ def test_stages_of_weights_do_not_change_a_bit(host, limit):
 
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize(
-    "shape",
-    [(3, 24, 8, 8), (600, 8, 2, 2), (2, 9, 3, 14), (2, 68, 6, 4), (2, 70, 9, 20), (1, 9, 35, 18)],
+    ("shape", "dtype"),
+    [
+        ((3, 24, 8, 8), torch.float32),
+        ((600, 8, 2, 2), torch.float32),
+        ((2, 9, 3, 14), torch.float32),
+        ((2, 68, 6, 4), torch.float32),
+        ((2, 70, 9, 20), torch.float32),
+        ((1, 9, 35, 18), torch.float32),
+        ((2, 44, 7, 8), torch.bfloat16),
+    ],
+    ids=str,
 )
-def test_threads_of_a_phase_do_not_depend_on_one_another(host, shape, split):
+def test_threads_of_a_phase_do_not_depend_on_one_another(host, shape, dtype, split):
     """The same bits with the threads of every phase in descending order: no race."""
-    case = make_case(shape, split=split, dtype=torch.float32).cast(torch.float32)
-    bias = torch.randn(shape[1])
+    case = make_case(shape, split=split, dtype=dtype).cast(dtype)
+    bias = torch.randn(shape[1]).to(dtype)
     weights = [w.detach() for w in case.weights]
 
     def run():
@@ -225,13 +268,22 @@ def test_gradients_for_some_inputs_only(device, wanted, width):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("shape", [(1100, 8, 2, 2), (7, 12, 6, 6), (5, 12, 6, 18)])
-def test_an_image_does_not_depend_on_its_neighbours(device, shape):
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1100, 8, 2, 2), torch.float32),
+        ((7, 12, 6, 6), torch.float32),
+        ((5, 12, 6, 18), torch.float32),
+        ((521, 22, 5, 5), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_an_image_does_not_depend_on_its_neighbours(device, shape, dtype):
     """Nor on how many images share a thread block, nor on the last block being a partial one."""
-    case = make_case((1, *shape[1:]), kernel_sizes=(3, 5), dtype=torch.float32)
-    case = case.cast(torch.float32, device)
+    case = make_case((1, *shape[1:]), kernel_sizes=(3, 5), dtype=dtype)
+    case = case.cast(dtype, device)
     arguments = (case.weights, case.groups, *case.attention)
-    x, grad = torch.randn(2, *shape, device=device)
+    x, grad = torch.randn(2, *shape, device=device).to(dtype)
 
     def run(images):
         leaf = x[images].requires_grad_()
@@ -317,6 +369,19 @@ def test_nan_and_infinity_pass_through(device, value, width):
     assert torch.equal(got.isnan().cpu(), wanted.isnan())
     others = [0, 1, 2, 4]
     assert torch.equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_stay_in_their_group(device, value):
+    """Also where tensor cores multiply by the zeros that fill up their matrices."""
+    case = make_case((2, 36, 6, 8), kernel_sizes=(3, 5), groups=(2, 1), dtype=torch.bfloat16)
+    with torch.no_grad():
+        case.x[1, 3, 2, 6] = case.x[0, 20, 0, 0] = value
+    low, plain = case.cast(torch.bfloat16, device), case.cast(torch.float32)
+    got = functional.multi_scale_conv2d(low.x, low.weights, low.groups, backend="cuda")
+    wanted = reference.multi_scale_conv2d(plain.x, plain.weights, plain.groups)
+    assert 0 < int(wanted.isfinite().sum()) < wanted.numel()
+    assert torch.equal(got.isfinite().cpu(), wanted.isfinite())
 
 
 @pytest.mark.parametrize("width", [3, 30])

@@ -1,0 +1,175 @@
+// Products of matrices by tensor cores: C += A B with C 16 x 8 in float32, and A 16 x K, B K x 8 in bfloat16, float16
+// or TF32, a warp at a time.
+//
+// Everything is counted in words of 32 bits, which are two neighbours along K, or one in TF32: then all types have the
+// same places. A product takes kWords words along K, 8 (K = 16, in TF32 8) or, of 16-bit types only, 4 (K = 8). Its
+// operands are cut into matrices of 8 rows x 4 words, the same for both: rows are those of A, and the columns of B. A
+// lane has the word (lane / 4, lane % 4) of each, matrix m in register m:
+//
+//     A: matrix m has rows [8 (m % 2), + 8), words [4 (m / 2), + 4)     B: words [4 m, + 4)
+//     C: value i is at row lane / 4 + 8 (i / 2), column 2 (lane % 4) + i % 2
+//
+// So what lies in shared memory as [row][word], with a row 4 words more than a multiple of 8, is read without
+// conflicts, by words or by load_matrices.
+#pragma once
+
+#include <bit>
+#include <iterator>
+#include <type_traits>
+
+#include "device.cuh"
+
+namespace mfef::cuda {
+
+// float32 with 10 bits of mantissa, as an operand only.
+struct Tf32 {};
+
+template <class T>
+constexpr int kPerWord = sizeof(T) == 2 ? 2 : 1;
+
+struct Place {
+  int row, column;  // in an operand: the column is a word
+};
+MFEF_HD Place place_in_a(int lane, int reg) { return {lane / 4 + reg % 2 * 8, lane % 4 + reg / 2 * 4}; }
+MFEF_HD Place place_in_b(int lane, int reg) { return {lane / 4, lane % 4 + reg * 4}; }
+MFEF_HD Place place_in_c(int lane, int i) { return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2}; }
+
+// The words of a lane, and its part of C.
+template <int kCount>
+struct Fragment {
+  uint32_t word[kCount];
+};
+template <int kWords>
+using FragmentA = Fragment<kWords / 2>;
+template <int kWords>
+using FragmentB = Fragment<kWords / 4>;
+struct Accumulator {
+  float value[4];
+};
+
+// --- operands -----------------------------------------------------------------------------------
+
+// To the nearest with 10 bits of mantissa, ties away from zero; NaN and infinity stay.
+MFEF_HD uint32_t tf32_word(float value) {
+#ifdef __CUDA_ARCH__
+  uint32_t word;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(value));
+  return word;
+#else
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
+#endif
+}
+
+// A word of kPerWord values, the first in its low bits.
+template <class T>
+MFEF_DEVICE uint32_t word_of(const float (&value)[kPerWord<T>]) {
+  if constexpr (kPerWord<T> == 1) {
+    return tf32_word(value[0]);
+  } else {
+    return uint32_t(T(value[0]).x) | uint32_t(T(value[1]).x) << 16;
+  }
+}
+
+// What tensor cores take value i of a word for: of float32 they do not read the last 13 bits.
+template <class T>
+MFEF_DEVICE float value_in(uint32_t word, int i) {
+  if constexpr (kPerWord<T> == 1) {
+    return std::bit_cast<float>(word & ~0x1fffu);
+  } else {
+    return float(std::bit_cast<T>(uint16_t(word >> 16 * i)));
+  }
+}
+
+// Matrices to the registers of the warp: row r of matrix m is the 4 words from row(m, r) on, aligned to 16 bytes.
+// to(thread) is the fragment of a lane.
+template <int kCount, class To, class Row>
+MFEF_DEVICE void load_matrices(const Warp& warp, const To& to, const Row& row) {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4);
+  warp.lanes([&](int thread) {
+    Fragment<kCount>& f = to(thread);
+    const int lane = thread % kWarp;
+#ifdef __CUDACC__
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row(lane / 8 % kCount, lane % 8)));
+    if constexpr (kCount == 1) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(f.word[0]) : "r"(at) : "memory");
+    } else if constexpr (kCount == 2) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                   : "=r"(f.word[0]), "=r"(f.word[1])
+                   : "r"(at)
+                   : "memory");
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(f.word[0]), "=r"(f.word[1]), "=r"(f.word[2]), "=r"(f.word[3])
+                   : "r"(at)
+                   : "memory");
+    }
+#else
+    for (int m = 0; m < kCount; ++m) f.word[m] = row(m, lane / 4)[lane % 4];
+#endif
+  });
+}
+
+// --- products -----------------------------------------------------------------------------------
+
+#ifdef __CUDACC__
+#define MFEF_MMA(SHAPE)                                                                            \
+  asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
+      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]))
+#define MFEF_HALF_MMA(SHAPE)                                                           \
+  asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
+      : "r"(a.word[0]), "r"(a.word[1]), "r"(b.word[0]))
+
+template <class T, int kWords>
+MFEF_DEVICE void multiply_add_of_lane(float (&c)[4], const FragmentA<kWords>& a, const FragmentB<kWords>& b) {
+  if constexpr (std::is_same_v<T, Tf32>) {
+    MFEF_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+  } else if constexpr (std::is_same_v<T, c10::BFloat16> && kWords == 8) {
+    MFEF_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    MFEF_HALF_MMA("m16n8k8.row.col.f32.bf16.bf16.f32");
+  } else if constexpr (kWords == 8) {
+    MFEF_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+  } else {
+    MFEF_HALF_MMA("m16n8k8.row.col.f32.f16.f16.f32");
+  }
+}
+#undef MFEF_MMA
+#undef MFEF_HALF_MMA
+#endif
+
+// C += A B. c(thread), a(thread) and b(thread) are the Accumulator and the fragments of a lane.
+template <class T, int kWords, class C, class A, class B>
+MFEF_DEVICE void multiply_add(const Warp& warp, const C& c, const A& a, const B& b) {
+  static_assert(kWords == 8 || (kWords == 4 && kPerWord<T> == 2));
+#ifdef __CUDACC__
+  warp.lanes([&](int thread) { multiply_add_of_lane<T, kWords>(c(thread).value, a(thread), b(thread)); });
+#else
+  // The whole matrices, as the lanes have them; products are exact in float32, sums are in the order of K.
+  constexpr int kDepth = kWords * kPerWord<T>;
+  float of_a[16][kDepth], of_b[8][kDepth];
+  auto spread = [](const auto& fragment, int lane, auto place, auto& to) {
+    for (int reg = 0; reg < int(std::size(fragment.word)); ++reg) {
+      const Place at = place(lane, reg);
+      for (int i = 0; i < kPerWord<T>; ++i) {
+        to[at.row][at.column * kPerWord<T> + i] = value_in<T>(fragment.word[reg], i);
+      }
+    }
+  };
+  warp.lanes([&](int thread) {
+    spread(a(thread), thread % kWarp, place_in_a, of_a);
+    spread(b(thread), thread % kWarp, place_in_b, of_b);
+  });
+  warp.lanes([&](int thread) {
+    for (int i = 0; i < 4; ++i) {
+      const Place at = place_in_c(thread % kWarp, i);
+      float& sum = c(thread).value[i];
+      for (int k = 0; k < kDepth; ++k) sum = fmaf(of_a[at.row][k], of_b[at.column][k], sum);
+    }
+  });
+#endif
+}
+
+}  // namespace mfef::cuda

@@ -1,0 +1,62 @@
+"""Products of matrices by tensor cores (csrc/cuda/mma.cuh), run on the host, against numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+KINDS = [("tf32", 8), ("bfloat16", 8), ("bfloat16", 16), ("float16", 8), ("float16", 16)]
+
+
+def tf32(values: np.ndarray) -> np.ndarray:
+    """To the nearest float32 with 10 bits of mantissa, ties away from zero."""
+    mantissa, exponent = np.frexp(values.astype(np.float64))
+    scaled = np.ldexp(mantissa, 11)
+    return np.ldexp(np.trunc(scaled + np.copysign(0.5, scaled)), exponent - 11).astype(np.float32)
+
+
+def rounded(operand: str, values: np.ndarray) -> np.ndarray:
+    if operand == "tf32":
+        return tf32(values)
+    return torch.from_numpy(values).to(getattr(torch, operand)).float().numpy()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("by_words", [False, True])
+@pytest.mark.parametrize(("operand", "depth"), KINDS)
+def test_products(host_library, operand, depth, by_words, backwards):
+    """Every element where it belongs: integers, whose sums are exact in every type."""
+    random = np.random.default_rng(depth)
+    a, b, c = (
+        random.integers(-8, 9, shape).astype(np.float32)
+        for shape in ((16, depth), (depth, 8), (16, 8))
+    )
+    host_library.set(backwards=backwards)
+    got = host_library.multiply(operand, a, b, c, by_words)
+    host_library.set()
+    np.testing.assert_array_equal(got, c + a @ b)
+
+
+@pytest.mark.parametrize(("operand", "depth"), KINDS)
+def test_operands_are_rounded_and_sums_are_not(host_library, operand, depth):
+    random = np.random.default_rng(1)
+    a = random.standard_normal((16, depth)).astype(np.float32)
+    b = random.standard_normal((depth, 8)).astype(np.float32)
+    c = random.standard_normal((16, 8)).astype(np.float32)
+    got = host_library.multiply(operand, a, b, c, False)
+    low_a, low_b = rounded(operand, a), rounded(operand, b)
+    wanted = c + low_a.astype(np.float64) @ low_b
+    bound = np.abs(c) + np.abs(low_a.astype(np.float64)) @ np.abs(low_b)
+    assert (np.abs(got - wanted) <= (depth + 1) * 2.0**-24 * bound).all()
+    assert not np.allclose(wanted, c + a.astype(np.float64) @ b, rtol=0, atol=1e-5)
+
+
+def test_tf32_rounds_ties_away_from_zero_and_keeps_what_is_not_finite(host_library):
+    """The identity times values that differ in the bits that TF32 drops."""
+    tie, below = 1 + 2.0**-11, np.nextafter(np.float32(1 + 2.0**-11), np.float32(0))
+    b = np.zeros((8, 8), np.float32)
+    b[0] = [tie, -tie, below, -below, np.inf, -np.inf, np.nan, 0.0]
+    a = np.zeros((16, 8), np.float32)
+    a[3, 0] = 1.0
+    got = host_library.multiply("tf32", a, b, np.zeros((16, 8), np.float32), False)[3]
+    up = 1 + 2.0**-10
+    np.testing.assert_array_equal(got, np.float32([up, -up, 1, -1, np.inf, -np.inf, np.nan, 0]))
