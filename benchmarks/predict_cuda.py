@@ -23,6 +23,9 @@ from mfef_ext.problem import describe_mfef_block
 MULTIPROCESSORS = 132
 CLOCK = 1.98e9  # Hz, the highest of the data sheet
 FMAS = 128  # of a multiprocessor per cycle
+# Multiply-adds of tensor cores in 16 bits: half the data sheet's, since the instruction that the
+# kernels use (mma.sync) is known to reach little more.
+TENSOR_FMAS = 1024
 COPY = 4.3e12  # bytes/s read and written, measured on an H200 (decisions.md)
 SHARED = 228 * 1024  # of a multiprocessor; a thread block takes RESERVED more than it asks for
 RESERVED = 1024
@@ -40,7 +43,8 @@ class Prediction:
     """Counts of one case by direction, times in microseconds. ``plan``: of backends.cuda."""
 
     plan: dict[str, object]
-    fma_floor: dict[str, float]  # of the convolutions
+    fma_floor: dict[str, float]  # of the convolutions, less what is on tensor cores
+    tensor_floor: dict[str, float]
     memory_floor: dict[str, float]  # small maps: also what the launches leave for one another
     weights: int  # bytes of weights that the forward reads from L2, all thread blocks together
     resident: int  # thread blocks of the forward that shared memory lets a multiprocessor hold
@@ -48,9 +52,10 @@ class Prediction:
 
 def predict(case: suites.Case) -> Prediction:
     """Both directions of a case's shape and dtype."""
-    block = MFEFBlock(case.channels, groups=case.groups, device="meta")
+    dtype = suites.DTYPES[case.dtype]
+    block = MFEFBlock(case.channels, groups=case.groups, device="meta", dtype=dtype)
     a = block.attention
-    x = torch.empty(case.batch, case.channels, case.side, case.side, device="meta")
+    x = torch.empty(case.batch, case.channels, case.side, case.side, device="meta", dtype=dtype)
     problem = describe_mfef_block(
         x, list(block.conv.weights), block.conv.groups, a.fc1_weight, a.fc1_bias, a.fc2_weight,
         a.fc2_bias, a.spatial_weight, True,
@@ -61,12 +66,21 @@ def predict(case: suites.Case) -> Prediction:
     blocks = -(-case.batch // images)
     # A small map's multiprocessor has whole images; a large one's pieces are spread evenly.
     busiest = blocks / MULTIPROCESSORS if large else -(-blocks // MULTIPROCESSORS) * images
-    element = suites.DTYPES[case.dtype].itemsize
-    fma, memory = {}, {}
+    element = dtype.itemsize
+    products = [
+        w.shape[0] * w.shape[1] * suites.taps_inside(case.side, w.shape[2])
+        for w in block.conv.weights
+    ]
+    fma, tensor, memory = {}, {}, {}
     for direction in suites.DIRECTIONS:
         work = suites.count_work(replace(case, direction=direction))
         both = direction == suites.BOTH
-        fma[direction] = work.real_ops / 2 / case.batch * busiest / FMAS / CLOCK * 1e6
+        on_tensor_cores = sum(products[b] for b in tensor_core_branches(plan, suites.FORWARD))
+        if both:
+            on_tensor_cores += sum(products[b] for b in tensor_core_branches(plan, "backward"))
+        others = work.real_ops / 2 / case.batch - on_tensor_cores
+        fma[direction] = others * busiest / FMAS / CLOCK * 1e6
+        tensor[direction] = on_tensor_cores * busiest / TENSOR_FMAS / CLOCK * 1e6
         if large:
             passes = FORWARD_PASSES + BACKWARD_PASSES * both
             moved = (passes * element + 4 * BACKWARD_FLOAT_PASSES * both) * x.numel()
@@ -78,7 +92,13 @@ def predict(case: suites.Case) -> Prediction:
                for w in block.conv.weights)  # fmt: skip
     readers = case.batch * int(str(plan["tiles"])) if large else blocks
     shared = int(str(plan["forward_shared_bytes"])) + RESERVED
-    return Prediction(plan, fma, memory, 4 * taps * readers, SHARED // shared)
+    return Prediction(plan, fma, tensor, memory, 4 * taps * readers, SHARED // shared)
+
+
+def tensor_core_branches(plan: dict[str, object], direction: str) -> list[int]:
+    """Those of the forward, or of the data gradient ("backward")."""
+    found = plan.get(f"{direction}_tensor_core_branches", [])
+    return found if isinstance(found, list) else []
 
 
 def pair(plan: dict[str, object], name: str, scale: int = 1) -> str:
@@ -121,18 +141,23 @@ def large_rows() -> list[str]:
     """The table of the maps that stay in memory, line by line."""
     lines = [
         "| shape | dtype | tile | tiles x units | piece | pieces | shared KiB | resident "
-        "| launches | scratch MB | FMA floor, us | memory, us |",
-        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| on tensor cores | launches | scratch MB | FMA floor, us | tensor cores, us "
+        "| memory, us |",
+        "|---|---|---|---:|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
     for case in suites.select(("imagenet",), directions=(suites.FORWARD,)):
         found = predict(case)
         plan = found.plan
+        branches = tensor_core_branches(plan, suites.FORWARD)
+        assert branches == tensor_core_branches(plan, "backward")
         tile, piece = (str(plan[name]).strip("()").replace(", ", "x") for name in ("tile", "piece"))
         lines.append(
             f"| {case.shape} | {case.dtype} | {tile} | {plan['tiles']} x {pair(plan, 'units')} "
             f"| {piece} | {plan['pieces']} | {pair(plan, 'shared_bytes', 1024)} | {found.resident} "
+            f"| {', '.join(map(str, branches)) or '-'} "
             f"| {launches(plan)} | {pair(plan, 'scratch_bytes', 10**6)} "
-            f"| {floors(found.fma_floor)} | {floors(found.memory_floor)} |"
+            f"| {floors(found.fma_floor)} | {floors(found.tensor_floor)} "
+            f"| {floors(found.memory_floor)} |"
         )
     return lines
 

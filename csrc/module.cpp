@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -85,11 +86,14 @@ py::dict cpu_plan(int64_t batch, int64_t channels, int64_t height, int64_t width
 // cpu_plan; here "reason" says why not where "fits" is false, and then there is no more.
 py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t width,
                    const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>& branches, bool split,
-                   int64_t hidden, int64_t spatial_k, int64_t shared_limit) {
+                   int64_t hidden, int64_t spatial_k, const std::string& dtype, int64_t shared_limit) {
   using namespace mfef::cuda;
   // What no thread block could hold must not wrap around before the planner refuses it.
   if (channels >= int64_t(1) << 30 || hidden >= int64_t(1) << 30) throw std::invalid_argument("too many channels");
   Sizes s{};
+  s.element = dtype == "bfloat16"  ? mfef::cuda::Element::kBFloat16
+              : dtype == "float16" ? mfef::cuda::Element::kHalf
+                                   : mfef::cuda::Element::kFloat;
   s.batch = batch;
   s.in = s.out = int(channels);
   s.height = int(height);
@@ -119,8 +123,16 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
     plan[(direction + "scratch_bytes").c_str()] = scratch_bytes(s, p, backward);
     const Stages& stages = backward ? p.stages_backward : p.stages;
     if (p.large) {
-      plan[(direction + "units").c_str()] = (backward ? p.maps.units_backward : p.maps.units).count;
-      plan[(direction + "shared_bytes").c_str()] = backward ? p.maps.shared_backward : p.maps.shared;
+      const Units& units = backward ? p.maps.units_backward : p.maps.units;
+      std::vector<int> by_tensor_cores;
+      for (int b = 0; b < s.branch_count; ++b) {
+        if (units.rows[b]) by_tensor_cores.push_back(b);
+      }
+      plan[(direction + "units").c_str()] = units.count;
+      plan[(direction + "tensor_core_branches").c_str()] = by_tensor_cores;
+      plan[(direction + "shared_bytes").c_str()] =
+          backward ? std::max(p.maps.shared_backward, p.maps.shared_matrices_backward)
+                   : std::max(p.maps.shared, p.maps.shared_matrices);
     } else {
       plan[(direction + "stages").c_str()] = s.branch_count ? stages.total(s) : 0;
       plan[(direction + "shared_bytes").c_str()] = backward ? p.shared_backward : p.shared;
@@ -158,7 +170,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_plan", &cpu_plan, py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"),
         py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("dtype"));
   m.def("cuda_plan", &cuda_plan, py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"),
-        py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("shared_limit"));
+        py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("dtype"),
+        py::arg("shared_limit"));
   m.def(
       "poison_buffers", [](bool on) { mfef::cpu::poison_buffers = on; }, py::arg("on"),
       "For tests: fills every buffer of the kernels with NaN before use.");

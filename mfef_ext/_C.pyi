@@ -25,6 +25,7 @@ def cuda_plan(
     split: bool,
     hidden: int,
     spatial_k: int,
+    dtype: str,
     shared_limit: int,
 ) -> dict: ...
 def fma_chain(iterations: int) -> int: ...

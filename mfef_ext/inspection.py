@@ -144,6 +144,10 @@ _CUDA_TEXT = {
     "bytes, backward {backward_shared_bytes:,}",
 }
 _CUDA_STAGES_TEXT = "weights in {forward_stages} stage(s), backward {backward_stages}"
+_CUDA_TENSOR_CORES_TEXT = (
+    "branches on tensor cores: {forward_tensor_core_branches}, backward "
+    "{backward_tensor_core_branches}"
+)
 _CUDA_GRADIENT_TEXT = (
     "gradient of the weights in {weight_gradient_tiles} tile(s) by {weight_gradient_slices} "
     "slice(s) of the batch"
@@ -155,6 +159,8 @@ def _explain_cuda(plan: dict[str, object]) -> list[str]:
     texts = [_CUDA_TEXT[str(plan["plan"])]]
     if plan["weight_gradient_tiles"]:
         texts += [_CUDA_STAGES_TEXT] * small + [_CUDA_GRADIENT_TEXT]
+    if plan.get("forward_tensor_core_branches") or plan.get("backward_tensor_core_branches"):
+        texts.append(_CUDA_TENSOR_CORES_TEXT)
     lines = [f"    {text.format(**plan)}" for text in texts]
     for direction in ("forward", "backward"):
         launches, scratch = plan[f"{direction}_launches"], plan[f"{direction}_scratch_bytes"]

@@ -42,6 +42,7 @@ struct Branch {
 
 // What the planner reads.
 struct Sizes {
+  Element element;
   int64_t batch;
   int in, out, height, width;
   bool split;

@@ -90,7 +90,7 @@ int32_t* indices(const Tensor& t) { return t.numel() ? static_cast<int32_t*>(t.d
 class Call {
  public:
   Call(const Tensor& x, const MapSize& size) : device_(x), x_(x) {
-    args.element = element_of(x);
+    args.element = args.sizes.element = element_of(x);
     // Sizes that no thread block could hold must not wrap around before the planner refuses them.
     constexpr int64_t kMost = int64_t(1) << 30;
     STD_TORCH_CHECK(size.c < kMost, "mfef: the CUDA kernels take fewer than 2^30 channels, got ", size.c);
@@ -227,17 +227,22 @@ class Call {
     args.slices = plan_.slices;
     args.slice_images = plan_.slice_images;
     args.pass_images = plan_.pass_images;
+    args.matrix_tiles = plan_.matrix_tiles;
+    args.matrix_images = plan_.matrix_images;
   }
 
   // The convolution from `source` to `dest`, where there is one; with statistics where there is room for them.
   void large_convolution(bool backward, const Map& source, Element element, const Map& dest) {
     LargeArgs& l = args.large;
     l.backward = backward;
-    l.units = backward ? plan_.maps.units_backward : plan_.maps.units;
     l.source = source;
     l.source_element = element;
     l.dest = dest;
-    run(launch_large_convolution);
+    const Units& units = backward ? plan_.maps.units_backward : plan_.maps.units;
+    for (const bool matrices : {false, true}) {
+      l.units = units.of_launch(args.sizes, backward, matrices);
+      if (l.units.count) run(matrices ? launch_large_matrix_convolution : launch_large_convolution);
+    }
   }
 
   void large_forward() {

@@ -347,8 +347,8 @@ inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
   const int spans = ceil_div(s.width, kSpan), across = ceil_div(spans, kTileSpans), wide = ceil_div(spans, across);
   const int tall = 2 * (kTileItems / wide), down = ceil_div(s.height, tall);
   m.tiles = Cover::of(s, (ceil_div(s.height, down) + 1) / 2 * 2, wide * kSpan);
-  if (!choose_units(s, false, m.tiles, &m.units, &m.shared) ||
-      !choose_units(s, true, m.tiles, &m.units_backward, &m.shared_backward)) {
+  if (!choose_units(s, false, m.tiles, &m.units, &m.shared, &m.shared_matrices) ||
+      !choose_units(s, true, m.tiles, &m.units_backward, &m.shared_backward, &m.shared_matrices_backward)) {
     return refuse("not one channel of a convolution of a tile of " + std::to_string(m.tiles.rows) + " x " +
                   std::to_string(m.tiles.columns) + " pixels fits into " + kib(kLargeShared));
   }
@@ -400,6 +400,13 @@ inline Plan make_plan(const Sizes& s, int64_t limit) {
   return p;
 }
 
+// Those of a direction of the convolution on large maps.
+inline void add_convolutions(const Sizes& s, const Plan& p, bool backward, std::vector<std::string>* all) {
+  const Units& units = backward ? p.maps.units_backward : p.maps.units;
+  if (units.of_launch(s, backward, false).count) all->push_back("LargeConvolution");
+  if (units.of_launch(s, backward, true).count) all->push_back("LargeMatrixConvolution");
+}
+
 // The kernels of a whole call, in order; `backward` with all gradients.
 inline std::vector<std::string> launches(const Sizes& s, const Plan& p, bool backward) {
   const bool convolution = s.branch_count > 0, attention = s.hidden > 0;
@@ -409,12 +416,15 @@ inline std::vector<std::string> launches(const Sizes& s, const Plan& p, bool bac
     all = {"Backward"};
     if (convolution) all.push_back("WeightGradient");
   } else if (!backward) {
-    all = {"LargeConvolution"};
+    add_convolutions(s, p, false, &all);
     if (attention) all.insert(all.end(), {"ChannelGates", "PoolChannels", "GateMap"});
     return all;
   } else {
     if (attention) all = {"ChannelGates", "PixelGradient", "ChannelGradient", "MlpBackward", "MapGradient"};
-    if (convolution) all.insert(all.end(), {"LargeConvolution", "LargeWeightGradient"});
+    if (convolution) {
+      add_convolutions(s, p, true, &all);
+      all.push_back("LargeWeightGradient");
+    }
   }
   all.push_back("Sums");
   return all;

@@ -8,6 +8,7 @@
 #include "cuda/forward.cu"
 #include "cuda/large_attention.cu"
 #include "cuda/large_conv.cu"
+#include "cuda/large_conv_matrices.cu"
 #include "cuda/large_weight_gradient.cu"
 #include "cuda/mma.cuh"
 #include "cuda/ops_cuda.cu"

@@ -1,0 +1,305 @@
+// A unit of a convolution on tensor cores, in bfloat16 or float16 with float32 sums: a product of
+// pixels x (taps, source channels) and (taps, source channels) x destination channels, where a tap is an offset.
+//
+// Rounds: source channels `stage` at a time and, of those, taps `rows` rows at a time come to shared memory, as 16-bit
+// elements: the tile with its halo as [pixel][group][source], taps as [tap][slot][8 destination channels][source]. In
+// every round a warp adds the products of its items (see MatrixPart) to its sums, which stay in registers until the
+// last round; then they go to the destination in shared memory.
+// Per 16 source channels of a tap a warp reads 8 or 16 matrices of pixels (fewer where both slots are of one group) and
+// 4 of weights, 128 bytes each, for 8 products of 2,048 multiply-adds.
+//
+// Rows of taps that meet no row of an item are left out; columns beside the map are zeros and are multiplied.
+#pragma once
+
+#include <type_traits>
+
+#include "mma.cuh"
+#include "region.cuh"
+
+namespace mfef::cuda {
+
+// What every lane keeps from the first round to the last.
+struct MatrixSums {
+  Accumulator of[MatrixPart::kWarpItems][MatrixPart::kItemSlots][MatrixPart::kItemPixels];
+};
+
+// One round of a branch's part, and where it is in shared memory.
+struct MatrixTask {
+  Way way;
+  MatrixPart part;
+  Rectangle at;            // the tile
+  int above, below;        // the map's rows, from the tile's first
+  int first, end;          // source channels of a group
+  int first_row, end_row;  // of taps
+  uint32_t *source, *weights;
+};
+
+// Where an item's matrices of pixels begin, and its slots. Matrices beyond the last are the last, slots beyond the last
+// are of group -1: nobody takes their sums.
+struct MatrixItem {
+  int pixels;  // matrices that are there
+  Place place[MatrixPart::kItemPixels];
+  int slot, group[MatrixPart::kItemSlots];
+
+  MFEF_DEVICE MatrixItem(const MatrixTask& task, int index) {
+    const int spans = ceil_div(task.at.columns, kSpan), all = spans * ceil_div(task.at.rows, 2);
+    const int runs = ceil_div(all, MatrixPart::kItemPixels), run = index / runs;
+    const int first = (index - run * runs) * MatrixPart::kItemPixels;
+    pixels = least(MatrixPart::kItemPixels, all - first);
+    slot = run * MatrixPart::kItemSlots;
+    MFEF_UNROLL
+    for (int p = 0; p < MatrixPart::kItemPixels; ++p) {
+      const int of = least(first + p, all - 1), pair = of / spans;
+      place[p] = {pair * 2, (of - pair * spans) * kSpan};
+    }
+    MFEF_UNROLL
+    for (int i = 0; i < MatrixPart::kItemSlots; ++i) {
+      group[i] = slot + i < task.part.slots ? (slot + i) / task.part.slots_per_group : -1;
+    }
+  }
+};
+
+// 16 bytes to shared memory that nobody waits for before wait_for_copies.
+MFEF_DEVICE void copy_16_bytes(uint32_t* to, const void* from) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
+               : "memory");
+#else
+  *reinterpret_cast<Vector<uint32_t, 4>*>(to) = *static_cast<const Vector<uint32_t, 4>*>(from);
+#endif
+}
+MFEF_DEVICE void wait_for_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// The source of a round to shared memory, in chunks of 8 channels of a pixel; zeros beside the map and beyond the
+// channels. From is the type in memory.
+template <class T, class From>
+MFEF_DEVICE void load_pixels(const Map& map, const Sizes& s, const MatrixTask& task, int64_t image, int thread,
+                             int threads) {
+  constexpr int kSide = MatrixPart::kSide;
+  const Way& way = task.way;
+  const int half = way.k / 2, count = task.end - task.first, of_group = MatrixPart::chunks(count);
+  const int chunks = way.groups * of_group;
+  const int rows = task.at.rows + 2 * half, columns = ceil_div(task.at.columns, kSpan) * kSpan + 2 * half;
+  const int pixels = rows * columns;
+  const bool last = map.stride[1] == 1;
+  const bool vectors = last && std::is_same_v<T, From> && has_vectors(map, 1, sizeof(T), kSide);
+  const Quotient by_columns(columns), by_group(of_group), by_inner(last ? chunks : pixels);
+  const From* data = static_cast<const From*>(map.data);
+  MFEF_ROLLED
+  for (int e = thread; e < chunks * pixels; e += threads) {
+    const int outer = by_inner(e), inner = e - outer * (last ? chunks : pixels);
+    const int chunk = last ? inner : outer, pixel = last ? outer : inner;
+    const int row = by_columns(pixel), column = pixel - row * columns;
+    const int group = by_group(chunk), of_chunk = (chunk - group * of_group) * kSide;
+    const int channel = way.source_first + group * way.source_per_group + task.first + of_chunk;
+    const int h = task.at.row + row - half, w = task.at.column + column - half;
+    uint32_t* to = task.source + (row * task.part.columns + column) * task.part.pixel_step + group * task.part.group +
+                   of_chunk / 2;
+    Vector<uint32_t, 4> words{};
+    if (h >= 0 && h < s.height && w >= 0 && w < s.width) {
+      const From* from = data + offset_of(map, image, channel, h, w);
+      const int left = least(kSide, count - of_chunk);
+      if (vectors && left == kSide && channel % kSide == 0) {
+        copy_16_bytes(to, from);
+        continue;
+      }
+      MFEF_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float of_word[2] = {};
+        MFEF_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          if (2 * i + j < left) of_word[j] = float(from[(2 * i + j) * map.stride[1]]);
+        }
+        words.value[i] = word_of<T>(of_word);
+      }
+    }
+    *reinterpret_cast<Vector<uint32_t, 4>*>(to) = words;
+  }
+  wait_for_copies();
+}
+
+// The taps of a round. out_first and in_first: where the part begins among the weights of the branch.
+template <class T>
+MFEF_DEVICE void load_matrix_weights(const Parameter& weights, const MatrixTask& task, int full_k, int out_first,
+                                     int in_first, bool backward, int thread, int threads) {
+  constexpr int kSide = MatrixPart::kSide;
+  const Way& way = task.way;
+  const MatrixPart& part = task.part;
+  const int count = task.end - task.first, words = MatrixPart::chunks(count) * kSide / 2;
+  const int skip = (full_k - way.k) / 2, channels = part.slots * kSide;
+  const int64_t of_source = weights.stride[backward ? 0 : 1];
+  const int64_t step = backward ? -weights.stride[3] : weights.stride[3];
+  const Quotient by_words(words), by_group(part.slots_per_group * kSide);
+  MFEF_ROLLED
+  for (int e = thread; e < channels * words; e += threads) {
+    const int channel = by_words(e), word = e - channel * words;
+    const int group = by_group(channel), dest = channel - group * part.slots_per_group * kSide, source = 2 * word;
+    const bool has[2] = {dest < way.dest_per_group && source < count, dest < way.dest_per_group && source + 1 < count};
+    // Forward a group's destination channels follow on those before it, backward its source channels.
+    const int64_t out = backward ? out_first + group * way.source_per_group + task.first + source
+                                 : out_first + group * way.dest_per_group + dest;
+    const int64_t in = backward ? in_first + dest : in_first + task.first + source;
+    const T* corner = static_cast<const T*>(weights.data) + out * weights.stride[0] + in * weights.stride[1];
+    uint32_t* to = task.weights + channel * part.tap_row + word;
+    MFEF_ROLLED
+    for (int ky = task.first_row; ky < task.end_row; ++ky) {
+      const int row = skip + (backward ? way.k - 1 - ky : ky), column = skip + (backward ? way.k - 1 : 0);
+      const T* from = corner + row * weights.stride[2] + column * weights.stride[3];
+      MFEF_ROLLED
+      for (int kx = 0; kx < way.k; ++kx, from += step, to += channels * part.tap_row) {
+        uint32_t value = has[0] ? from[0].x : 0;
+        if (has[1]) value |= uint32_t(from[of_source].x) << 16;
+        *to = value;
+      }
+    }
+  }
+}
+
+// kWords words of the source's channels at one tap: the products of an item.
+template <class T, int kWords, class Sums>
+MFEF_DEVICE void multiply_chunk(const Warp& warp, const MatrixTask& task, const MatrixItem& item,
+                                const uint32_t* source, const uint32_t* weights, const Sums& sums) {
+  constexpr int kPixels = MatrixPart::kItemPixels, kSide = MatrixPart::kSide;
+  const MatrixPart& part = task.part;
+  Warp::Registers<Fragment<kWords / 2>> a[kPixels];
+  Warp::Registers<Fragment<kWords / 4>> b;
+  MFEF_UNROLL
+  for (int i = 0; i < MatrixPart::kItemSlots; ++i) {
+    const int slot = item.slot + i, group = item.group[i];
+    if (group < 0) continue;
+    load_matrices<kWords / 4>(
+        warp, [&](int thread) -> auto& { return b[thread]; },
+        [&](int m, int r) { return weights + (slot * kSide + r) * part.tap_row + m * 4; });
+    if (i == 0 || group != item.group[0]) {
+      MFEF_UNROLL
+      for (int p = 0; p < kPixels; ++p) {
+        const Place at = item.place[p];
+        load_matrices<kWords / 2>(
+            warp, [&](int thread) -> auto& { return a[p][thread]; },
+            [&](int m, int r) {
+              return source + ((at.row + m % 2) * part.columns + at.column + r) * part.pixel_step + group * part.group +
+                     m / 2 * 4;
+            });
+      }
+    }
+    MFEF_UNROLL
+    for (int p = 0; p < kPixels; ++p) {
+      multiply_add<T, kWords>(
+          warp, [&](int thread) -> auto& { return sums(thread, i, p); },
+          [&](int thread) -> auto& { return a[p][thread]; }, [&](int thread) -> auto& { return b[thread]; });
+    }
+  }
+}
+
+// A round's products of the items of a warp.
+template <class T>
+MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const MatrixTask& task,
+                                Block::Registers<MatrixSums>& registers) {
+  const MatrixPart& part = task.part;
+  const int k = task.way.k, half = k / 2, words = MatrixPart::chunks(task.end - task.first) * MatrixPart::kSide / 2;
+  const int items = MatrixPart::items(task.at.rows, task.at.columns, part.slots);
+  MFEF_UNROLL
+  for (int i = 0; i < MatrixPart::kWarpItems; ++i) {
+    const int index = warp.index + i * (block.threads / kWarp);
+    if (index >= items) continue;
+    const MatrixItem item(task, index);
+    auto sums = [&](int thread, int slot, int p) -> Accumulator& { return registers[thread].of[i][slot][p]; };
+    // Rows of taps that meet the map from any of the item's rows.
+    const int top = item.place[0].row, bottom = item.place[MatrixPart::kItemPixels - 1].row + 1;
+    const int begin = most(task.first_row, task.above - bottom + half);
+    const int end = least(task.end_row, task.below - top + half);
+    MFEF_ROLLED
+    for (int ky = begin; ky < end; ++ky) {
+      MFEF_ROLLED
+      for (int kx = 0; kx < k; ++kx) {
+        const uint32_t* source = task.source + (ky * part.columns + kx) * part.pixel_step;
+        const uint32_t* weights =
+            task.weights + ((ky - task.first_row) * k + kx) * part.slots * MatrixPart::kSide * part.tap_row;
+        int word = 0;
+        MFEF_ROLLED
+        for (; word + 8 <= words; word += 8) {
+          multiply_chunk<T, 8>(warp, task, item, source + word, weights + word, sums);
+        }
+        if (word < words) multiply_chunk<T, 4>(warp, task, item, source + word, weights + word, sums);
+      }
+    }
+  }
+}
+
+// The sums of a warp's items to the destination in shared memory.
+MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const MatrixTask& task, int pitch, float* dest,
+                                  Block::Registers<MatrixSums>& registers) {
+  const Way& way = task.way;
+  const MatrixPart& part = task.part;
+  const int items = MatrixPart::items(task.at.rows, task.at.columns, part.slots);
+  MFEF_UNROLL
+  for (int i = 0; i < MatrixPart::kWarpItems; ++i) {
+    const int index = warp.index + i * (block.threads / kWarp);
+    if (index >= items) continue;
+    const MatrixItem item(task, index);
+    MFEF_UNROLL
+    for (int j = 0; j < MatrixPart::kItemSlots; ++j) {
+      const int group = item.group[j];
+      const int of_group = (item.slot + j - group * part.slots_per_group) * MatrixPart::kSide;
+      if (group < 0) continue;
+      MFEF_UNROLL
+      for (int p = 0; p < MatrixPart::kItemPixels; ++p) {
+        if (p >= item.pixels) continue;
+        const Place at = item.place[p];
+        warp.lanes([&](int thread) {
+          MFEF_UNROLL
+          for (int v = 0; v < 4; ++v) {
+            const Place in_c = place_in_c(thread % kWarp, v);
+            const int channel = of_group + in_c.column, row = at.row + in_c.row / kSpan;
+            if (channel >= way.dest_per_group || row >= task.at.rows) continue;
+            dest[(group * way.dest_per_group + channel) * int(part.dest_step) + row * pitch + at.column +
+                 in_c.row % kSpan] = registers[thread].of[i][j][p].value[v];
+          }
+        });
+      }
+    }
+  }
+}
+
+template <class T>
+MFEF_DEVICE void convolve_by_matrices(const BlockArgs& a, const Block& block, const Unit& unit, const Region& region) {
+  const LargeArgs& l = a.large;
+  const int b = unit.branch, stage = l.units.stage[b], rows = l.units.rows[b];
+  const Way whole(a.sizes.branches[b], l.backward), way = whole.part(unit.first, unit.count);
+  const UnitWeights from(whole, unit, l.backward);
+  const Rectangle& at = region.at;
+  const MatrixPart part(l.tiles, way, stage, rows);
+  uint32_t* shared = reinterpret_cast<uint32_t*>(block.shared);
+  MatrixTask task{
+      way, part, at, -at.row, a.sizes.height - at.row, 0, 0, 0, 0, shared + part.source, shared + part.weights};
+  Block::Registers<MatrixSums> sums(block);
+  block.phase([&](int thread) { sums[thread] = {}; });
+  MFEF_ROLLED
+  for (task.first = 0; task.first < way.source_per_group; task.first += stage) {
+    task.end = least(task.first + stage, way.source_per_group);
+    MFEF_ROLLED
+    for (task.first_row = 0; task.first_row < way.k; task.first_row += rows) {
+      task.end_row = least(task.first_row + rows, way.k);
+      block.phase([&](int thread) {
+        load_matrix_weights<T>(a.conv_weights[b], task, a.sizes.branches[b].full_k, from.out, from.in, l.backward,
+                               thread, block.threads);
+        if (task.first_row) return;
+        if (l.source_element == Element::kFloat) {
+          load_pixels<T, float>(l.source, a.sizes, task, region.image, thread, block.threads);
+        } else {
+          load_pixels<T, T>(l.source, a.sizes, task, region.image, thread, block.threads);
+        }
+      });
+      block.warps([&](const Warp& warp) { multiply_round<T>(block, warp, task, sums); });
+    }
+  }
+  block.warps([&](const Warp& warp) { keep_matrix_sums(block, warp, task, l.tiles.columns, block.shared, sums); });
+}
+
+}  // namespace mfef::cuda
