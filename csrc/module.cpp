@@ -150,9 +150,10 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
     plan["threads"] = p.threads;
     plan["row"] = p.row;
   }
-  plan["weight_gradient_tiles"] = p.tiles;
+  plan["weight_gradient_tiles"] = p.tiles + p.maps.matrix_tiles;
   plan["weight_gradient_slices"] = p.slices;
-  plan["weight_gradient_shared_bytes"] = p.large ? p.maps.shared_weights : p.shared_weights;
+  plan["weight_gradient_shared_bytes"] =
+      p.large ? std::max(p.maps.shared_weights, p.maps.shared_matrix_weights) : p.shared_weights;
   return plan;
 }
 

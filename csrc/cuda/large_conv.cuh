@@ -165,20 +165,17 @@ MFEF_DEVICE void tile_statistics(const BlockArgs& a, const Block& block, const R
   });
 }
 
-// All units of a launch, in all tiles of all images; fill(unit, region) brings the destination to shared memory.
+// All units of a launch, in all tiles of all images; fill(unit) brings the destination to shared memory.
 template <class Fill>
 MFEF_DEVICE void for_each_unit(const BlockArgs& a, const Block& block, const Fill& fill) {
   const Sizes& s = a.sizes;
   const LargeArgs& l = a.large;
-  const int64_t tiles = l.tiles.count(), all = s.batch * tiles * l.units.count;
+  const int64_t all = s.batch * l.tiles.count() * l.units.count;
   const int pitch = l.tiles.columns, step = int(odd_vectors(l.tiles.rows * pitch));
   for (int64_t index = block.index; index < all; index += block.count) {
-    const int64_t tile = index / l.units.count, image = tile / tiles;
-    const Unit unit = l.units.unit(s, l.backward, int(index - tile * l.units.count));
-    const Rectangle at = l.tiles.rectangle(s, int(tile - image * tiles));
-    const int first = s.branch_count ? Way(s.branches[unit.branch], l.backward).dest_first : 0;
-    const Region region{image, first + unit.first, unit.count, at};
-    fill(unit, region);
+    fill(UnitOfTile(a, index));
+    const UnitOfTile of(a, anew(index));
+    const Region& region = of.region;
     if (l.dest.data) {
       block.phase([&](int thread) {
         store_region(l.dest, a.element, s, region, step, pitch, thread, block.threads, [&](int place, int channel) {
@@ -187,7 +184,7 @@ MFEF_DEVICE void for_each_unit(const BlockArgs& a, const Block& block, const Fil
         });
       });
     }
-    if (l.tile_sums) tile_statistics(a, block, region, tile);
+    if (l.tile_sums) tile_statistics(a, block, region, of.tile);
   }
 }
 
@@ -196,7 +193,9 @@ struct LargeConvolution {
     const Sizes& s = a.sizes;
     const LargeArgs& l = a.large;
     const int pitch = l.tiles.columns, step = int(odd_vectors(l.tiles.rows * pitch));
-    for_each_unit(a, block, [&](const Unit& unit, const Region& region) {
+    for_each_unit(a, block, [&](const UnitOfTile& of) {
+      const Unit& unit = of.unit;
+      const Region& region = of.region;
       if (s.branch_count) {
         const TileRows rows{region.at, pitch, -region.at.row, s.height - region.at.row};
         for (int b = unit.branch; b < unit.end; ++b) convolve_branch_of_unit(a, block, unit, b, rows, region.image);
@@ -212,11 +211,11 @@ struct LargeConvolution {
 // The branches that tensor cores take, by a launch of their own: in one kernel with the others both spilled.
 struct LargeMatrixConvolution {
   static MFEF_DEVICE void run(const BlockArgs& a, const Block& block) {
-    for_each_unit(a, block, [&](const Unit& unit, const Region& region) {
+    for_each_unit(a, block, [&](const UnitOfTile& of) {
       if (a.element == Element::kBFloat16) {
-        convolve_by_matrices<c10::BFloat16>(a, block, unit, region);
+        convolve_by_matrices<c10::BFloat16>(a, block, of);
       } else {
-        convolve_by_matrices<c10::Half>(a, block, unit, region);
+        convolve_by_matrices<c10::Half>(a, block, of);
       }
     });
   }

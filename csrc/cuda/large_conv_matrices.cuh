@@ -11,10 +11,7 @@
 // Rows of taps that meet no row of an item are left out; columns beside the map are zeros and are multiplied.
 #pragma once
 
-#include <type_traits>
-
-#include "mma.cuh"
-#include "region.cuh"
+#include "pixels.cuh"
 
 namespace mfef::cuda {
 
@@ -28,10 +25,22 @@ struct MatrixTask {
   Way way;
   MatrixPart part;
   Rectangle at;            // the tile
-  int above, below;        // the map's rows, from the tile's first
+  int height;              // of the map
   int first, end;          // source channels of a group
   int first_row, end_row;  // of taps
   uint32_t *source, *weights;
+
+  MFEF_DEVICE MatrixTask(const BlockArgs& a, const Block& block, const UnitOfTile& of)
+      : way(Way(a.sizes.branches[of.unit.branch], a.large.backward).part(of.unit.first, of.unit.count)),
+        part(a.large.tiles, way, a.large.units.stage[of.unit.branch], a.large.units.rows[of.unit.branch]),
+        at(of.region.at),
+        height(a.sizes.height),
+        first(0),
+        end(0),
+        first_row(0),
+        end_row(0),
+        source(reinterpret_cast<uint32_t*>(block.shared) + part.source),
+        weights(reinterpret_cast<uint32_t*>(block.shared) + part.weights) {}
 };
 
 // Where an item's matrices of pixels begin, and its slots. Matrices beyond the last are the last, slots beyond the last
@@ -58,71 +67,6 @@ struct MatrixItem {
     }
   }
 };
-
-// 16 bytes to shared memory that nobody waits for before wait_for_copies.
-MFEF_DEVICE void copy_16_bytes(uint32_t* to, const void* from) {
-#ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-               :
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
-               : "memory");
-#else
-  *reinterpret_cast<Vector<uint32_t, 4>*>(to) = *static_cast<const Vector<uint32_t, 4>*>(from);
-#endif
-}
-MFEF_DEVICE void wait_for_copies() {
-#ifdef __CUDACC__
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
-// The source of a round to shared memory, in chunks of 8 channels of a pixel; zeros beside the map and beyond the
-// channels. From is the type in memory.
-template <class T, class From>
-MFEF_DEVICE void load_pixels(const Map& map, const Sizes& s, const MatrixTask& task, int64_t image, int thread,
-                             int threads) {
-  constexpr int kSide = MatrixPart::kSide;
-  const Way& way = task.way;
-  const int half = way.k / 2, count = task.end - task.first, of_group = MatrixPart::chunks(count);
-  const int chunks = way.groups * of_group;
-  const int rows = task.at.rows + 2 * half, columns = ceil_div(task.at.columns, kSpan) * kSpan + 2 * half;
-  const int pixels = rows * columns;
-  const bool last = map.stride[1] == 1;
-  const bool vectors = last && std::is_same_v<T, From> && has_vectors(map, 1, sizeof(T), kSide);
-  const Quotient by_columns(columns), by_group(of_group), by_inner(last ? chunks : pixels);
-  const From* data = static_cast<const From*>(map.data);
-  MFEF_ROLLED
-  for (int e = thread; e < chunks * pixels; e += threads) {
-    const int outer = by_inner(e), inner = e - outer * (last ? chunks : pixels);
-    const int chunk = last ? inner : outer, pixel = last ? outer : inner;
-    const int row = by_columns(pixel), column = pixel - row * columns;
-    const int group = by_group(chunk), of_chunk = (chunk - group * of_group) * kSide;
-    const int channel = way.source_first + group * way.source_per_group + task.first + of_chunk;
-    const int h = task.at.row + row - half, w = task.at.column + column - half;
-    uint32_t* to = task.source + (row * task.part.columns + column) * task.part.pixel_step + group * task.part.group +
-                   of_chunk / 2;
-    Vector<uint32_t, 4> words{};
-    if (h >= 0 && h < s.height && w >= 0 && w < s.width) {
-      const From* from = data + offset_of(map, image, channel, h, w);
-      const int left = least(kSide, count - of_chunk);
-      if (vectors && left == kSide && channel % kSide == 0) {
-        copy_16_bytes(to, from);
-        continue;
-      }
-      MFEF_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        float of_word[2] = {};
-        MFEF_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          if (2 * i + j < left) of_word[j] = float(from[(2 * i + j) * map.stride[1]]);
-        }
-        words.value[i] = word_of<T>(of_word);
-      }
-    }
-    *reinterpret_cast<Vector<uint32_t, 4>*>(to) = words;
-  }
-  wait_for_copies();
-}
 
 // The taps of a round. out_first and in_first: where the part begins among the weights of the branch.
 template <class T>
@@ -212,8 +156,8 @@ MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const Matr
     auto sums = [&](int thread, int slot, int p) -> Accumulator& { return registers[thread].of[i][slot][p]; };
     // Rows of taps that meet the map from any of the item's rows.
     const int top = item.place[0].row, bottom = item.place[MatrixPart::kItemPixels - 1].row + 1;
-    const int begin = most(task.first_row, task.above - bottom + half);
-    const int end = least(task.end_row, task.below - top + half);
+    const int begin = most(task.first_row, -task.at.row - bottom + half);
+    const int end = least(task.end_row, task.height - task.at.row - top + half);
     MFEF_ROLLED
     for (int ky = begin; ky < end; ++ky) {
       MFEF_ROLLED
@@ -232,12 +176,12 @@ MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const Matr
   }
 }
 
-// The sums of a warp's items to the destination in shared memory.
+// The sums of a warp's items to the destination in shared memory. What is beyond the last matrix is written where the
+// last is, as the same, and a row beyond the tile's where nobody reads.
 MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const MatrixTask& task, int pitch, float* dest,
                                   Block::Registers<MatrixSums>& registers) {
-  const Way& way = task.way;
   const MatrixPart& part = task.part;
-  const int items = MatrixPart::items(task.at.rows, task.at.columns, part.slots);
+  const int items = MatrixPart::items(task.at.rows, task.at.columns, part.slots), step = int(part.dest_step);
   MFEF_UNROLL
   for (int i = 0; i < MatrixPart::kWarpItems; ++i) {
     const int index = warp.index + i * (block.threads / kWarp);
@@ -246,38 +190,34 @@ MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const Ma
     MFEF_UNROLL
     for (int j = 0; j < MatrixPart::kItemSlots; ++j) {
       const int group = item.group[j];
-      const int of_group = (item.slot + j - group * part.slots_per_group) * MatrixPart::kSide;
       if (group < 0) continue;
-      MFEF_UNROLL
-      for (int p = 0; p < MatrixPart::kItemPixels; ++p) {
-        if (p >= item.pixels) continue;
-        const Place at = item.place[p];
-        warp.lanes([&](int thread) {
+      const int of_group = (item.slot + j - group * part.slots_per_group) * MatrixPart::kSide;
+      warp.lanes([&](int thread) {
+        const Place in_c = place_in_c(thread % kWarp, 0);
+        const int channel = of_group + in_c.column, left = task.way.dest_per_group - channel;
+        float* to = dest + (group * task.way.dest_per_group + channel) * step + in_c.row;
+        MFEF_UNROLL
+        for (int p = 0; p < MatrixPart::kItemPixels; ++p) {
+          const Accumulator& sum = registers[thread].of[i][j][p];
+          float* of_pixel = to + item.place[p].row * pitch + item.place[p].column;
           MFEF_UNROLL
           for (int v = 0; v < 4; ++v) {
-            const Place in_c = place_in_c(thread % kWarp, v);
-            const int channel = of_group + in_c.column, row = at.row + in_c.row / kSpan;
-            if (channel >= way.dest_per_group || row >= task.at.rows) continue;
-            dest[(group * way.dest_per_group + channel) * int(part.dest_step) + row * pitch + at.column +
-                 in_c.row % kSpan] = registers[thread].of[i][j][p].value[v];
+            if (v % 2 < left) of_pixel[v / 2 * pitch + v % 2 * step] = sum.value[v];
           }
-        });
-      }
+        }
+      });
     }
   }
 }
 
 template <class T>
-MFEF_DEVICE void convolve_by_matrices(const BlockArgs& a, const Block& block, const Unit& unit, const Region& region) {
+MFEF_DEVICE void convolve_by_matrices(const BlockArgs& a, const Block& block, const UnitOfTile& of) {
   const LargeArgs& l = a.large;
-  const int b = unit.branch, stage = l.units.stage[b], rows = l.units.rows[b];
-  const Way whole(a.sizes.branches[b], l.backward), way = whole.part(unit.first, unit.count);
-  const UnitWeights from(whole, unit, l.backward);
-  const Rectangle& at = region.at;
-  const MatrixPart part(l.tiles, way, stage, rows);
-  uint32_t* shared = reinterpret_cast<uint32_t*>(block.shared);
-  MatrixTask task{
-      way, part, at, -at.row, a.sizes.height - at.row, 0, 0, 0, 0, shared + part.source, shared + part.weights};
+  const Branch& branch = a.sizes.branches[of.unit.branch];
+  const int stage = l.units.stage[of.unit.branch], rows = l.units.rows[of.unit.branch];
+  MatrixTask task(a, block, of);
+  const Way& way = task.way;
+  const Rectangle& at = task.at;
   Block::Registers<MatrixSums> sums(block);
   block.phase([&](int thread) { sums[thread] = {}; });
   MFEF_ROLLED
@@ -287,14 +227,17 @@ MFEF_DEVICE void convolve_by_matrices(const BlockArgs& a, const Block& block, co
     for (task.first_row = 0; task.first_row < way.k; task.first_row += rows) {
       task.end_row = least(task.first_row + rows, way.k);
       block.phase([&](int thread) {
-        load_matrix_weights<T>(a.conv_weights[b], task, a.sizes.branches[b].full_k, from.out, from.in, l.backward,
+        const UnitWeights from(Way(branch, l.backward), of.unit, l.backward);
+        load_matrix_weights<T>(a.conv_weights[of.unit.branch], task, branch.full_k, from.out, from.in, l.backward,
                                thread, block.threads);
         if (task.first_row) return;
-        if (l.source_element == Element::kFloat) {
-          load_pixels<T, float>(l.source, a.sizes, task, region.image, thread, block.threads);
-        } else {
-          load_pixels<T, T>(l.source, a.sizes, task, region.image, thread, block.threads);
-        }
+        const int half = way.k / 2;
+        const Rectangle around{at.row - half, at.rows + 2 * half, at.column - half,
+                               ceil_div(at.columns, kSpan) * kSpan + 2 * half};
+        const PixelStage to{task.source, task.part.columns, task.part.pixel_step, task.part.group};
+        load_pixels<T>(l.source, l.source_element, a.sizes,
+                       {of.region.image, way.source_first + task.first, task.end - task.first, around}, way.groups,
+                       way.source_per_group, to, thread, block.threads);
       });
       block.warps([&](const Warp& warp) { multiply_round<T>(block, warp, task, sums); });
     }

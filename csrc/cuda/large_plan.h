@@ -207,10 +207,77 @@ struct PieceLayout {
   }
 };
 
+// How the weight gradient of a branch on tensor cores (large_weight_matrices.cuh) is cut. An item is kDests destination
+// channels of a group by a slot of 8 source channels by up to kTaps neighbouring taps; a tile is up to kItems items of
+// the same destination channels: all of a few slots, or a part of one slot's.
+struct MatrixTiles {
+  static constexpr int kDests = 16, kSlot = 8, kTaps = 3, kWarpItems = 4, kMostSlots = 4;
+  static constexpr int kItems = kWarpItems * kConvolutionThreads / 32;
+
+  int runs, per_slot;                 // items of a row of taps, and of a slot
+  int blocks, slots;                  // of a group: kDests destination channels, slots
+  int tile_slots, parts, part_items;  // slots of a tile, or tiles of a slot: one of them is 1; a tile's items of a slot
+  int per_block, tiles;
+
+  MFEF_HD explicit MatrixTiles(const Branch& b)
+      : runs(ceil_div(b.k, kTaps)),
+        per_slot(b.k * runs),
+        blocks(ceil_div(b.out_per_group(), kDests)),
+        slots(ceil_div(b.in_per_group(), kSlot)),
+        tile_slots(least(least(most(kItems / per_slot, 1), kMostSlots), slots)),
+        parts(ceil_div(per_slot, kItems)),
+        part_items(ceil_div(per_slot, parts)),
+        per_block(ceil_div(slots, tile_slots) * parts),
+        tiles(b.groups * blocks * per_block) {}
+
+  MFEF_HD static int count(const Sizes& s, int branch) {
+    const Branch& b = s.branches[branch];
+    return MatrixPart::suit(s, Way(b, false)) ? MatrixTiles(b).tiles : 0;
+  }
+
+  // Words of a pixel in shared memory: of dy, and of x, where it has a halo.
+  MFEF_HD static int dy_step() { return MatrixPart::row_step(kDests / 2); }
+  MFEF_HD int x_step() const { return MatrixPart::row_step(tile_slots * kSlot / 2); }
+  MFEF_HD static int64_t dy_words(const Cover& piece) { return int64_t(piece.rows) * piece.columns * dy_step(); }
+
+  static int64_t bytes(const Sizes& s, const Cover& piece) {
+    int64_t largest = 0;
+    for (int b = 0; b < s.branch_count; ++b) {
+      if (!count(s, b)) continue;
+      const int k = s.branches[b].k;
+      const int64_t x = int64_t(piece.rows + k - 1) * (piece.columns + k - 1) * MatrixTiles(s.branches[b]).x_step();
+      largest = largest > dy_words(piece) + x ? largest : dy_words(piece) + x;
+    }
+    return 4 * largest;
+  }
+};
+
+// What a tile of it has: `items` items of the destination channels [out, out + kDests) of a group, counted in the
+// branch, and of slots from `slot` on.
+struct MatrixTile {
+  int branch, group, out, slot, slots, part;
+
+  MFEF_HD MatrixTile(const Sizes& s, int tile) : branch(0) {
+    while (tile >= MatrixTiles::count(s, branch)) tile -= MatrixTiles::count(s, branch++);
+    const Branch& b = s.branches[branch];
+    const MatrixTiles shape(b);
+    const int block = tile / shape.per_block, rest = tile - block * shape.per_block;
+    group = block / shape.blocks;
+    out = group * b.out_per_group() + (block - group * shape.blocks) * MatrixTiles::kDests;
+    slot = rest / shape.parts * shape.tile_slots;
+    part = rest % shape.parts;
+    slots = least(shape.tile_slots, shape.slots - slot);
+  }
+};
+
 struct LargePlan {
   Cover tiles;          // of the convolution, with the statistics of each
   Cover pieces;         // of the attention
   Cover weight_pieces;  // of the weight gradient
+  // Of that on tensor cores: its pieces, how many a slice has, tiles of weights, bytes.
+  Cover matrix_pieces;
+  int64_t matrix_slice, shared_matrix_weights;
+  int matrix_tiles;
   Units units, units_backward;
   int reduce_parts;                                   // threads that add up the statistics of a channel
   int64_t shared, shared_backward, shared_weights;    // bytes: convolution, data gradient, weight gradient

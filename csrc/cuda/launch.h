@@ -23,5 +23,6 @@ const char* launch_channel_gradient(const BlockArgs&, const Plan&, void* stream)
 const char* launch_mlp_backward(const BlockArgs&, const Plan&, void* stream);
 const char* launch_map_gradient(const BlockArgs&, const Plan&, void* stream);
 const char* launch_large_weight_gradient(const BlockArgs&, const Plan&, void* stream);
+const char* launch_large_matrix_weight_gradient(const BlockArgs&, const Plan&, void* stream);
 
 }  // namespace mfef::cuda

@@ -110,6 +110,37 @@ MFEF_DEVICE void load_matrices(const Warp& warp, const To& to, const Row& row) {
   });
 }
 
+// The same of 16-bit elements with rows and columns exchanged: row r of matrix m is 8 elements from row(m, r) on,
+// aligned to 16 bytes, and the operand's row c is their elements c. So what lies in shared memory as [k][row] is read
+// too.
+template <int kCount, class To, class Row>
+MFEF_DEVICE void load_transposed(const Warp& warp, const To& to, const Row& row) {
+  static_assert(kCount == 2 || kCount == 4);
+  warp.lanes([&](int thread) {
+    Fragment<kCount>& f = to(thread);
+    const int lane = thread % kWarp;
+#ifdef __CUDACC__
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row(lane / 8 % kCount, lane % 8)));
+    if constexpr (kCount == 2) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                   : "=r"(f.word[0]), "=r"(f.word[1])
+                   : "r"(at)
+                   : "memory");
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(f.word[0]), "=r"(f.word[1]), "=r"(f.word[2]), "=r"(f.word[3])
+                   : "r"(at)
+                   : "memory");
+    }
+#else
+    for (int m = 0; m < kCount; ++m) {
+      auto element = [&](int r) { return row(m, r)[lane / 8] >> lane / 4 % 2 * 16 & 0xffff; };
+      f.word[m] = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+    }
+#endif
+  });
+}
+
 // --- products -----------------------------------------------------------------------------------
 
 #ifdef __CUDACC__

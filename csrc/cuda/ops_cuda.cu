@@ -216,6 +216,9 @@ class Call {
       l.tiles = plan_.maps.tiles;
       l.pieces = plan_.maps.pieces;
       l.weight_pieces = plan_.maps.weight_pieces;
+      l.matrix_pieces = plan_.maps.matrix_pieces;
+      l.matrix_tiles = plan_.maps.matrix_tiles;
+      l.matrix_slice = plan_.maps.matrix_slice;
       l.reduce_parts = plan_.maps.reduce_parts;
       args.blocks = args.sizes.batch * l.pieces.count();
     } else {
@@ -227,8 +230,6 @@ class Call {
     args.slices = plan_.slices;
     args.slice_images = plan_.slice_images;
     args.pass_images = plan_.pass_images;
-    args.matrix_tiles = plan_.matrix_tiles;
-    args.matrix_images = plan_.matrix_images;
   }
 
   // The convolution from `source` to `dest`, where there is one; with statistics where there is room for them.
@@ -298,7 +299,8 @@ class Call {
     if (s.branch_count && n && args.grad_x.data) large_convolution(true, l.dy, l.dy_element, args.grad_x);
     if (!need_parameters) return;
     if (args.grads.channel_sums && n) channel_sums();
-    if (s.branch_count && n) run(launch_large_weight_gradient);
+    if (args.tiles && n) run(launch_large_weight_gradient);
+    if (l.matrix_tiles && n) run(launch_large_matrix_weight_gradient);
     run(launch_sums);
   }
 

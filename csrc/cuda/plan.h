@@ -80,8 +80,9 @@ struct Tile {
   int branch, unit, units, item;  // units [unit, unit + units); items of a unit from `item` on
   int in, in_count, out, out_count;
 
-  MFEF_HD Tile(const Sizes& s, int tile) : branch(0), item(0) {
-    while (tile >= TileShape(s.branches[branch]).tiles) tile -= TileShape(s.branches[branch++]).tiles;
+  // Of all branches, or of those that tensor cores do not take.
+  MFEF_HD Tile(const Sizes& s, int tile, bool every_branch = true) : branch(0), item(0) {
+    while (tile >= count(s, branch, every_branch)) tile -= count(s, branch++, every_branch);
     const Branch& b = s.branches[branch];
     const TileShape shape(b);
     const int all = b.groups * shape.runs, inputs = b.in_per_group(), outputs = b.out_per_group();
@@ -103,6 +104,10 @@ struct Tile {
     const int last = unit + units - 1;
     out = unit / shape.runs * outputs + unit % shape.runs * shape.channels;
     out_count = last / shape.runs * outputs + least((last % shape.runs + 1) * shape.channels, outputs) - out;
+  }
+  MFEF_HD static int count(const Sizes& s, int branch, bool every_branch) {
+    const Branch& b = s.branches[branch];
+    return every_branch || !MatrixPart::suit(s, Way(b, false)) ? TileShape(b).tiles : 0;
   }
 };
 
@@ -238,9 +243,9 @@ inline int tile_channels(const Sizes& s, int tiles) {
   return channels;
 }
 
-inline int count_tiles(const Sizes& s) {
+inline int count_tiles(const Sizes& s, bool every_branch = true) {
   int tiles = 0;
-  for (int b = 0; b < s.branch_count; ++b) tiles += TileShape(s.branches[b]).tiles;
+  for (int b = 0; b < s.branch_count; ++b) tiles += Tile::count(s, b, every_branch);
   return tiles;
 }
 
@@ -318,11 +323,25 @@ MFEF_HD int64_t dy_step(const Cover& piece) { return odd_vectors(int64_t(piece.r
 inline int64_t weight_piece_bytes(const Sizes& s, int tiles, const Cover& piece) {
   int64_t floats = 0;
   for (int t = 0; t < tiles; ++t) {
-    const Tile tile(s, t);
+    const Tile tile(s, t, false);
     const int64_t of = tile.in_count * x_step(piece, s.branches[tile.branch]) + tile.out_count * dy_step(piece);
     floats = of > floats ? of : floats;
   }
   return 4 * floats;
+}
+
+// Makes pieces smaller until bytes(pieces) are at most `limit`, or they are a span of one row (of two, if `even`).
+template <class Bytes>
+inline int64_t shrink(const Sizes& s, int64_t limit, bool even, const Bytes& bytes, Cover* pieces) {
+  const int least_rows = even ? 2 : 1;
+  int64_t taken = bytes(*pieces);
+  while (taken > limit && pieces->rows * pieces->columns > least_rows * kSpan) {
+    const bool flat = pieces->rows <= most(4, least_rows) && pieces->columns > kSpan;
+    const int rows = ceil_div(pieces->rows, 2 * least_rows) * least_rows;
+    *pieces = flat ? Cover::of(s, pieces->rows, pieces->columns - kSpan) : Cover::of(s, rows, pieces->columns);
+    taken = bytes(*pieces);
+  }
+  return taken;
 }
 
 // Adds the launches of the large-map kernels to a plan; leaves a reason where there are none.
@@ -373,21 +392,20 @@ inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
   }
 
   p.slices = 1;
-  p.tiles = count_tiles(s);
-  if (p.tiles) {
-    m.weight_pieces = m.tiles;
-    m.shared_weights = weight_piece_bytes(s, p.tiles, m.weight_pieces);
-    while (m.shared_weights > kLargeShared && m.weight_pieces.rows * m.weight_pieces.columns > kSpan) {
-      Cover& of = m.weight_pieces;
-      const bool flat = of.rows <= 4 && of.columns > kSpan;
-      of = flat ? Cover::of(s, of.rows, of.columns - kSpan) : Cover::of(s, (of.rows + 1) / 2, of.columns);
-      m.shared_weights = weight_piece_bytes(s, p.tiles, of);
-    }
-    if (takes("the weight gradient", m.shared_weights)) return;
-    const int64_t wanted = most(least(kLargeBlocks / p.tiles, kMostLargeSlices), 4);
-    const int64_t pieces = s.batch * m.weight_pieces.count();
+  p.tiles = count_tiles(s, false);
+  for (int b = 0; b < s.branch_count; ++b) m.matrix_tiles += MatrixTiles::count(s, b);
+  if (p.tiles + m.matrix_tiles) {
+    m.weight_pieces = m.matrix_pieces = m.tiles;
+    m.shared_weights = shrink(
+        s, kLargeShared, false, [&](const Cover& of) { return weight_piece_bytes(s, p.tiles, of); }, &m.weight_pieces);
+    m.shared_matrix_weights =
+        shrink(s, kLargeShared, true, [&](const Cover& of) { return MatrixTiles::bytes(s, of); }, &m.matrix_pieces);
+    if (takes("the weight gradient", most(int(m.shared_weights), int(m.shared_matrix_weights)))) return;
+    const int64_t wanted = most(least(kLargeBlocks / (p.tiles + m.matrix_tiles), kMostLargeSlices), 4);
+    const int64_t pieces = s.batch * (p.tiles ? m.weight_pieces : m.matrix_pieces).count();
     p.slices = int(pieces < wanted ? (pieces > 0 ? pieces : 1) : wanted);
-    p.slice_images = (pieces + p.slices - 1) / p.slices;
+    p.slice_images = (s.batch * m.weight_pieces.count() + p.slices - 1) / p.slices;
+    m.matrix_slice = (s.batch * m.matrix_pieces.count() + p.slices - 1) / p.slices;
   }
   p.fits = p.large = true;
 }
@@ -423,7 +441,8 @@ inline std::vector<std::string> launches(const Sizes& s, const Plan& p, bool bac
     if (attention) all = {"ChannelGates", "PixelGradient", "ChannelGradient", "MlpBackward", "MapGradient"};
     if (convolution) {
       add_convolutions(s, p, true, &all);
-      all.push_back("LargeWeightGradient");
+      if (p.tiles) all.push_back("LargeWeightGradient");
+      if (p.maps.matrix_tiles) all.push_back("LargeMatrixWeightGradient");
     }
   }
   all.push_back("Sums");
@@ -449,7 +468,9 @@ inline int64_t scratch_bytes(const Sizes& s, const Plan& p, bool backward) {
 // What the large-map kernels read beside the problem: their plan, scratch, and the maps of the launch. All in float32
 // but what has an Element; null data: not there or not wanted.
 struct LargeArgs {
-  Cover tiles, pieces, weight_pieces;
+  Cover tiles, pieces, weight_pieces, matrix_pieces;
+  int matrix_tiles;
+  int64_t matrix_slice;
   int reduce_parts;
   Units units;  // of this launch's direction
   bool backward;

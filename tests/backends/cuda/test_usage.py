@@ -29,7 +29,8 @@ def test_no_kernel_spills(usage):
 def test_every_kernel_is_compiled(usage):
     rows = (2, 4, 8, 16)
     names = [f"{name}<{r}>" for name in ("Forward", "Backward", "WeightGradient") for r in rows]
-    names += ["LargeConvolution", "LargeMatrixConvolution", "LargeWeightGradient"]
+    names += ["LargeConvolution", "LargeMatrixConvolution"]
+    names += ["LargeWeightGradient", "LargeMatrixWeightGradient"]
     names += ["ChannelGates", "PoolChannels", "GateMap"]
     names += ["PixelGradient", "ChannelGradient", "MlpBackward", "MapGradient", "Sums"]
     assert set(usage) == set(names)
