@@ -77,7 +77,8 @@ def predict(case: suites.Case) -> Prediction:
         both = direction == suites.BOTH
         on_tensor_cores = sum(products[b] for b in tensor_core_branches(plan, suites.FORWARD))
         if both:
-            on_tensor_cores += sum(products[b] for b in tensor_core_branches(plan, "backward"))
+            for name in ("backward", "weight_gradient"):
+                on_tensor_cores += sum(products[b] for b in tensor_core_branches(plan, name))
         others = work.real_ops / 2 / case.batch - on_tensor_cores
         fma[direction] = others * busiest / FMAS / CLOCK * 1e6
         tensor[direction] = on_tensor_cores * busiest / TENSOR_FMAS / CLOCK * 1e6
@@ -96,7 +97,7 @@ def predict(case: suites.Case) -> Prediction:
 
 
 def tensor_core_branches(plan: dict[str, object], direction: str) -> list[int]:
-    """Those of the forward, or of the data gradient ("backward")."""
+    """Those of the forward, the data gradient ("backward") or the weight gradient."""
     found = plan.get(f"{direction}_tensor_core_branches", [])
     return found if isinstance(found, list) else []
 
@@ -149,7 +150,8 @@ def large_rows() -> list[str]:
         found = predict(case)
         plan = found.plan
         branches = tensor_core_branches(plan, suites.FORWARD)
-        assert branches == tensor_core_branches(plan, "backward")
+        for name in ("backward", "weight_gradient"):
+            assert branches == tensor_core_branches(plan, name)
         tile, piece = (str(plan[name]).strip("()").replace(", ", "x") for name in ("tile", "piece"))
         lines.append(
             f"| {case.shape} | {case.dtype} | {tile} | {plan['tiles']} x {pair(plan, 'units')} "

@@ -29,8 +29,8 @@ def plan(problem: Problem, limit: int | None = None) -> dict[str, object]:
     thread block; large maps: of the convolution), scratch_bytes. Small maps: images (per thread
     block), blocks, row (floats of a map's row in shared memory), ``forward_``, ``backward_``
     stages. Large maps: tile and piece (rows and columns of the convolution's and of the attention's
-    share of a map), tiles and pieces (per image), ``forward_``, ``backward_`` units (of channels)
-    and tensor_core_branches (those that tensor cores compute).
+    share of a map), tiles and pieces (per image), ``forward_``, ``backward_`` units (of channels),
+    and with these and ``weight_gradient_`` tensor_core_branches (those that tensor cores compute).
     """
     limit = shared_limit(problem.device) if limit is None else limit
     dtype = str(problem.dtype).removeprefix("torch.")

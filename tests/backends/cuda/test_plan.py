@@ -95,12 +95,12 @@ def test_imagenets_maps_are_large(shape, limit):
 def test_tensor_cores_take_groups_of_8_channels_in_16_bits(shape, branches):
     for dtype in (torch.bfloat16, torch.float16):
         plan = cuda.plan(problem(*shape, dtype=dtype), H200)
-        assert plan["forward_tensor_core_branches"] == branches
-        assert plan["backward_tensor_core_branches"] == branches
-        for name in ("forward", "backward"):
+        for name in ("forward", "backward", "weight_gradient"):
+            assert plan[f"{name}_tensor_core_branches"] == branches
             assert 0 < plan[f"{name}_shared_bytes"] <= 74 * 1024
     plan = cuda.plan(problem(*shape), H200)
-    assert plan["forward_tensor_core_branches"] == plan["backward_tensor_core_branches"] == []
+    for name in ("forward", "backward", "weight_gradient"):
+        assert plan[f"{name}_tensor_core_branches"] == []
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_not_chosen_by_itself_before_hardware_has_run_it(gpu):
     assert "large-map plan: per image 8 tile(s) of 14 x 32 pixels" in text
     assert "forward: LargeConvolution, ChannelGates, PoolChannels, GateMap; scratch" in text
     text = "\n".join(_explain_problem(problem(32, 64, 56, dtype=torch.bfloat16), "cuda", False))
-    assert "branches on tensor cores: [0], backward [0]" in text
+    assert "branches on tensor cores: [0], backward [0], weights' gradient [0]" in text
     assert "cuda: could, but has not run on hardware yet" in "\n".join(
         _explain_problem(one, None, False)
     )
