@@ -108,6 +108,28 @@ def test_imagenets_last_map_on_tensor_cores(device, dtype):
     errors.check()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("split", [True, False])
+def test_layouts_give_the_same_bits_on_tensor_cores(device, dtype, split):
+    """channels_last maps are copied, contiguous ones gathered; and a slice at an odd channel."""
+    case = make_case((2, 48, 11, 20), dtype=dtype, kernel_sizes=(3, 5), groups=(1, 3), split=split)
+    low = case.cast(dtype, device)
+    weights = [w.detach() for w in low.weights]
+    wide = torch.randn(2, 50, 11, 20, dtype=dtype).to(device)
+    wide[:, 1:49] = low.x.detach()
+    found = []
+    for x in (low.x.detach(), low.x.detach().contiguous(memory_format=LAYOUTS[1]),
+              wide.contiguous(memory_format=LAYOUTS[1])[:, 1:49]):  # fmt: skip
+        leaves = [t.detach().requires_grad_() for t in (x, *weights)]
+        out = functional.multi_scale_conv2d(
+            leaves[0], leaves[1:], low.groups, low.split, backend="cuda"
+        )
+        found.append([out, *torch.autograd.grad(out, leaves, torch.cos(out.detach()))])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(("shape", "options"), SHAPES, ids=str)
 def test_shapes_that_users_have(device, shape, options):
     assert is_large(shape, **options)
