@@ -5,8 +5,8 @@
 // elements: the tile with its halo as [pixel][group][source], taps as [tap][slot][8 destination channels][source]. In
 // every round a warp adds the products of its items (see MatrixPart) to its sums, which stay in registers until the
 // last round; then they go to the destination in shared memory.
-// Per 16 source channels of a tap a warp reads 8 or 16 matrices of pixels (fewer where both slots are of one group) and
-// 4 of weights, 128 bytes each, for 8 products of 2,048 multiply-adds.
+// Per 16 source channels of a tap a warp reads 16 matrices of pixels (32 where its slots are of two groups) and 4 of
+// weights, 128 bytes each, for 8 products of 2,048 multiply-adds.
 //
 // Rows of taps that meet no row of an item are left out; columns beside the map are zeros and are multiplied.
 #pragma once
