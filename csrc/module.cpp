@@ -141,7 +141,7 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
   if (p.large) {
     std::vector<int> by_tensor_cores;
     for (int b = 0; b < s.branch_count; ++b) {
-      if (MatrixTiles::count(s, b)) by_tensor_cores.push_back(b);
+      if (LargeMatrixTiles::count(s, b)) by_tensor_cores.push_back(b);
     }
     plan["weight_gradient_tensor_core_branches"] = by_tensor_cores;
     plan["tiles"] = p.maps.tiles.count();

@@ -213,9 +213,9 @@ struct LargeMatrixConvolution {
   static MFEF_DEVICE void run(const BlockArgs& a, const Block& block) {
     for_each_unit(a, block, [&](const UnitOfTile& of) {
       if (a.element == Element::kBFloat16) {
-        convolve_by_matrices<c10::BFloat16>(a, block, of);
+        convolve_unit_by_matrices<c10::BFloat16>(a, block, of);
       } else {
-        convolve_by_matrices<c10::Half>(a, block, of);
+        convolve_unit_by_matrices<c10::Half>(a, block, of);
       }
     });
   }

@@ -16,12 +16,12 @@
 namespace mfef::cuda {
 
 // What every lane keeps from the first round to the last.
-struct MatrixSums {
+struct LargeMatrixSums {
   Accumulator of[MatrixPart::kWarpItems][MatrixPart::kItemSlots][MatrixPart::kItemPixels];
 };
 
 // One round of a branch's part, and where it is in shared memory.
-struct MatrixTask {
+struct LargeMatrixTask {
   Way way;
   MatrixPart part;
   Rectangle at;            // the tile
@@ -30,7 +30,7 @@ struct MatrixTask {
   int first_row, end_row;  // of taps
   uint32_t *source, *weights;
 
-  MFEF_DEVICE MatrixTask(const BlockArgs& a, const Block& block, const UnitOfTile& of)
+  MFEF_DEVICE LargeMatrixTask(const BlockArgs& a, const Block& block, const UnitOfTile& of)
       : way(Way(a.sizes.branches[of.unit.branch], a.large.backward).part(of.unit.first, of.unit.count)),
         part(a.large.tiles, way, a.large.units.stage[of.unit.branch], a.large.units.rows[of.unit.branch]),
         at(of.region.at),
@@ -45,12 +45,12 @@ struct MatrixTask {
 
 // Where an item's matrices of pixels begin, and its slots. Matrices beyond the last are the last, slots beyond the last
 // are of group -1: nobody takes their sums.
-struct MatrixItem {
+struct LargeMatrixItem {
   int pixels;  // matrices that are there
   Place place[MatrixPart::kItemPixels];
   int slot, group[MatrixPart::kItemSlots];
 
-  MFEF_DEVICE MatrixItem(const MatrixTask& task, int index) {
+  MFEF_DEVICE LargeMatrixItem(const LargeMatrixTask& task, int index) {
     const int spans = ceil_div(task.at.columns, kSpan), all = spans * ceil_div(task.at.rows, 2);
     const int runs = ceil_div(all, MatrixPart::kItemPixels), run = index / runs;
     const int first = (index - run * runs) * MatrixPart::kItemPixels;
@@ -70,7 +70,7 @@ struct MatrixItem {
 
 // The taps of a round. out_first and in_first: where the part begins among the weights of the branch.
 template <class T>
-MFEF_DEVICE void load_matrix_weights(const Parameter& weights, const MatrixTask& task, int full_k, int out_first,
+MFEF_DEVICE void load_matrix_weights(const Parameter& weights, const LargeMatrixTask& task, int full_k, int out_first,
                                      int in_first, bool backward, int thread, int threads) {
   constexpr int kSide = MatrixPart::kSide;
   const Way& way = task.way;
@@ -107,7 +107,7 @@ MFEF_DEVICE void load_matrix_weights(const Parameter& weights, const MatrixTask&
 
 // kWords words of the source's channels at one tap: the products of an item.
 template <class T, int kWords, class Sums>
-MFEF_DEVICE void multiply_chunk(const Warp& warp, const MatrixTask& task, const MatrixItem& item,
+MFEF_DEVICE void multiply_chunk(const Warp& warp, const LargeMatrixTask& task, const LargeMatrixItem& item,
                                 const uint32_t* source, const uint32_t* weights, const Sums& sums) {
   constexpr int kPixels = MatrixPart::kItemPixels, kSide = MatrixPart::kSide;
   const MatrixPart& part = task.part;
@@ -143,8 +143,8 @@ MFEF_DEVICE void multiply_chunk(const Warp& warp, const MatrixTask& task, const 
 
 // A round's products of the items of a warp.
 template <class T>
-MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const MatrixTask& task,
-                                Block::Registers<MatrixSums>& registers) {
+MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const LargeMatrixTask& task,
+                                Block::Registers<LargeMatrixSums>& registers) {
   const MatrixPart& part = task.part;
   const int k = task.way.k, half = k / 2, words = MatrixPart::chunks(task.end - task.first) * MatrixPart::kSide / 2;
   const int items = MatrixPart::items(task.at.rows, task.at.columns, part.slots);
@@ -152,7 +152,7 @@ MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const Matr
   for (int i = 0; i < MatrixPart::kWarpItems; ++i) {
     const int index = warp.index + i * (block.threads / kWarp);
     if (index >= items) continue;
-    const MatrixItem item(task, index);
+    const LargeMatrixItem item(task, index);
     auto sums = [&](int thread, int slot, int p) -> Accumulator& { return registers[thread].of[i][slot][p]; };
     // Rows of taps that meet the map from any of the item's rows.
     const int top = item.place[0].row, bottom = item.place[MatrixPart::kItemPixels - 1].row + 1;
@@ -178,15 +178,15 @@ MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const Matr
 
 // The sums of a warp's items to the destination in shared memory. What is beyond the last matrix is written where the
 // last is, as the same, and a row beyond the tile's where nobody reads.
-MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const MatrixTask& task, int pitch, float* dest,
-                                  Block::Registers<MatrixSums>& registers) {
+MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const LargeMatrixTask& task, int pitch,
+                                  float* dest, Block::Registers<LargeMatrixSums>& registers) {
   const MatrixPart& part = task.part;
   const int items = MatrixPart::items(task.at.rows, task.at.columns, part.slots), step = int(part.dest_step);
   MFEF_UNROLL
   for (int i = 0; i < MatrixPart::kWarpItems; ++i) {
     const int index = warp.index + i * (block.threads / kWarp);
     if (index >= items) continue;
-    const MatrixItem item(task, index);
+    const LargeMatrixItem item(task, index);
     MFEF_UNROLL
     for (int j = 0; j < MatrixPart::kItemSlots; ++j) {
       const int group = item.group[j];
@@ -211,14 +211,14 @@ MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const Ma
 }
 
 template <class T>
-MFEF_DEVICE void convolve_by_matrices(const BlockArgs& a, const Block& block, const UnitOfTile& of) {
+MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& block, const UnitOfTile& of) {
   const LargeArgs& l = a.large;
   const Branch& branch = a.sizes.branches[of.unit.branch];
   const int stage = l.units.stage[of.unit.branch], rows = l.units.rows[of.unit.branch];
-  MatrixTask task(a, block, of);
+  LargeMatrixTask task(a, block, of);
   const Way& way = task.way;
   const Rectangle& at = task.at;
-  Block::Registers<MatrixSums> sums(block);
+  Block::Registers<LargeMatrixSums> sums(block);
   block.phase([&](int thread) { sums[thread] = {}; });
   MFEF_ROLLED
   for (task.first = 0; task.first < way.source_per_group; task.first += stage) {

@@ -210,7 +210,7 @@ struct PieceLayout {
 // How the weight gradient of a branch on tensor cores (large_weight_matrices.cuh) is cut. An item is kDests destination
 // channels of a group by a slot of 8 source channels by up to kTaps neighbouring taps; a tile is up to kItems items of
 // the same destination channels: all of a few slots, or a part of one slot's.
-struct MatrixTiles {
+struct LargeMatrixTiles {
   static constexpr int kDests = 16, kSlot = 8, kTaps = 3, kWarpItems = 4, kMostSlots = 4;
   static constexpr int kItems = kWarpItems * kConvolutionThreads / 32;
 
@@ -219,7 +219,7 @@ struct MatrixTiles {
   int tile_slots, parts, part_items;  // slots of a tile, or tiles of a slot: one of them is 1; a tile's items of a slot
   int per_block, tiles;
 
-  MFEF_HD explicit MatrixTiles(const Branch& b)
+  MFEF_HD explicit LargeMatrixTiles(const Branch& b)
       : runs(ceil_div(b.k, kTaps)),
         per_slot(b.k * runs),
         blocks(ceil_div(b.out_per_group(), kDests)),
@@ -232,7 +232,7 @@ struct MatrixTiles {
 
   MFEF_HD static int count(const Sizes& s, int branch) {
     const Branch& b = s.branches[branch];
-    return MatrixPart::suit(s, Way(b, false)) ? MatrixTiles(b).tiles : 0;
+    return MatrixPart::suit(s, Way(b, false)) ? LargeMatrixTiles(b).tiles : 0;
   }
 
   // Words of a pixel in shared memory: of dy, and of x, where it has a halo.
@@ -245,7 +245,8 @@ struct MatrixTiles {
     for (int b = 0; b < s.branch_count; ++b) {
       if (!count(s, b)) continue;
       const int k = s.branches[b].k;
-      const int64_t x = int64_t(piece.rows + k - 1) * (piece.columns + k - 1) * MatrixTiles(s.branches[b]).x_step();
+      const int64_t x =
+          int64_t(piece.rows + k - 1) * (piece.columns + k - 1) * LargeMatrixTiles(s.branches[b]).x_step();
       largest = largest > dy_words(piece) + x ? largest : dy_words(piece) + x;
     }
     return 4 * largest;
@@ -254,16 +255,16 @@ struct MatrixTiles {
 
 // What a tile of it has: `items` items of the destination channels [out, out + kDests) of a group, counted in the
 // branch, and of slots from `slot` on.
-struct MatrixTile {
+struct LargeMatrixTile {
   int branch, group, out, slot, slots, part;
 
-  MFEF_HD MatrixTile(const Sizes& s, int tile) : branch(0) {
-    while (tile >= MatrixTiles::count(s, branch)) tile -= MatrixTiles::count(s, branch++);
+  MFEF_HD LargeMatrixTile(const Sizes& s, int tile) : branch(0) {
+    while (tile >= LargeMatrixTiles::count(s, branch)) tile -= LargeMatrixTiles::count(s, branch++);
     const Branch& b = s.branches[branch];
-    const MatrixTiles shape(b);
+    const LargeMatrixTiles shape(b);
     const int block = tile / shape.per_block, rest = tile - block * shape.per_block;
     group = block / shape.blocks;
-    out = group * b.out_per_group() + (block - group * shape.blocks) * MatrixTiles::kDests;
+    out = group * b.out_per_group() + (block - group * shape.blocks) * LargeMatrixTiles::kDests;
     slot = rest / shape.parts * shape.tile_slots;
     part = rest % shape.parts;
     slots = least(shape.tile_slots, shape.slots - slot);

@@ -27,7 +27,7 @@ struct LargeWeightGradient {
     const int64_t per_image = cover.count(), pieces = s.batch * per_image;
     for (int64_t index = block.index; index < int64_t(a.tiles) * a.slices; index += block.count) {
       const int slice = int(index / a.tiles);
-      const Tile tile(s, int(index - int64_t(slice) * a.tiles), false);
+      const Tile tile(s, false, int(index - int64_t(slice) * a.tiles));
       const Branch& b = s.branches[tile.branch];
       const TileShape shape(b);
       const Halo halo(cover, b.k);

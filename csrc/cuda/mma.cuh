@@ -86,7 +86,7 @@ MFEF_DEVICE float value_in(uint32_t word, int i) {
 #define MFEF_LDMATRIX(SHAPE, FORMAT, ADDRESS, ...) \
   asm volatile("ldmatrix.sync.aligned.m8n8." SHAPE ".shared.b16 " FORMAT ";" : __VA_ARGS__ : "r"(ADDRESS) : "memory")
 template <int kCount, bool kTransposed>
-MFEF_DEVICE void load_rows(uint32_t (&word)[kCount], const uint32_t* row) {
+MFEF_DEVICE void load_matrix_rows(uint32_t (&word)[kCount], const uint32_t* row) {
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   if constexpr (kCount == 1) {
     MFEF_LDMATRIX("x1", "{%0}, [%1]", at, "=r"(word[0]));
@@ -112,7 +112,7 @@ MFEF_DEVICE void load_matrices(const Warp& warp, const To& to, const Row& row) {
     Fragment<kCount>& f = to(thread);
     const int lane = thread % kWarp;
 #ifdef __CUDACC__
-    load_rows<kCount, false>(f.word, row(lane / 8 % kCount, lane % 8));
+    load_matrix_rows<kCount, false>(f.word, row(lane / 8 % kCount, lane % 8));
 #else
     for (int m = 0; m < kCount; ++m) f.word[m] = row(m, lane / 4)[lane % 4];
 #endif
@@ -128,7 +128,7 @@ MFEF_DEVICE void load_transposed(const Warp& warp, const To& to, const Row& row)
     Fragment<kCount>& f = to(thread);
     const int lane = thread % kWarp;
 #ifdef __CUDACC__
-    load_rows<kCount, true>(f.word, row(lane / 8 % kCount, lane % 8));
+    load_matrix_rows<kCount, true>(f.word, row(lane / 8 % kCount, lane % 8));
 #else
     for (int m = 0; m < kCount; ++m) {
       auto element = [&](int r) { return row(m, r)[lane / 8] >> lane / 4 % 2 * 16 & 0xffff; };

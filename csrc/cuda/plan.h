@@ -80,9 +80,13 @@ struct Tile {
   int branch, unit, units, item;  // units [unit, unit + units); items of a unit from `item` on
   int in, in_count, out, out_count;
 
-  // Of all branches, or of those that tensor cores do not take.
-  MFEF_HD Tile(const Sizes& s, int tile, bool every_branch = true) : branch(0), item(0) {
-    while (tile >= count(s, branch, every_branch)) tile -= count(s, branch++, every_branch);
+  // Of a small map, or of a large one, where the branches that tensor cores take have no such tiles.
+  MFEF_HD static int count(const Sizes& s, bool small, int branch) {
+    const Branch& b = s.branches[branch];
+    return !small && MatrixPart::suit(s, Way(b, false)) ? 0 : TileShape(b).tiles;
+  }
+  MFEF_HD Tile(const Sizes& s, bool small, int tile) : branch(0), item(0) {
+    while (tile >= count(s, small, branch)) tile -= count(s, small, branch++);
     const Branch& b = s.branches[branch];
     const TileShape shape(b);
     const int all = b.groups * shape.runs, inputs = b.in_per_group(), outputs = b.out_per_group();
@@ -104,10 +108,6 @@ struct Tile {
     const int last = unit + units - 1;
     out = unit / shape.runs * outputs + unit % shape.runs * shape.channels;
     out_count = last / shape.runs * outputs + least((last % shape.runs + 1) * shape.channels, outputs) - out;
-  }
-  MFEF_HD static int count(const Sizes& s, int branch, bool every_branch) {
-    const Branch& b = s.branches[branch];
-    return every_branch || !MatrixPart::suit(s, Way(b, false)) ? TileShape(b).tiles : 0;
   }
 };
 
@@ -237,15 +237,15 @@ inline bool choose_stages(const Sizes& s, bool backward, const Plan& p, int64_t 
 inline int tile_channels(const Sizes& s, int tiles) {
   int channels = 0;
   for (int t = 0; t < tiles; ++t) {
-    const Tile tile(s, t);
+    const Tile tile(s, true, t);
     channels = most(channels, tile.in_count + tile.out_count);
   }
   return channels;
 }
 
-inline int count_tiles(const Sizes& s, bool every_branch = true) {
+inline int count_tiles(const Sizes& s, bool small) {
   int tiles = 0;
-  for (int b = 0; b < s.branch_count; ++b) tiles += Tile::count(s, b, every_branch);
+  for (int b = 0; b < s.branch_count; ++b) tiles += Tile::count(s, small, b);
   return tiles;
 }
 
@@ -294,7 +294,7 @@ inline Plan make_small_plan(const Sizes& s, int64_t limit) {
   p.slices = 1;
   p.pass_images = most(64 / s.pixels(), 1);
   p.tile_step = channel_step(p.pass_images * s.height, p.row);
-  p.tiles = count_tiles(s);
+  p.tiles = count_tiles(s, true);
   if (p.tiles) {
     const int64_t wanted = most(least(kTileBlocks / p.tiles, kMostSlices), 4);
     p.slices = int(s.batch < wanted ? (s.batch > 0 ? s.batch : 1) : wanted);
@@ -323,7 +323,7 @@ MFEF_HD int64_t dy_step(const Cover& piece) { return odd_vectors(int64_t(piece.r
 inline int64_t weight_piece_bytes(const Sizes& s, int tiles, const Cover& piece) {
   int64_t floats = 0;
   for (int t = 0; t < tiles; ++t) {
-    const Tile tile(s, t, false);
+    const Tile tile(s, false, t);
     const int64_t of = tile.in_count * x_step(piece, s.branches[tile.branch]) + tile.out_count * dy_step(piece);
     floats = of > floats ? of : floats;
   }
@@ -393,13 +393,13 @@ inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
 
   p.slices = 1;
   p.tiles = count_tiles(s, false);
-  for (int b = 0; b < s.branch_count; ++b) m.matrix_tiles += MatrixTiles::count(s, b);
+  for (int b = 0; b < s.branch_count; ++b) m.matrix_tiles += LargeMatrixTiles::count(s, b);
   if (p.tiles + m.matrix_tiles) {
     m.weight_pieces = m.matrix_pieces = m.tiles;
     m.shared_weights = shrink(
         s, kLargeShared, false, [&](const Cover& of) { return weight_piece_bytes(s, p.tiles, of); }, &m.weight_pieces);
-    m.shared_matrix_weights =
-        shrink(s, kLargeShared, true, [&](const Cover& of) { return MatrixTiles::bytes(s, of); }, &m.matrix_pieces);
+    m.shared_matrix_weights = shrink(
+        s, kLargeShared, true, [&](const Cover& of) { return LargeMatrixTiles::bytes(s, of); }, &m.matrix_pieces);
     if (takes("the weight gradient", most(int(m.shared_weights), int(m.shared_matrix_weights)))) return;
     const int64_t wanted = most(least(kLargeBlocks / (p.tiles + m.matrix_tiles), kMostLargeSlices), 4);
     const int64_t pieces = s.batch * (p.tiles ? m.weight_pieces : m.matrix_pieces).count();

@@ -165,7 +165,7 @@ struct WeightGradient {
     const Sizes& s = a.sizes;
     for (int64_t index = block.index; index < int64_t(a.tiles) * a.slices; index += block.count) {
       const int slice = int(index / a.tiles);
-      const Tile tile(s, int(index - int64_t(slice) * a.tiles));
+      const Tile tile(s, true, int(index - int64_t(slice) * a.tiles));
       const Branch& b = s.branches[tile.branch];
       const TileShape shape(b);
       float *x = block.shared, *dy = x + tile.in_count * a.step;
