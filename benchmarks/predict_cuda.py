@@ -4,9 +4,10 @@
 
 Prints tables of the paper and imagenet suites on an H200, as docs/kernels.md has them. Floors are
 what no schedule can beat: products that meet a pixel at the peak FMA rate of the busiest
-multiprocessor, those of tensor cores with the zeros that fill up their matrices, and bytes at the
-bandwidth of a copy (large maps: the bytes of all launches, as if no cache kept a map for the next).
-They say nothing of latency, barriers and loads from shared memory, which only a measurement will.
+multiprocessor, those of tensor cores (small maps: with the zeros that fill up their matrices), and
+bytes at the bandwidth of a copy (large maps: of all launches, as if no cache kept a map for the
+next). They say nothing of latency, barriers and loads from shared memory, which only a measurement
+will.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from mfef_ext.problem import describe_mfef_block
 MULTIPROCESSORS = 132
 CLOCK = 1.98e9  # Hz, the highest of the data sheet
 FMAS = 128  # of a multiprocessor per cycle
-MATRIX_FMAS = 2048  # of its tensor cores, at the peak of the data sheet
+# Multiply-adds of tensor cores in 16 bits: half the data sheet's, since the instruction that the
+# kernels use (mma.sync) is known to reach little more.
+TENSOR_FMAS = 1024
 COPY = 4.3e12  # bytes/s read and written, measured on an H200 (decisions.md)
 SHARED = 228 * 1024  # of a multiprocessor; a thread block takes RESERVED more than it asks for
 RESERVED = 1024
@@ -42,7 +45,7 @@ class Prediction:
 
     plan: dict[str, object]
     fma_floor: dict[str, float]  # of the convolutions' direct products
-    matrix_floor: dict[str, float]  # of those by tensor cores
+    tensor_floor: dict[str, float]  # of those by tensor cores
     memory_floor: dict[str, float]  # small maps: also what the launches leave for one another
     weights: int  # bytes of weights that the forward reads from L2, all thread blocks together
     resident: int  # thread blocks of the forward that shared memory lets a multiprocessor hold
@@ -83,22 +86,24 @@ def predict(case: suites.Case) -> Prediction:
     # A small map's multiprocessor has whole images; a large one's pieces are spread evenly.
     busiest = blocks / MULTIPROCESSORS if large else -(-blocks // MULTIPROCESSORS) * images
     element = dtype.itemsize
-    by_matrices = [] if large else plan["forward_tensor_core_branches"]
-    assert isinstance(by_matrices, list)
-    left_out = of_x = of_weights = 0
-    for branch in by_matrices:
-        out, inputs, k, _ = block.conv.weights[branch].shape
-        left_out += out * inputs * suites.taps_inside(case.side, k)
-        of_map, of_weight = matrix_products(out, inputs, k, block.conv.groups[branch])
-        of_x, of_weights = of_x + of_map, of_weights + of_weight
-    fma, matrix, memory = {}, {}, {}
+    fma, tensor, memory = {}, {}, {}
     for direction in suites.DIRECTIONS:
         work = suites.count_work(replace(case, direction=direction))
         both = direction == suites.BOTH
-        direct = work.real_ops / 2 / case.batch - left_out * (3 if both else 1)
+        left_out = products = 0
+        for name in ("forward", "backward", "weight_gradient") if both else ("forward",):
+            for branch in tensor_core_branches(plan, name):
+                out, inputs, k, _ = block.conv.weights[branch].shape
+                meeting = out * inputs * suites.taps_inside(case.side, k)
+                left_out += meeting
+                if large:
+                    products += meeting
+                else:
+                    filled = matrix_products(out, inputs, k, block.conv.groups[branch])
+                    products += filled[name == "weight_gradient"]
+        direct = work.real_ops / 2 / case.batch - left_out
         fma[direction] = direct * busiest / FMAS / CLOCK * 1e6
-        products = 2 * of_x + of_weights if both else of_x
-        matrix[direction] = products * busiest / MATRIX_FMAS / CLOCK * 1e6
+        tensor[direction] = products * busiest / TENSOR_FMAS / CLOCK * 1e6
         if large:
             passes = FORWARD_PASSES + BACKWARD_PASSES * both
             moved = (passes * element + 4 * BACKWARD_FLOAT_PASSES * both) * x.numel()
@@ -110,7 +115,14 @@ def predict(case: suites.Case) -> Prediction:
                for w in block.conv.weights)  # fmt: skip
     readers = case.batch * int(str(plan["tiles"])) if large else blocks
     shared = int(str(plan["forward_shared_bytes"])) + RESERVED
-    return Prediction(plan, fma, matrix, memory, element * taps * readers, SHARED // shared)
+    return Prediction(plan, fma, tensor, memory, element * taps * readers, SHARED // shared)
+
+
+def tensor_core_branches(plan: dict[str, object], name: str) -> list[int]:
+    """Those of the forward, the data gradient ("backward") or the weight gradient."""
+    found = plan[f"{name}_tensor_core_branches"]
+    assert isinstance(found, list)
+    return found
 
 
 def pair(plan: dict[str, object], name: str, scale: int = 1) -> str:
@@ -145,7 +157,7 @@ def small_rows() -> list[str]:
             f"| {case.shape} | {case.dtype} | {plan['blocks']} x {plan['threads']} "
             f"| {pair(plan, 'shared_bytes', 1024)} | {found.resident} | {pair(plan, 'stages')} "
             f"| {launches(plan)} | {found.weights / 1e6:.1f} "
-            f"| {floors(found.fma_floor)} | {floors(found.matrix_floor)} "
+            f"| {floors(found.fma_floor)} | {floors(found.tensor_floor)} "
             f"| {floors(found.memory_floor)} |"
         )
     return lines
@@ -155,18 +167,24 @@ def large_rows() -> list[str]:
     """The table of the maps that stay in memory, line by line."""
     lines = [
         "| shape | dtype | tile | tiles x units | piece | pieces | shared KiB | resident "
-        "| launches | scratch MB | FMA floor, us | memory, us |",
-        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| on tensor cores | launches | scratch MB | FMA floor, us | tensor cores, us "
+        "| memory, us |",
+        "|---|---|---|---:|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
     for case in suites.select(("imagenet",), directions=(suites.FORWARD,)):
         found = predict(case)
         plan = found.plan
+        branches = tensor_core_branches(plan, suites.FORWARD)
+        for name in ("backward", "weight_gradient"):
+            assert branches == tensor_core_branches(plan, name)
         tile, piece = (str(plan[name]).strip("()").replace(", ", "x") for name in ("tile", "piece"))
         lines.append(
             f"| {case.shape} | {case.dtype} | {tile} | {plan['tiles']} x {pair(plan, 'units')} "
             f"| {piece} | {plan['pieces']} | {pair(plan, 'shared_bytes', 1024)} | {found.resident} "
+            f"| {', '.join(map(str, branches)) or '-'} "
             f"| {launches(plan)} | {pair(plan, 'scratch_bytes', 10**6)} "
-            f"| {floors(found.fma_floor)} | {floors(found.memory_floor)} |"
+            f"| {floors(found.fma_floor)} | {floors(found.tensor_floor)} "
+            f"| {floors(found.memory_floor)} |"
         )
     return lines
 

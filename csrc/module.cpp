@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -116,24 +117,33 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
   plan["reason"] = p.reason;
   if (!p.fits) return plan;
   plan["plan"] = p.large ? "large-map" : "small-map";
+  auto branches_where = [&](auto condition) {
+    std::vector<int> found;
+    for (int b = 0; b < s.branch_count; ++b) {
+      if (condition(b)) found.push_back(b);
+    }
+    return found;
+  };
   for (const bool backward : {false, true}) {
     const std::string direction = backward ? "backward_" : "forward_";
     plan[(direction + "launches").c_str()] = launches(s, p, backward);
     plan[(direction + "scratch_bytes").c_str()] = scratch_bytes(s, p, backward);
-    const Stages& stages = backward ? p.stages_backward : p.stages;
+    plan[(direction + "tensor_core_branches").c_str()] = branches_where([&](int b) {
+      if (!p.large) return by_matrices(s, s.branches[b]);
+      return (backward ? p.maps.units_backward : p.maps.units).rows[b] > 0;
+    });
     if (p.large) {
       plan[(direction + "units").c_str()] = (backward ? p.maps.units_backward : p.maps.units).count;
-      plan[(direction + "shared_bytes").c_str()] = backward ? p.maps.shared_backward : p.maps.shared;
+      plan[(direction + "shared_bytes").c_str()] =
+          backward ? std::max(p.maps.shared_backward, p.maps.shared_matrices_backward)
+                   : std::max(p.maps.shared, p.maps.shared_matrices);
     } else {
-      std::vector<int> by_tensor_cores;
-      for (int b = 0; b < s.branch_count; ++b) {
-        if (by_matrices(s, s.branches[b])) by_tensor_cores.push_back(b);
-      }
-      plan[(direction + "tensor_core_branches").c_str()] = by_tensor_cores;
-      plan[(direction + "stages").c_str()] = s.branch_count ? stages.total(s) : 0;
+      plan[(direction + "stages").c_str()] = s.branch_count ? (backward ? p.stages_backward : p.stages).total(s) : 0;
       plan[(direction + "shared_bytes").c_str()] = backward ? p.shared_backward : p.shared;
     }
   }
+  plan["weight_gradient_tensor_core_branches"] = branches_where(
+      [&](int b) { return p.large ? LargeMatrixTiles::count(s, b) > 0 : by_matrices(s, s.branches[b]); });
   if (p.large) {
     plan["tiles"] = p.maps.tiles.count();
     plan["tile"] = std::make_tuple(p.maps.tiles.rows, p.maps.tiles.columns);
@@ -146,9 +156,10 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
     plan["threads"] = p.threads;
     plan["row"] = p.row;
   }
-  plan["weight_gradient_tiles"] = p.tiles;
+  plan["weight_gradient_tiles"] = p.tiles + p.maps.matrix_tiles;
   plan["weight_gradient_slices"] = p.slices;
-  plan["weight_gradient_shared_bytes"] = p.large ? p.maps.shared_weights : p.shared_weights;
+  plan["weight_gradient_shared_bytes"] =
+      p.large ? std::max(p.maps.shared_weights, p.maps.shared_matrix_weights) : p.shared_weights;
   return plan;
 }
 

@@ -146,7 +146,7 @@ _CUDA_TEXT = {
 _CUDA_STAGES_TEXT = "weights in {forward_stages} stage(s), backward {backward_stages}"
 _CUDA_TENSOR_CORES_TEXT = (
     "branches on tensor cores: {forward_tensor_core_branches}, backward "
-    "{backward_tensor_core_branches}"
+    "{backward_tensor_core_branches}, weights' gradient {weight_gradient_tensor_core_branches}"
 )
 _CUDA_GRADIENT_TEXT = (
     "gradient of the weights in {weight_gradient_tiles} tile(s) by {weight_gradient_slices} "
@@ -159,7 +159,7 @@ def _explain_cuda(plan: dict[str, object]) -> list[str]:
     texts = [_CUDA_TEXT[str(plan["plan"])]]
     if plan["weight_gradient_tiles"]:
         texts += [_CUDA_STAGES_TEXT] * small + [_CUDA_GRADIENT_TEXT]
-    if plan.get("forward_tensor_core_branches") or plan.get("backward_tensor_core_branches"):
+    if plan["weight_gradient_tensor_core_branches"]:  # whatever else is on them, these are
         texts.append(_CUDA_TENSOR_CORES_TEXT)
     lines = [f"    {text.format(**plan)}" for text in texts]
     for direction in ("forward", "backward"):

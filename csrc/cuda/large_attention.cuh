@@ -243,11 +243,25 @@ struct PoolChannels {
   }
 };
 
+// Per pixel and row of spatial taps one sum, for every map of the weight: parts[2 ky + map][slot]. `from` is what the
+// taps of the first map meet, what those of the second meet lies `step` floats further.
+MFEF_DEVICE void add_spatial_rows(const Sizes& s, const PieceLayout& at, const Piece& piece, const float* from,
+                                  int step, bool flipped, float* m, int thread, int threads) {
+  const int k = s.spatial_k, half = k / 2;
+  for (int e = thread; e < 2 * k * kSlots; e += threads) {
+    const int part = e / kSlots, slot = e % kSlots, map = part % 2, ky = part / 2;
+    const int h = slot / piece.cover.columns, w = slot - h * piece.cover.columns;
+    const float* taps = m + at.taps + (map * k + ky) * k;
+    m[at.parts + e] = row_of_spatial_taps(k, at.halo_rows, at.halo_columns, from + map * step, h + half, w + half, ky,
+                                          flipped, [&](int kx) { return taps[kx]; });
+  }
+}
+
 struct GateMap {
   static MFEF_DEVICE void run(const BlockArgs& a, const Block& block) {
     const Sizes& s = a.sizes;
     const PieceLayout at(s, a.large.pieces, false);
-    const int k = s.spatial_k, half = k / 2, halo = at.halo_rows * at.halo_columns;
+    const int k = s.spatial_k, halo = at.halo_rows * at.halo_columns;
     float *m = block.shared, *parts = m + at.parts;
     for (int64_t index = block.index; index < a.blocks; index += block.count) {
       const Piece piece(a, index);
@@ -257,15 +271,8 @@ struct GateMap {
         }
         load_spatial_taps(a, m + at.taps, thread, block.threads);
       });
-      block.phase([&](int thread) {
-        for (int e = thread; e < 2 * k * kSlots; e += block.threads) {
-          const int part = e / kSlots, slot = e % kSlots, map = part % 2, ky = part / 2;
-          const int h = slot / piece.cover.columns, w = slot - h * piece.cover.columns;
-          const float* taps = m + at.taps + (map * k + ky) * k;
-          parts[e] = row_of_spatial_taps(k, at.halo_rows, at.halo_columns, m + at.pooled + map * halo, h + half,
-                                         w + half, ky, false, [&](int kx) { return taps[kx]; });
-        }
-      });
+      block.phase(
+          [&](int thread) { add_spatial_rows(s, at, piece, m + at.pooled, halo, false, m, thread, block.threads); });
       block.phase([&](int thread) {
         piece.each_pixel(s, thread, [&](int slot, int pixel) {
           const float gate = sigmoid(sum_of(2 * k, [&](int part) { return parts[part * kSlots + slot]; }));
@@ -426,13 +433,7 @@ struct ChannelGradient {
       load_spatial_taps(a, m + at.taps, thread, block.threads);
     });
     block.phase([&](int thread) {
-      for (int e = thread; e < 2 * k * kSlots; e += block.threads) {
-        const int part = e / kSlots, slot = e % kSlots, map = part % 2, ky = part / 2;
-        const int h = slot / piece.cover.columns, w = slot - h * piece.cover.columns;
-        const float* taps = m + at.taps + (map * k + ky) * k;
-        parts[e] = row_of_spatial_taps(k, at.halo_rows, at.halo_columns, m + at.grad_spatial, h + half, w + half, ky,
-                                       true, [&](int kx) { return taps[kx]; });
-      }
+      add_spatial_rows(s, at, piece, m + at.grad_spatial, 0, true, m, thread, block.threads);
       if (!a.grads.spatial) return;
       for (int e = thread; e < 2 * k * k; e += block.threads) {
         const int map = e / (k * k), ky = e / k % k, kx = e % k;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "conv.cuh"
+#include "large_conv_matrices.cuh"
 #include "region.cuh"
 
 namespace mfef::cuda {
@@ -95,16 +96,14 @@ MFEF_DEVICE void convolve_branch_of_unit(const BlockArgs& a, const Block& block,
   const int stage = l.units.stage[b], half = way.k / 2, step = int(halo.step);
   const UnitLayout at(l.tiles, way, stage);
   float *weights = block.shared + at.weights, *source = block.shared + at.source;
-  // Where the part begins among the weights of the branch.
-  const int group = unit.first / whole.dest_per_group, in_group = unit.first - group * whole.dest_per_group;
-  const int out_first = l.backward ? group * whole.source_per_group : unit.first, in_first = l.backward ? in_group : 0;
+  const UnitWeights from(whole, unit, l.backward);
   // Beyond the map's last column the spans of a tile have zeros.
   const Rectangle around{tile.at.row - half, tile.at.rows + 2 * half, tile.at.column - half,
                          ceil_div(tile.at.columns, kSpan) * kSpan + 2 * half};
   for (int first = 0; first < way.source_per_group; first += stage) {
     const int end = least(first + stage, way.source_per_group), count = end - first;
     block.phase([&](int thread) {
-      load_branch_weights(way, branch.full_k, a.conv_weights[b], out_first, in_first, a.element, l.backward, first, end,
+      load_branch_weights(way, branch.full_k, a.conv_weights[b], from.out, from.in, a.element, l.backward, first, end,
                           weights, thread, block.threads);
       // Whole groups lie side by side.
       const int runs = count == way.source_per_group ? 1 : way.groups, run = count * way.groups / runs;
@@ -166,36 +165,59 @@ MFEF_DEVICE void tile_statistics(const BlockArgs& a, const Block& block, const R
   });
 }
 
+// All units of a launch, in all tiles of all images; fill(unit) brings the destination to shared memory.
+template <class Fill>
+MFEF_DEVICE void for_each_unit(const BlockArgs& a, const Block& block, const Fill& fill) {
+  const Sizes& s = a.sizes;
+  const LargeArgs& l = a.large;
+  const int64_t all = s.batch * l.tiles.count() * l.units.count;
+  const int pitch = l.tiles.columns, step = int(odd_vectors(l.tiles.rows * pitch));
+  for (int64_t index = block.index; index < all; index += block.count) {
+    fill(UnitOfTile(a, index));
+    const UnitOfTile of(a, anew(index));
+    const Region& region = of.region;
+    if (l.dest.data) {
+      block.phase([&](int thread) {
+        store_region(l.dest, a.element, s, region, step, pitch, thread, block.threads, [&](int place, int channel) {
+          const float bias = a.bias.data ? load(a.bias, a.element, channel * a.bias.stride[0]) : 0.0f;
+          return block.shared[place] + bias;
+        });
+      });
+    }
+    if (l.tile_sums) tile_statistics(a, block, region, of.tile);
+  }
+}
+
 struct LargeConvolution {
   static MFEF_DEVICE void run(const BlockArgs& a, const Block& block) {
     const Sizes& s = a.sizes;
     const LargeArgs& l = a.large;
-    const int64_t tiles = l.tiles.count(), all = s.batch * tiles * l.units.count;
     const int pitch = l.tiles.columns, step = int(odd_vectors(l.tiles.rows * pitch));
-    for (int64_t index = block.index; index < all; index += block.count) {
-      const int64_t tile = index / l.units.count, image = tile / tiles;
-      const Unit unit = l.units.unit(s, l.backward, int(index - tile * l.units.count));
-      const Rectangle at = l.tiles.rectangle(s, int(tile - image * tiles));
-      const int first = s.branch_count ? Way(s.branches[unit.branch], l.backward).dest_first : 0;
-      const Region region{image, first + unit.first, unit.count, at};
+    for_each_unit(a, block, [&](const UnitOfTile& of) {
+      const Unit& unit = of.unit;
+      const Region& region = of.region;
       if (s.branch_count) {
-        const TileRows rows{at, pitch, -at.row, s.height - at.row};
-        for (int b = unit.branch; b < unit.end; ++b) convolve_branch_of_unit(a, block, unit, b, rows, image);
+        const TileRows rows{region.at, pitch, -region.at.row, s.height - region.at.row};
+        for (int b = unit.branch; b < unit.end; ++b) convolve_branch_of_unit(a, block, unit, b, rows, region.image);
       } else {
         block.phase([&](int thread) {
           load_region(l.source, l.source_element, s, region, block.shared, step, pitch, thread, block.threads);
         });
       }
-      if (l.dest.data) {
-        block.phase([&](int thread) {
-          store_region(l.dest, a.element, s, region, step, pitch, thread, block.threads, [&](int place, int channel) {
-            const float bias = a.bias.data ? load(a.bias, a.element, channel * a.bias.stride[0]) : 0.0f;
-            return block.shared[place] + bias;
-          });
-        });
+    });
+  }
+};
+
+// The branches that tensor cores take, by a launch of their own: in one kernel with the others both spilled.
+struct LargeMatrixConvolution {
+  static MFEF_DEVICE void run(const BlockArgs& a, const Block& block) {
+    for_each_unit(a, block, [&](const UnitOfTile& of) {
+      if (a.element == Element::kBFloat16) {
+        convolve_unit_by_matrices<c10::BFloat16>(a, block, of);
+      } else {
+        convolve_unit_by_matrices<c10::Half>(a, block, of);
       }
-      if (l.tile_sums) tile_statistics(a, block, region, tile);
-    }
+    });
   }
 };
 

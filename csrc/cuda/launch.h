@@ -14,6 +14,7 @@ const char* launch_sums(const BlockArgs&, const Plan&, void* stream);
 
 // Of large maps, whose last launch of a backward is launch_sums too.
 const char* launch_large_convolution(const BlockArgs&, const Plan&, void* stream);
+const char* launch_large_matrix_convolution(const BlockArgs&, const Plan&, void* stream);
 const char* launch_channel_gates(const BlockArgs&, const Plan&, void* stream);
 const char* launch_pool_channels(const BlockArgs&, const Plan&, void* stream);
 const char* launch_gate_map(const BlockArgs&, const Plan&, void* stream);
@@ -22,5 +23,6 @@ const char* launch_channel_gradient(const BlockArgs&, const Plan&, void* stream)
 const char* launch_mlp_backward(const BlockArgs&, const Plan&, void* stream);
 const char* launch_map_gradient(const BlockArgs&, const Plan&, void* stream);
 const char* launch_large_weight_gradient(const BlockArgs&, const Plan&, void* stream);
+const char* launch_large_matrix_weight_gradient(const BlockArgs&, const Plan&, void* stream);
 
 }  // namespace mfef::cuda

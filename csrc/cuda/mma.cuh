@@ -81,6 +81,28 @@ MFEF_DEVICE float value_in(uint32_t word, int i) {
   }
 }
 
+#ifdef __CUDACC__
+// ldmatrix: a lane gives the address of row lane % 8 of matrix lane / 8.
+#define MFEF_LDMATRIX(SHAPE, FORMAT, ADDRESS, ...) \
+  asm volatile("ldmatrix.sync.aligned.m8n8." SHAPE ".shared.b16 " FORMAT ";" : __VA_ARGS__ : "r"(ADDRESS) : "memory")
+template <int kCount, bool kTransposed>
+MFEF_DEVICE void load_matrix_rows(uint32_t (&word)[kCount], const uint32_t* row) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kCount == 1) {
+    MFEF_LDMATRIX("x1", "{%0}, [%1]", at, "=r"(word[0]));
+  } else if constexpr (kCount == 2 && !kTransposed) {
+    MFEF_LDMATRIX("x2", "{%0, %1}, [%2]", at, "=r"(word[0]), "=r"(word[1]));
+  } else if constexpr (kCount == 2) {
+    MFEF_LDMATRIX("x2.trans", "{%0, %1}, [%2]", at, "=r"(word[0]), "=r"(word[1]));
+  } else if constexpr (!kTransposed) {
+    MFEF_LDMATRIX("x4", "{%0, %1, %2, %3}, [%4]", at, "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]));
+  } else {
+    MFEF_LDMATRIX("x4.trans", "{%0, %1, %2, %3}, [%4]", at, "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]));
+  }
+}
+#undef MFEF_LDMATRIX
+#endif
+
 // Matrices to the registers of the warp: row r of matrix m is the 4 words from row(m, r) on, aligned to 16 bytes.
 // to(thread) is the fragment of a lane.
 template <int kCount, class To, class Row>
@@ -90,22 +112,28 @@ MFEF_DEVICE void load_matrices(const Warp& warp, const To& to, const Row& row) {
     Fragment<kCount>& f = to(thread);
     const int lane = thread % kWarp;
 #ifdef __CUDACC__
-    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row(lane / 8 % kCount, lane % 8)));
-    if constexpr (kCount == 1) {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(f.word[0]) : "r"(at) : "memory");
-    } else if constexpr (kCount == 2) {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                   : "=r"(f.word[0]), "=r"(f.word[1])
-                   : "r"(at)
-                   : "memory");
-    } else {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(f.word[0]), "=r"(f.word[1]), "=r"(f.word[2]), "=r"(f.word[3])
-                   : "r"(at)
-                   : "memory");
-    }
+    load_matrix_rows<kCount, false>(f.word, row(lane / 8 % kCount, lane % 8));
 #else
     for (int m = 0; m < kCount; ++m) f.word[m] = row(m, lane / 4)[lane % 4];
+#endif
+  });
+}
+
+// The same of 16-bit elements with rows and columns exchanged: row r of matrix m is 8 elements from row(m, r) on, and
+// the operand's row c is their elements c. So what lies in shared memory as [k][row] is read too.
+template <int kCount, class To, class Row>
+MFEF_DEVICE void load_transposed(const Warp& warp, const To& to, const Row& row) {
+  static_assert(kCount == 2 || kCount == 4);
+  warp.lanes([&](int thread) {
+    Fragment<kCount>& f = to(thread);
+    const int lane = thread % kWarp;
+#ifdef __CUDACC__
+    load_matrix_rows<kCount, true>(f.word, row(lane / 8 % kCount, lane % 8));
+#else
+    for (int m = 0; m < kCount; ++m) {
+      auto element = [&](int r) { return row(m, r)[lane / 8] >> lane / 4 % 2 * 16 & 0xffff; };
+      f.word[m] = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+    }
 #endif
   });
 }

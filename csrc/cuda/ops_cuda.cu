@@ -216,6 +216,9 @@ class Call {
       l.tiles = plan_.maps.tiles;
       l.pieces = plan_.maps.pieces;
       l.weight_pieces = plan_.maps.weight_pieces;
+      l.matrix_pieces = plan_.maps.matrix_pieces;
+      l.matrix_tiles = plan_.maps.matrix_tiles;
+      l.matrix_slice = plan_.maps.matrix_slice;
       l.reduce_parts = plan_.maps.reduce_parts;
       args.blocks = args.sizes.batch * l.pieces.count();
     } else {
@@ -235,11 +238,14 @@ class Call {
   void large_convolution(bool backward, const Map& source, Element element, const Map& dest) {
     LargeArgs& l = args.large;
     l.backward = backward;
-    l.units = backward ? plan_.maps.units_backward : plan_.maps.units;
     l.source = source;
     l.source_element = element;
     l.dest = dest;
-    run(launch_large_convolution);
+    const Units& units = backward ? plan_.maps.units_backward : plan_.maps.units;
+    for (const bool matrices : {false, true}) {
+      l.units = units.of_launch(args.sizes, backward, matrices);
+      if (l.units.count) run(matrices ? launch_large_matrix_convolution : launch_large_convolution);
+    }
   }
 
   void large_forward() {
@@ -295,7 +301,8 @@ class Call {
     if (s.branch_count && n && args.grad_x.data) large_convolution(true, l.dy, l.dy_element, args.grad_x);
     if (!need_parameters) return;
     if (args.grads.channel_sums && n) channel_sums();
-    if (s.branch_count && n) run(launch_large_weight_gradient);
+    if (args.tiles && n) run(launch_large_weight_gradient);
+    if (l.matrix_tiles && n) run(launch_large_matrix_weight_gradient);
     run(launch_sums);
   }
 

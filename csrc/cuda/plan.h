@@ -95,10 +95,10 @@ struct Tile {
   int branch, unit, units, item;  // units [unit, unit + units); items of a unit from `item` on
   int in, in_count, out, out_count;
 
-  // Of a small map the branches that tensor cores compute have no such tiles.
+  // The branches that tensor cores compute have no such tiles.
   MFEF_HD static int count(const Sizes& s, bool small, int branch) {
     const Branch& b = s.branches[branch];
-    return small && by_matrices(s, b) ? 0 : TileShape(b).tiles;
+    return (small ? by_matrices(s, b) : MatrixPart::suit(s, Way(b, false))) ? 0 : TileShape(b).tiles;
   }
   MFEF_HD Tile(const Sizes& s, bool small, int tile) : branch(0), item(0) {
     while (tile >= count(s, small, branch)) tile -= count(s, small, branch++);
@@ -402,6 +402,20 @@ inline int64_t weight_piece_bytes(const Sizes& s, int tiles, const Cover& piece)
   return 4 * floats;
 }
 
+// Makes pieces smaller until bytes(pieces) are at most `limit`, or they are a span of one row (of two, if `even`).
+template <class Bytes>
+inline int64_t shrink(const Sizes& s, int64_t limit, bool even, const Bytes& bytes, Cover* pieces) {
+  const int least_rows = even ? 2 : 1;
+  int64_t taken = bytes(*pieces);
+  while (taken > limit && pieces->rows * pieces->columns > least_rows * kSpan) {
+    const bool flat = pieces->rows <= most(4, least_rows) && pieces->columns > kSpan;
+    const int rows = ceil_div(pieces->rows, 2 * least_rows) * least_rows;
+    *pieces = flat ? Cover::of(s, pieces->rows, pieces->columns - kSpan) : Cover::of(s, rows, pieces->columns);
+    taken = bytes(*pieces);
+  }
+  return taken;
+}
+
 // Adds the launches of the large-map kernels to a plan; leaves a reason where there are none.
 inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
   Plan& p = *plan;
@@ -424,8 +438,8 @@ inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
   const int spans = ceil_div(s.width, kSpan), across = ceil_div(spans, kTileSpans), wide = ceil_div(spans, across);
   const int tall = 2 * (kTileItems / wide), down = ceil_div(s.height, tall);
   m.tiles = Cover::of(s, (ceil_div(s.height, down) + 1) / 2 * 2, wide * kSpan);
-  if (!choose_units(s, false, m.tiles, &m.units, &m.shared) ||
-      !choose_units(s, true, m.tiles, &m.units_backward, &m.shared_backward)) {
+  if (!choose_units(s, false, m.tiles, &m.units, &m.shared, &m.shared_matrices) ||
+      !choose_units(s, true, m.tiles, &m.units_backward, &m.shared_backward, &m.shared_matrices_backward)) {
     return refuse("not one channel of a convolution of a tile of " + std::to_string(m.tiles.rows) + " x " +
                   std::to_string(m.tiles.columns) + " pixels fits into " + kib(kLargeShared));
   }
@@ -451,20 +465,19 @@ inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
 
   p.slices = 1;
   p.tiles = count_tiles(s, false);
-  if (p.tiles) {
-    m.weight_pieces = m.tiles;
-    m.shared_weights = weight_piece_bytes(s, p.tiles, m.weight_pieces);
-    while (m.shared_weights > kLargeShared && m.weight_pieces.rows * m.weight_pieces.columns > kSpan) {
-      Cover& of = m.weight_pieces;
-      const bool flat = of.rows <= 4 && of.columns > kSpan;
-      of = flat ? Cover::of(s, of.rows, of.columns - kSpan) : Cover::of(s, (of.rows + 1) / 2, of.columns);
-      m.shared_weights = weight_piece_bytes(s, p.tiles, of);
-    }
-    if (takes("the weight gradient", m.shared_weights)) return;
-    const int64_t wanted = most(least(kLargeBlocks / p.tiles, kMostLargeSlices), 4);
-    const int64_t pieces = s.batch * m.weight_pieces.count();
+  for (int b = 0; b < s.branch_count; ++b) m.matrix_tiles += LargeMatrixTiles::count(s, b);
+  if (p.tiles + m.matrix_tiles) {
+    m.weight_pieces = m.matrix_pieces = m.tiles;
+    m.shared_weights = shrink(
+        s, kLargeShared, false, [&](const Cover& of) { return weight_piece_bytes(s, p.tiles, of); }, &m.weight_pieces);
+    m.shared_matrix_weights = shrink(
+        s, kLargeShared, true, [&](const Cover& of) { return LargeMatrixTiles::bytes(s, of); }, &m.matrix_pieces);
+    if (takes("the weight gradient", most(int(m.shared_weights), int(m.shared_matrix_weights)))) return;
+    const int64_t wanted = most(least(kLargeBlocks / (p.tiles + m.matrix_tiles), kMostLargeSlices), 4);
+    const int64_t pieces = s.batch * (p.tiles ? m.weight_pieces : m.matrix_pieces).count();
     p.slices = int(pieces < wanted ? (pieces > 0 ? pieces : 1) : wanted);
-    p.slice_images = (pieces + p.slices - 1) / p.slices;
+    p.slice_images = (s.batch * m.weight_pieces.count() + p.slices - 1) / p.slices;
+    m.matrix_slice = (s.batch * m.matrix_pieces.count() + p.slices - 1) / p.slices;
   }
   p.fits = p.large = true;
 }
@@ -477,6 +490,13 @@ inline Plan make_plan(const Sizes& s, int64_t limit) {
   return p;
 }
 
+// Those of a direction of the convolution on large maps.
+inline void add_convolutions(const Sizes& s, const Plan& p, bool backward, std::vector<std::string>* all) {
+  const Units& units = backward ? p.maps.units_backward : p.maps.units;
+  if (units.of_launch(s, backward, false).count) all->push_back("LargeConvolution");
+  if (units.of_launch(s, backward, true).count) all->push_back("LargeMatrixConvolution");
+}
+
 // The kernels of a whole call, in order; `backward` with all gradients.
 inline std::vector<std::string> launches(const Sizes& s, const Plan& p, bool backward) {
   const bool convolution = s.branch_count > 0, attention = s.hidden > 0;
@@ -487,12 +507,16 @@ inline std::vector<std::string> launches(const Sizes& s, const Plan& p, bool bac
     all = {matrix + "Backward"};
     if (convolution) all.push_back(matrix + "WeightGradient");
   } else if (!backward) {
-    all = {"LargeConvolution"};
+    add_convolutions(s, p, false, &all);
     if (attention) all.insert(all.end(), {"ChannelGates", "PoolChannels", "GateMap"});
     return all;
   } else {
     if (attention) all = {"ChannelGates", "PixelGradient", "ChannelGradient", "MlpBackward", "MapGradient"};
-    if (convolution) all.insert(all.end(), {"LargeConvolution", "LargeWeightGradient"});
+    if (convolution) {
+      add_convolutions(s, p, true, &all);
+      if (p.tiles) all.push_back("LargeWeightGradient");
+      if (p.maps.matrix_tiles) all.push_back("LargeMatrixWeightGradient");
+    }
   }
   all.push_back("Sums");
   return all;
@@ -517,7 +541,9 @@ inline int64_t scratch_bytes(const Sizes& s, const Plan& p, bool backward) {
 // What the large-map kernels read beside the problem: their plan, scratch, and the maps of the launch. All in float32
 // but what has an Element; null data: not there or not wanted.
 struct LargeArgs {
-  Cover tiles, pieces, weight_pieces;
+  Cover tiles, pieces, weight_pieces, matrix_pieces;
+  int matrix_tiles;
+  int64_t matrix_slice;
   int reduce_parts;
   Units units;  // of this launch's direction
   bool backward;

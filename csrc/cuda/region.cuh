@@ -16,6 +16,33 @@ struct Region {
   Rectangle at;
 };
 
+// The value, but what follows from it is computed again: kept meanwhile it would cost registers.
+MFEF_DEVICE int64_t anew(int64_t value) {
+#ifdef __CUDACC__
+  asm volatile("" : "+l"(value));
+#endif
+  return value;
+}
+
+// One of the units of a launch in one of all tiles.
+struct UnitOfTile {
+  int64_t tile;
+  Unit unit;
+  Region region;
+
+  MFEF_DEVICE UnitOfTile(const BlockArgs& a, int64_t index) {
+    const Sizes& s = a.sizes;
+    const LargeArgs& l = a.large;
+    const int64_t tiles = l.tiles.count();
+    tile = index / l.units.count;
+    unit = l.units.unit(s, l.backward, int(index - tile * l.units.count));
+    region.image = tile / tiles;
+    region.at = l.tiles.rectangle(s, int(tile - region.image * tiles));
+    region.channel = unit.first + (s.branch_count ? Way(s.branches[unit.branch], l.backward).dest_first : 0);
+    region.channels = unit.count;
+  }
+};
+
 template <class T, int kCount>
 struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Vector {
   T value[kCount];

@@ -28,9 +28,10 @@ def plan(problem: Problem, limit: int | None = None) -> dict[str, object]:
     for ``forward_`` and ``backward_``: launches (the kernels of a whole call), shared_bytes (per
     thread block; large maps: of the convolution), scratch_bytes. Small maps: images (per thread
     block), blocks, row (floats of a map's row in shared memory), ``forward_``, ``backward_``
-    tensor_core_branches (those that tensor cores compute) and stages. Large maps: tile and piece
-    (rows and columns of the convolution's and of the attention's share of a map), tiles and pieces
-    (per image), ``forward_``, ``backward_`` units (of channels).
+    stages. Large maps: tile and piece (rows and columns of the convolution's and of the attention's
+    share of a map), tiles and pieces (per image), ``forward_``, ``backward_`` units (of channels).
+    Of both, for ``forward_``, ``backward_`` and ``weight_gradient_``: tensor_core_branches (those
+    that tensor cores compute).
     """
     limit = shared_limit(problem.device) if limit is None else limit
     dtype = str(problem.dtype).removeprefix("torch.")

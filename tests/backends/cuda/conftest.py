@@ -69,7 +69,7 @@ class Host:
         self._multiply = loaded.mfef_cuda_host_multiply
         self._multiply.restype = ctypes.c_bool
         self._multiply.argtypes = [ctypes.c_char_p, ctypes.c_int, *[ctypes.c_void_p] * 3]
-        self._multiply.argtypes += [ctypes.c_bool]
+        self._multiply.argtypes += [ctypes.c_int]
         self._settings = loaded.mfef_cuda_host_settings
         self._settings.argtypes = [ctypes.c_int64, ctypes.c_bool]
         self.operators = ops.register("mfef_cuda_host")
@@ -78,13 +78,14 @@ class Host:
         """Bytes of shared memory of a thread block; whether its threads run in descending order."""
         self._settings(shared_limit, backwards)
 
-    def multiply(self, operand: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, by_words: bool):
-        """C + A B as a warp computes it (csrc/cuda/mma.cuh), of float32 arrays."""
+    def multiply(self, operand: str, reading: int, a: np.ndarray, b: np.ndarray, c: np.ndarray):
+        """C + A B as a warp computes it (csrc/cuda/mma.cuh), of float32 arrays; ``reading`` as
+        in host.cpp."""
         a, b, c = np.ascontiguousarray(a), np.ascontiguousarray(b), np.array(c, order="C")
         assert all(array.dtype == np.float32 for array in (a, b, c))
         assert a.shape[0] == 16 and b.shape == (a.shape[1], 8) and c.shape == (16, 8)
         pointers = [array.ctypes.data for array in (a, b, c)]
-        assert self._multiply(operand.encode(), a.shape[1], *pointers, by_words)
+        assert self._multiply(operand.encode(), a.shape[1], *pointers, reading)
         return c
 
 

@@ -8,7 +8,9 @@
 #include "cuda/forward.cu"
 #include "cuda/large_attention.cu"
 #include "cuda/large_conv.cu"
+#include "cuda/large_conv_matrices.cu"
 #include "cuda/large_weight_gradient.cu"
+#include "cuda/large_weight_matrices.cu"
 #include "cuda/mma.cuh"
 #include "cuda/ops_cuda.cu"
 #include "cuda/weight_gradient.cu"
@@ -38,11 +40,13 @@ const char* run_on_host(Run run, const BlockArgs& args, int64_t blocks, int thre
   return nullptr;
 }
 
-// C += A B of a warp, all row by row in float32; A from memory as a kernel has it, by words and by load_matrices.
+// C += A B of a warp, all row by row in float32. How operands are read from memory: by words or by load_matrices, where
+// rows are those of the operands, or by load_transposed, where they are K's.
+enum class Reading : int { kWords = 0, kMatrices = 1, kTransposed = 2 };
 template <class T, int kWords>
-static void multiply_on_host(const float* a, const float* b, float* c, bool by_words) {
+static void multiply_on_host(const float* a, const float* b, float* c, Reading reading) {
   constexpr int kDepth = kWords * kPerWord<T>, kPitch = 12;  // words of a row, as kernels have them
-  alignas(16) uint32_t of_a[16 * kPitch], of_b[8 * kPitch];
+  alignas(16) uint32_t of_a[16 * kPitch], of_b[16 * kPitch];
   auto fill = [](uint32_t* to, int rows, const auto& value) {
     for (int e = 0; e < rows * kWords; ++e) {
       float of_word[kPerWord<T>];
@@ -50,8 +54,16 @@ static void multiply_on_host(const float* a, const float* b, float* c, bool by_w
       to[e / kWords * kPitch + e % kWords] = word_of<T>(of_word);
     }
   };
-  fill(of_a, 16, [&](int m, int k) { return a[m * kDepth + k]; });
-  fill(of_b, 8, [&](int n, int k) { return b[k * 8 + n]; });
+  if constexpr (kPerWord<T> == 2 && kWords == 8) {
+    if (reading == Reading::kTransposed) {
+      fill(of_a, kDepth, [&](int k, int m) { return a[m * kDepth + k]; });
+      fill(of_b, kDepth, [&](int k, int n) { return n < 8 ? b[k * 8 + n] : 0.0f; });
+    }
+  }
+  if (reading != Reading::kTransposed) {
+    fill(of_a, 16, [&](int m, int k) { return a[m * kDepth + k]; });
+    fill(of_b, 8, [&](int n, int k) { return b[k * 8 + n]; });
+  }
   const Block block{0, 1, kWarp, nullptr, host_backwards};
   block.warps([&](const Warp& warp) {
     Warp::Registers<FragmentA<kWords>> left;
@@ -60,7 +72,7 @@ static void multiply_on_host(const float* a, const float* b, float* c, bool by_w
     auto to_left = [&](int thread) -> auto& { return left[thread]; };
     auto to_right = [&](int thread) -> auto& { return right[thread]; };
     auto to_sum = [&](int thread) -> auto& { return sum[thread]; };
-    if (by_words) {
+    if (reading == Reading::kWords) {
       warp.lanes([&](int thread) {
         auto take = [](auto& fragment, const uint32_t* from, auto place, int lane) {
           for (int reg = 0; reg < int(std::size(fragment.word)); ++reg) {
@@ -71,10 +83,13 @@ static void multiply_on_host(const float* a, const float* b, float* c, bool by_w
         take(left[thread], of_a, place_in_a, thread % kWarp);
         take(right[thread], of_b, place_in_b, thread % kWarp);
       });
-    } else {
+    } else if (reading == Reading::kMatrices) {
       load_matrices<kWords / 2>(warp, to_left,
                                 [&](int m, int r) { return of_a + (m % 2 * 8 + r) * kPitch + m / 2 * 4; });
       load_matrices<kWords / 4>(warp, to_right, [&](int m, int r) { return of_b + r * kPitch + m * 4; });
+    } else if constexpr (kPerWord<T> == 2 && kWords == 8) {
+      load_transposed<4>(warp, to_left, [&](int m, int r) { return of_a + (m / 2 * 8 + r) * kPitch + m % 2 * 4; });
+      load_transposed<2>(warp, to_right, [&](int m, int r) { return of_b + (m * 8 + r) * kPitch; });
     }
     auto each = [&](const auto& f) {
       warp.lanes([&](int thread) {
@@ -92,22 +107,24 @@ static void multiply_on_host(const float* a, const float* b, float* c, bool by_w
 
 }  // namespace mfef::cuda
 
-// A (16, K), B (K, 8), C (16, 8); false for a type and K that tensor cores do not have.
+// A (16, K), B (K, 8), C (16, 8); false for a type and K that tensor cores do not have, or cannot read so.
 extern "C" __attribute__((visibility("default"))) bool mfef_cuda_host_multiply(const char* type, int depth,
                                                                                const float* a, const float* b, float* c,
-                                                                               bool by_words) {
+                                                                               int reading) {
   using namespace mfef::cuda;
   const std::string of = type;
+  const Reading how = static_cast<Reading>(reading);
+  if (how == Reading::kTransposed && depth != 16) return false;
   if (of == "tf32" && depth == 8) {
-    multiply_on_host<Tf32, 8>(a, b, c, by_words);
+    multiply_on_host<Tf32, 8>(a, b, c, how);
   } else if (of == "bfloat16" && depth == 16) {
-    multiply_on_host<c10::BFloat16, 8>(a, b, c, by_words);
+    multiply_on_host<c10::BFloat16, 8>(a, b, c, how);
   } else if (of == "bfloat16" && depth == 8) {
-    multiply_on_host<c10::BFloat16, 4>(a, b, c, by_words);
+    multiply_on_host<c10::BFloat16, 4>(a, b, c, how);
   } else if (of == "float16" && depth == 16) {
-    multiply_on_host<c10::Half, 8>(a, b, c, by_words);
+    multiply_on_host<c10::Half, 8>(a, b, c, how);
   } else if (of == "float16" && depth == 8) {
-    multiply_on_host<c10::Half, 4>(a, b, c, by_words);
+    multiply_on_host<c10::Half, 4>(a, b, c, how);
   } else {
     return false;
   }

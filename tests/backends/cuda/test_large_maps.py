@@ -62,6 +62,60 @@ def is_large(shape, split=True, **options) -> bool:
     return plan["plan"] == "large-map"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_imagenets_last_map_on_tensor_cores(device, dtype):
+    """Every branch of 512 channels at 7 x 7, in one launch each way; the data gradient too."""
+    shape, sizes, groups = (1, 512, 7, 7), (3, 5, 7, 9), (1, 4, 8, 16)
+    plan = cuda.plan(problem(1, 512, 7, dtype=dtype), H200)
+    assert plan["plan"] == "large-map"
+    for direction in ("forward", "backward"):
+        assert plan[f"{direction}_tensor_core_branches"] == [0, 1, 2, 3]
+    errors = Errors(dtype)
+    for seed in range(3):
+        case = make_case(shape, dtype=dtype, seed=seed, kernel_sizes=sizes, groups=groups)
+        gradient = torch.randn(shape, dtype=torch.float64).to(dtype)
+
+        def run(
+            f, d, where="cpu", layout=torch.contiguous_format, case=case, gradient=gradient, **kw
+        ):
+            at = case.cast(d, where)
+            out = f(at.x.contiguous(memory_format=layout), at.weights, at.groups, **kw)
+            (grad,) = torch.autograd.grad(out, [at.x], gradient.to(where, d))
+            return [t.detach().cpu() for t in (out, grad)]
+
+        wanted = run(reference.multi_scale_conv2d, torch.float64)
+        got = run(functional.multi_scale_conv2d, dtype, device, LAYOUTS[seed % 2], backend="cuda")
+        eager = [run(reference.multi_scale_conv2d, dtype, layout=one) for one in LAYOUTS]
+        largest_errors = [
+            max(largest(e.double() - w) for e in column)
+            for *column, w in zip(*eager, wanted, strict=True)
+        ]
+        errors.add(["out", "x"], got, wanted, largest_errors)
+    errors.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("split", [True, False])
+def test_layouts_give_the_same_bits_on_tensor_cores(device, dtype, split):
+    """channels_last maps are copied, contiguous ones gathered; and a slice at an odd channel."""
+    case = make_case((2, 48, 11, 20), dtype=dtype, kernel_sizes=(3, 5), groups=(1, 3), split=split)
+    low = case.cast(dtype, device)
+    weights = [w.detach() for w in low.weights]
+    wide = torch.randn(2, 50, 11, 20, dtype=dtype).to(device)
+    wide[:, 1:49] = low.x.detach()
+    found = []
+    for x in (low.x.detach(), low.x.detach().contiguous(memory_format=LAYOUTS[1]),
+              wide.contiguous(memory_format=LAYOUTS[1])[:, 1:49]):  # fmt: skip
+        leaves = [t.detach().requires_grad_() for t in (x, *weights)]
+        out = functional.multi_scale_conv2d(
+            leaves[0], leaves[1:], low.groups, low.split, backend="cuda"
+        )
+        found.append([out, *torch.autograd.grad(out, leaves, torch.cos(out.detach()))])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(("shape", "options"), SHAPES, ids=str)
 def test_shapes_that_users_have(device, shape, options):
     assert is_large(shape, **options)
@@ -76,6 +130,13 @@ def test_shapes_that_users_have(device, shape, options):
         ((2, 24, 11, 20), {}),
         ((2, 40, 33, 17), {"groups": (1, 2)}),
         ((1, 16, 8, 40), {"split": False}),
+        # In 16 bits on tensor cores: groups that fill no chunk of 8 channels; several stages of
+        # sources, and taps a few rows at a time; more destination channels than a unit has;
+        # branches of both kinds that add to the same channels.
+        ((1, 66, 10, 18), {"groups": (1, 1)}),
+        ((1, 200, 8, 17), {"kernel_sizes": (5, 9), "groups": (1, 10)}),
+        ((1, 160, 5, 18), {"kernel_sizes": (3,), "groups": (1,)}),
+        ((1, 24, 9, 34), {"kernel_sizes": (3, 5), "groups": (2, 12), "split": False}),
     ],
     ids=str,
 )

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+WORDS, MATRICES, TRANSPOSED = range(3)  # how operands are read, as in host.cpp
 KINDS = [("tf32", 8), ("bfloat16", 8), ("bfloat16", 16), ("float16", 8), ("float16", 16)]
 
 
@@ -21,9 +22,12 @@ def rounded(operand: str, values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-@pytest.mark.parametrize("by_words", [False, True])
-@pytest.mark.parametrize(("operand", "depth"), KINDS)
-def test_products(host_library, operand, depth, by_words, backwards):
+@pytest.mark.parametrize(
+    ("operand", "depth", "reading"),
+    [(*kind, reading) for kind in KINDS for reading in (WORDS, MATRICES)]
+    + [("bfloat16", 16, TRANSPOSED), ("float16", 16, TRANSPOSED)],
+)
+def test_products(host_library, operand, depth, reading, backwards):
     """Every element where it belongs: integers, whose sums are exact in every type."""
     random = np.random.default_rng(depth)
     a, b, c = (
@@ -31,7 +35,7 @@ def test_products(host_library, operand, depth, by_words, backwards):
         for shape in ((16, depth), (depth, 8), (16, 8))
     )
     host_library.set(backwards=backwards)
-    got = host_library.multiply(operand, a, b, c, by_words)
+    got = host_library.multiply(operand, reading, a, b, c)
     host_library.set()
     np.testing.assert_array_equal(got, c + a @ b)
 
@@ -42,7 +46,7 @@ def test_operands_are_rounded_and_sums_are_not(host_library, operand, depth):
     a = random.standard_normal((16, depth)).astype(np.float32)
     b = random.standard_normal((depth, 8)).astype(np.float32)
     c = random.standard_normal((16, 8)).astype(np.float32)
-    got = host_library.multiply(operand, a, b, c, False)
+    got = host_library.multiply(operand, MATRICES, a, b, c)
     low_a, low_b = rounded(operand, a), rounded(operand, b)
     wanted = c + low_a.astype(np.float64) @ low_b
     bound = np.abs(c) + np.abs(low_a.astype(np.float64)) @ np.abs(low_b)
@@ -57,6 +61,6 @@ def test_tf32_rounds_ties_away_from_zero_and_keeps_what_is_not_finite(host_libra
     b[0] = [tie, -tie, below, -below, np.inf, -np.inf, np.nan, 0.0]
     a = np.zeros((16, 8), np.float32)
     a[3, 0] = 1.0
-    got = host_library.multiply("tf32", a, b, np.zeros((16, 8), np.float32), False)[3]
+    got = host_library.multiply("tf32", MATRICES, a, b, np.zeros((16, 8), np.float32))[3]
     up = 1 + 2.0**-10
     np.testing.assert_array_equal(got, np.float32([up, -up, 1, -1, np.inf, -np.inf, np.nan, 0]))

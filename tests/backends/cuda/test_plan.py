@@ -99,6 +99,27 @@ def test_imagenets_maps_are_large(shape, limit):
 
 
 @pytest.mark.parametrize(
+    ("shape", "branches"),
+    [
+        ((32, 64, 56), [0]),
+        ((32, 128, 28), [0, 1]),
+        ((32, 256, 14), [0, 1, 2]),
+        ((32, 512, 7), [0, 1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_tensor_cores_take_groups_of_8_channels_in_16_bits(shape, branches):
+    for dtype in (torch.bfloat16, torch.float16):
+        plan = cuda.plan(problem(*shape, dtype=dtype), H200)
+        for name in ("forward", "backward", "weight_gradient"):
+            assert plan[f"{name}_tensor_core_branches"] == branches
+            assert 0 < plan[f"{name}_shared_bytes"] <= 74 * 1024
+    plan = cuda.plan(problem(*shape), H200)
+    for name in ("forward", "backward", "weight_gradient"):
+        assert plan[f"{name}_tensor_core_branches"] == []
+
+
+@pytest.mark.parametrize(
     ("shape", "options", "reason"),
     [
         ((1, 64, 2**20, 4), {"kernel_sizes": (201,)}, "not one channel of a convolution of a tile"),
@@ -159,6 +180,8 @@ def test_not_chosen_by_itself_before_hardware_has_run_it(gpu):
     text = "\n".join(_explain_problem(problem(32, 64, 56), "cuda", False))
     assert "large-map plan: per image 8 tile(s) of 14 x 32 pixels" in text
     assert "forward: LargeConvolution, ChannelGates, PoolChannels, GateMap; scratch" in text
+    text = "\n".join(_explain_problem(problem(32, 64, 56, dtype=torch.bfloat16), "cuda", False))
+    assert "branches on tensor cores: [0], backward [0], weights' gradient [0]" in text
     assert "cuda: could, but has not run on hardware yet" in "\n".join(
         _explain_problem(one, None, False)
     )

@@ -110,20 +110,17 @@ def test_stages_of_weights_do_not_change_a_bit(host, limit, dtype):
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
-        ((3, 24, 8, 8), torch.float32),
-        ((600, 8, 2, 2), torch.float32),
-        ((2, 9, 3, 14), torch.float32),
-        ((2, 68, 6, 4), torch.float32),
-        ((2, 70, 9, 20), torch.float32),
-        ((1, 9, 35, 18), torch.float32),
-        ((2, 44, 7, 8), torch.bfloat16),
+        *(((3, 24, 8, 8), torch.float32), ((600, 8, 2, 2), torch.float32)),
+        *(((2, 9, 3, 14), torch.float32), ((2, 68, 6, 4), torch.float32)),
+        *(((2, 70, 9, 20), torch.float32), ((1, 9, 35, 18), torch.float32)),
+        *(((2, 44, 7, 8), torch.bfloat16), ((1, 72, 9, 18), torch.bfloat16)),  # tensor cores
     ],
     ids=str,
 )
 def test_threads_of_a_phase_do_not_depend_on_one_another(host, shape, dtype, split):
     """The same bits with the threads of every phase in descending order: no race."""
     case = make_case(shape, split=split, dtype=dtype).cast(dtype)
-    bias = torch.randn(shape[1]).to(dtype)
+    bias = torch.randn(shape[1], dtype=dtype)
     weights = [w.detach() for w in case.weights]
 
     def run():

@@ -30,7 +30,9 @@ def test_every_kernel_is_compiled(usage):
     rows = (2, 4, 8, 16)
     names = [f"{name}<{r}>" for name in ("Forward", "Backward", "WeightGradient") for r in rows]
     names += [f"Matrix{name}" for name in ("Forward", "Backward", "WeightGradient")]
-    names += ["LargeConvolution", "LargeWeightGradient", "ChannelGates", "PoolChannels", "GateMap"]
+    names += ["LargeConvolution", "LargeMatrixConvolution"]
+    names += ["LargeWeightGradient", "LargeMatrixWeightGradient"]
+    names += ["ChannelGates", "PoolChannels", "GateMap"]
     names += ["PixelGradient", "ChannelGradient", "MlpBackward", "MapGradient", "Sums"]
     assert set(usage) == set(names)
 

@@ -1,0 +1,89 @@
+// Parts of maps in shared memory as tensor cores read them: [pixel][channel] in 16 bits.
+#pragma once
+
+#include <type_traits>
+
+#include "mma.cuh"
+#include "region.cuh"
+
+namespace mfef::cuda {
+
+// Where pixels are in shared memory: `columns` of a row, `step` words from pixel to pixel and `group` from one group of
+// channels to the next.
+struct PixelStage {
+  uint32_t* to;
+  int columns, step, group;
+};
+
+// 16 bytes to shared memory that nobody waits for before wait_for_copies.
+MFEF_DEVICE void copy_16_bytes(uint32_t* to, const void* from) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
+               : "memory");
+#else
+  *reinterpret_cast<Vector<uint32_t, 4>*>(to) = *static_cast<const Vector<uint32_t, 4>*>(from);
+#endif
+}
+MFEF_DEVICE void wait_for_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+template <class T, class From>
+MFEF_DEVICE void load_pixels_from(const Map& map, const Sizes& s, const Region& region, int groups, int group_channels,
+                                  const PixelStage& stage, int thread, int threads) {
+  constexpr int kSide = MatrixPart::kSide;
+  const int of_group = MatrixPart::chunks(region.channels), chunks = groups * of_group;
+  const int columns = region.at.columns, pixels = region.at.rows * columns;
+  const bool last = map.stride[1] == 1;
+  const bool vectors = last && std::is_same_v<T, From> && has_vectors(map, 1, sizeof(T), kSide);
+  const Quotient by_columns(columns), by_group(of_group), by_inner(last ? chunks : pixels);
+  const From* data = static_cast<const From*>(map.data);
+  MFEF_ROLLED
+  for (int e = thread; e < chunks * pixels; e += threads) {
+    const int outer = by_inner(e), inner = e - outer * (last ? chunks : pixels);
+    const int chunk = last ? inner : outer, pixel = last ? outer : inner;
+    const int row = by_columns(pixel), column = pixel - row * columns;
+    const int group = by_group(chunk), first = (chunk - group * of_group) * kSide;
+    const int channel = region.channel + group * group_channels + first;
+    const int h = region.at.row + row, w = region.at.column + column;
+    uint32_t* to = stage.to + (row * stage.columns + column) * stage.step + group * stage.group + first / 2;
+    Vector<uint32_t, 4> words{};
+    if (h >= 0 && h < s.height && w >= 0 && w < s.width) {
+      const From* from = data + offset_of(map, region.image, channel, h, w);
+      const int left = least(kSide, region.channels - first);
+      if (vectors && left == kSide && channel % kSide == 0) {
+        copy_16_bytes(to, from);
+        continue;
+      }
+      MFEF_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float of_word[2] = {};
+        MFEF_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          if (2 * i + j < left) of_word[j] = float(from[(2 * i + j) * map.stride[1]]);
+        }
+        words.value[i] = word_of<T>(of_word);
+      }
+    }
+    *reinterpret_cast<Vector<uint32_t, 4>*>(to) = words;
+  }
+}
+
+// The channels of a region, and as many `group_channels` further on for each of `groups`, to shared memory as elements
+// T, in chunks of 8 channels of a pixel; zeros beside the map and to the end of a group's last chunk.
+template <class T>
+MFEF_DEVICE void load_pixels(const Map& map, Element element, const Sizes& s, const Region& region, int groups,
+                             int group_channels, const PixelStage& stage, int thread, int threads) {
+  if (element == Element::kFloat) {
+    load_pixels_from<T, float>(map, s, region, groups, group_channels, stage, thread, threads);
+  } else {
+    load_pixels_from<T, T>(map, s, region, groups, group_channels, stage, thread, threads);
+  }
+  wait_for_copies();
+}
+
+}  // namespace mfef::cuda
