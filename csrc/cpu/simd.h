@@ -126,6 +126,11 @@ MFEF_INLINE void from_compute(float v, BFloat16* e) {
   e->bits = v != v ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+// Two of them as they lie in a lane.
+MFEF_INLINE float pair_of(BFloat16 first, BFloat16 second) {
+  return bit_cast<float>(uint32_t(first.bits) | uint32_t(second.bits) << 16);
+}
+
 typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
 
@@ -162,6 +167,8 @@ template <class T, class E>
 MFEF_INLINE void store_lanes(E* p, Vec<T> v) {
   store(reinterpret_cast<T*>(p), v);
 }
+// The first bfloat16 of every lane.
+MFEF_INLINE Vec<float> first_of_lanes(Vec<float> lanes) { return bit_cast<Vec<float>>(bit_cast<WordVec>(lanes) << 16); }
 // The elements of every lane, in the order of memory, as vectors of the compute type; and the way back.
 template <class T, int kPer>
 MFEF_INLINE void split_lanes(Vec<T> lanes, Vec<T> (&elements)[kPer]) {
@@ -170,7 +177,7 @@ MFEF_INLINE void split_lanes(Vec<T> lanes, Vec<T> (&elements)[kPer]) {
   } else {
     static_assert(kPer == kPerLane<BFloat16, T>);
     const WordVec u = bit_cast<WordVec>(lanes);
-    elements[0] = bit_cast<Vec<T>>(u << 16);
+    elements[0] = first_of_lanes(lanes);
     elements[1] = bit_cast<Vec<T>>(u & 0xffff0000u);
   }
 }
@@ -192,6 +199,19 @@ MFEF_INLINE Vec<T> join_lanes(const Vec<T> (&elements)[kPer]) {
 #endif
   }
 }
+
+// Dot products: two products of bfloat16 where an FMA has one.
+#if defined(MFEF_ISA_avx512_bf16)
+constexpr bool kDotProducts = true;
+// sum + the products of the two elements of every lane. Denormal numbers count as zero.
+MFEF_INLINE Vec<float> add_dot_products(Vec<float> sum, Vec<float> a, Vec<float> b) {
+  // Not the intrinsic: its operands have a type of their own, and the compiler spills accumulators between the types.
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+#else
+constexpr bool kDotProducts = false;
+#endif
 
 // e^x for each lane, within 2 ulp: 2^n by the exponent's bits, e^r by its Taylor series on
 // |r| <= ln(2) / 2, whose remainder is below half an ulp at the degrees used. Overflow and underflow
