@@ -3,7 +3,8 @@
 Everything else about the package is in pyproject.toml. Read from the environment:
 
     MAX_JOBS              compiler processes at a time (default: the cores this process may use)
-    MFEF_CPU_ISA          list of baseline, avx2, avx512 (default: all; baseline is always built)
+    MFEF_CPU_ISA          list of baseline, avx2, avx512, avx512_bf16 (default: all; baseline is
+                          always built)
     MFEF_CUDA             auto (default): compile _C_cuda if a working nvcc is found; 0: never;
                           1: it is an error if that is not possible
     TORCH_CUDA_ARCH_LIST  GPU architectures as PyTorch writes them, such as "8.0;9.0a;10.0+PTX"
@@ -37,7 +38,7 @@ OLDEST_SETUPTOOLS = (77, 0)  # the first that reads pyproject.toml's license as 
 OLDEST_TORCH = (2, 10)  # the first with the stable ABI that TORCH_TARGET_VERSION asks for
 OLDEST_CMAKE = (3, 25)
 OLDEST_NVCC = (12, 4)  # the first whose C++20 compiles torch's stable headers
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 class BuildError(SystemExit):

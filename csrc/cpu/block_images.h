@@ -15,8 +15,11 @@ namespace mfef::cpu::MFEF_ISA {
 template <class T>
 MFEF_INLINE ConvMap<T> branch_map(const BlockArgs& a, const Branch& b, bool backward) {
   auto make = a.plan == Plan::kPixels ? pixels_map<T> : b.spectrum ? spectra_map<T> : images_map<T>;
-  return backward ? make(b.out, b.in, b.groups, b.k, a.height, a.width)
-                  : make(b.in, b.out, b.groups, b.k, a.height, a.width);
+  if (backward) return make(b.out, b.in, b.groups, b.k, a.height, a.width);
+  ConvMap<T> map = make(b.in, b.out, b.groups, b.k, a.height, a.width);
+  // x and the weights are bfloat16; dy is not, so the gradients have no dot products.
+  map.dot = a.element == Element::kBFloat16 && a.plan == Plan::kImages && !b.spectrum && has_dot_tiles<T>(b.k);
+  return map;
 }
 
 // Widest branch, in channels; longest bordered map, and what the weight gradient and spectra need, in elements.
@@ -110,6 +113,12 @@ struct BlockImages {
         direct_lanes(map, input, static_cast<const E*>(b.weights), b.full_k, b.weight_stride, bias, lost, to);
       }
     } else {
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (map.dot) {
+          pair_pixels(map, b.in, input, padded);
+          input = padded;
+        }
+      }
       conv_map<T>(map, input, packed, bias, false, to);
     }
     // While the branch's y is still near.

@@ -12,6 +12,8 @@
 //   kPixels  kLanes        1          rows are joined by k / 2 zeros; the map is one long row
 //
 // In the images plan, rows of taps outside the map are skipped by the caller ([ky_begin, ky_end)).
+// With dot products (bfloat16, where the instruction set has them) a lane of x holds pixels p and p + 1, and two
+// neighbouring taps of a row are one instruction.
 // Accumulation runs over (input channel, ky, kx) in this order, whatever the tile. A chain of additions
 // has at most kChain products, or those of one input channel; longer sums are cut into chains that are
 // added up, so that the rounding error grows with the square root of a chain, not of the sum.
@@ -40,6 +42,12 @@ constexpr int kernel_size_index(int64_t k) {
   return is_compiled_size<T>(k) ? int(k + 1) / 2 : 0;
 }
 
+// Whether there are tiles by dot products.
+template <class T>
+constexpr bool has_dot_tiles(int64_t k) {
+  return kDotProducts && sizeof(T) == sizeof(float) && is_compiled_size<T>(k) && k > 1;
+}
+
 // Tile widths in vectors, and output channels per tile.
 constexpr int kPixCounts[] = {1, 2, 4, 7, 8};
 constexpr int kPixCount = 5;
@@ -64,6 +72,19 @@ struct ConvTile {
 
 template <class T>
 using ConvTileFn = void (*)(const ConvTile<T>&);
+
+// A tile's sums to y.
+template <class T, int kOut, int kPix>
+MFEF_INLINE void store_tile(const ConvTile<T>& a, const Vec<T> (&acc)[kOut][kPix]) {
+  static_for<kOut>([&](auto o) {
+    static_for<kPix>([&](auto p) {
+      constexpr int o_ = decltype(o)::value, p_ = decltype(p)::value;
+      T* y = a.y + o_ * a.y_channel + p_ * kLanes<T>;
+      Vec<T> sum = a.accumulate ? load(y) + acc[o_][p_] : acc[o_][p_];
+      store(y, a.bias ? sum + splat(a.bias[o_]) : sum);
+    });
+  });
+}
 
 template <class T, int kK, int kOut, int kPix, int kLayout>
 void conv_tile(const ConvTile<T>& a) {
@@ -119,15 +140,82 @@ void conv_tile(const ConvTile<T>& a) {
     channel += a.x_channel;
     weights += int64_t(k) * k * kOut;
   }
-  static_for<kOut>([&](auto o) {
-    static_for<kPix>([&](auto p) {
-      constexpr int o_ = decltype(o)::value, p_ = decltype(p)::value;
-      T* y = a.y + o_ * a.y_channel + p_ * kStep;
-      Vec<T> sum = a.accumulate ? load(y) + acc[o_][p_] : acc[o_][p_];
-      store(y, a.bias ? sum + splat(a.bias[o_]) : sum);
-    });
-  });
+  store_tile<T, kOut, kPix>(a, acc);
 }
+
+#if defined(MFEF_ISA_avx512_bf16)
+// The same by dot products, for kClip and kPadded. A lane of x holds a pixel and the next of its row (pair_pixels()); a
+// row of weights is the k taps as float, then taps 2 j and 2 j + 1 as pairs. The last tap, and where clipping leaves
+// one of a pair, are multiplied as float: nothing but products of a tap and a pixel that meet enters a sum.
+template <int kK, int kOut, int kPix, int kLayout>
+void conv_dot_tile(const ConvTile<float>& a) {
+  static_assert(kK > 1 && kLayout != kPixels);
+  constexpr int64_t kStep = kLanes<float>;
+  constexpr int kLeft = kLayout == kClip ? kK / 2 : 0;  // from a.x to the row's first tap
+  constexpr int64_t kRow = int64_t(kK + kK / 2) * kOut;
+  Vec<float> acc[kOut][kPix];
+  static_for<kOut>(
+      [&](auto o) { static_for<kPix>([&](auto p) { acc[decltype(o)::value][decltype(p)::value] = Vec<float>{}; }); });
+  const float* channel = a.x;
+  const float* weights = a.weights;
+  for (int64_t c = 0; c < a.channels; ++c) {
+    const float* row = channel + a.ky_begin * a.x_row;
+    const float* w = weights + a.ky_begin * kRow;
+    for (int ky = a.ky_begin; ky < a.ky_end; ++ky) {
+      // The row by a name of its own for every pair: the compiler would keep vectors of it from one to the next, and
+      // the accumulators in memory for that.
+      auto apart = [](const float* x) {
+        __asm__ volatile("" : "+r"(x));
+        return x;
+      };
+      // Tap kTap alone, at pixels [kBegin, kEnd).
+      auto tap = [&](auto which, auto begin, auto end) {
+        constexpr int kTap = decltype(which)::value, kBegin = decltype(begin)::value, kEnd = decltype(end)::value;
+        if constexpr (kBegin < kEnd) {
+          Vec<float> weight[kOut];
+          static_for<kOut>([&](auto o) { weight[decltype(o)::value] = splat(w[kTap * kOut + decltype(o)::value]); });
+          static_for<kEnd - kBegin>([&](auto i) {
+            constexpr int p_ = kBegin + decltype(i)::value;
+            const Vec<float> v = first_of_lanes(load(row + (p_ + kTap - kLeft) * kStep));
+            static_for<kOut>([&](auto o) { acc[decltype(o)::value][p_] += weight[decltype(o)::value] * v; });
+          });
+        }
+      };
+      static_for<kK / 2>([&](auto pair) {
+        constexpr int kPair = decltype(pair)::value, kTap = 2 * kPair;
+        // Pixels where both meet the row: clipping, the second does from kBegin - 1 on, the first until kEnd.
+        constexpr int kBegin = kLayout == kClip ? most(0, kLeft - kTap) : 0;
+        constexpr int kEnd = kLayout == kClip ? least(kPix, kPix - 1 + kLeft - kTap) : kPix;
+        if constexpr (kBegin < kEnd) {
+          Vec<float> weight[kOut];
+          static_for<kOut>(
+              [&](auto o) { weight[decltype(o)::value] = splat(w[(kK + kPair) * kOut + decltype(o)::value]); });
+          const float* x = apart(row);
+          static_for<kEnd - kBegin>([&](auto i) {
+            constexpr int p_ = kBegin + decltype(i)::value;
+            const Vec<float> v = load(x + (p_ + kTap - kLeft) * kStep);
+            static_for<kOut>([&](auto o) {
+              constexpr int o_ = decltype(o)::value;
+              acc[o_][p_] = add_dot_products(acc[o_][p_], weight[o_], v);
+            });
+          });
+        }
+        if constexpr (kLayout == kClip) {
+          constexpr int kFirst = kPix - 1 + kLeft - kTap, kSecond = kLeft - kTap - 1;
+          if constexpr (kFirst >= 0 && kFirst < kPix) tap(Index<kTap>{}, Index<kFirst>{}, Index<kFirst + 1>{});
+          if constexpr (kSecond >= 0 && kSecond < kPix) tap(Index<kTap + 1>{}, Index<kSecond>{}, Index<kSecond + 1>{});
+        }
+      });
+      tap(Index<kK - 1>{}, Index<0>{}, Index<most(0, kPix - (kLayout == kClip ? kK / 2 : 0))>{});
+      row += a.x_row;
+      w += kRow;
+    }
+    channel += a.x_channel;
+    weights += kK * kRow;
+  }
+  store_tile<float, kOut, kPix>(a, acc);
+}
+#endif
 
 // One tile of the weight gradient: kOut output channels, one input channel, one ky, all kx; the
 // accumulators stay in registers over the whole map and are written out as vectors, whose lanes the
@@ -217,6 +305,7 @@ void weight_grad_tile(const WeightGradTile<T>& a) {
 template <class T>
 struct ConvTable {
   ConvTileFn<T> conv[kLayouts][kKernelSizeCount][kOutCount][kPixCount];
+  ConvTileFn<T> conv_dot[kLayouts][kKernelSizeCount][kOutCount][kPixCount];
   WeightGradTileFn<T> weight_grad[kLayouts][kKernelSizeCount][kOutCount][kPixCount];
 };
 
@@ -232,6 +321,15 @@ struct ConvTableMaker {
     } else {
       return nullptr;
     }
+  }
+  template <int kLayout, int kK, int kOut, int kPix>
+  static constexpr ConvTileFn<T> conv_dot() {
+#if defined(MFEF_ISA_avx512_bf16)
+    if constexpr (kLayout != kPixels && has_dot_tiles<T>(kK) && conv<kLayout, kK, kOut, kPix>() != nullptr) {
+      return &conv_dot_tile<kK, kOut, kPix, kLayout>;
+    }
+#endif
+    return nullptr;
   }
   template <int kLayout, int kK, int kOut, int kPix>
   static constexpr WeightGradTileFn<T> weight_grad() {
@@ -251,6 +349,7 @@ struct ConvTableMaker {
             constexpr int l = decltype(layout)::value, ki = decltype(k)::value, o = decltype(out)::value,
                           p = decltype(pix)::value;
             table.conv[l][ki][o][p] = conv<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();
+            table.conv_dot[l][ki][o][p] = conv_dot<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();
             table.weight_grad[l][ki][o][p] = weight_grad<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();
           });
         });

@@ -538,7 +538,7 @@ bool is_doubtful(const ConvMap<T>& map, const T* sums, T energy) {
 // set (docs/kernels.md): of a transform, for each bin; of a product of a pair's spectra, the weights' transform
 // included, and of the weight gradient's, with weights in the lanes, for each bin; of turning dy, for each bin; of a
 // direct product; of a sum over the lanes.
-#if defined(MFEF_ISA_avx512)
+#if defined(MFEF_ISA_avx512) || defined(MFEF_ISA_avx512_bf16)
 constexpr double kTransformCost = 16, kMultiplyCost = 4.2, kPairCost = 5;
 #elif defined(MFEF_ISA_avx2)
 constexpr double kTransformCost = 12, kMultiplyCost = 2.8, kPairCost = 3;

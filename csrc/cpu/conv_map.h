@@ -49,10 +49,12 @@ struct ConvMap {
   int64_t vectors;      // kPixels: vectors of one output channel
   int64_t out_channel;  // length of one output channel
   int main_pix;         // widest tile
+  bool dot;             // by dot products: x paired (pair_pixels()), and weights packed as such tiles read them
 
   int64_t in_group() const { return in / groups; }
   int64_t out_group() const { return out / groups; }
-  int64_t weight_count() const { return out * in_group() * k * k; }
+  int64_t weight_row() const { return dot ? k + k / 2 : k; }  // of one row of taps and one output channel
+  int64_t weight_count() const { return out * in_group() * k * weight_row(); }
   bool bordered() const { return layout == kPadded; }
 };
 
@@ -125,7 +127,7 @@ MFEF_INLINE int64_t tiles_per_group(const ConvMap<T>& map) {
 template <class T, class E>
 void pack_weights(const ConvMap<T>& map, bool flipped, const E* weights, int64_t full_k, const int64_t stride[4],
                   T* packed, int64_t begin, int64_t end) {
-  const int64_t in_group = map.in_group(), out_group = map.out_group(), taps = int64_t(map.k) * map.k;
+  const int64_t in_group = map.in_group(), out_group = map.out_group(), taps = int64_t(map.k) * map.weight_row();
   const int64_t tiles = tiles_per_group(map);
   // Steps in memory from one channel of the tile, one input channel, one tap to the next.
   const int64_t out_step = stride[flipped ? 1 : 0], in_step = stride[flipped ? 0 : 1];
@@ -139,6 +141,15 @@ void pack_weights(const ConvMap<T>& map, bool flipped, const E* weights, int64_t
         const E* at = from + ky * ky_step;
         for (int kx = 0; kx < map.k; ++kx, at += kx_step, to += kOut) {
           static_for<kOut>([&](auto j) { to[decltype(j)::value] = to_compute(at[decltype(j)::value * out_step]); });
+        }
+        if constexpr (kPerLane<E, T> == 2) {
+          const E* pair = from + ky * ky_step;
+          for (int j = 0; map.dot && j < map.k / 2; ++j, pair += 2 * kx_step, to += kOut) {
+            static_for<kOut>([&](auto o) {
+              const E* first = pair + decltype(o)::value * out_step;
+              to[decltype(o)::value] = pair_of(first[0], first[kx_step]);
+            });
+          }
         }
       }
     }
@@ -173,9 +184,10 @@ void conv_map(const ConvMap<T>& map, const T* x, const T* packed, const T* bias,
   constexpr int L = kLanes<T>;
   const ConvTable<T>& table = conv_table<T>();
   const int ki = kernel_size_index<T>(map.k);
+  const auto& tiles = (map.dot ? table.conv_dot : table.conv)[map.layout][ki];
   const int radius = map.k / 2;
   const int64_t in_group = map.in_group(), out_group = map.out_group();
-  const int64_t tile_weights = in_group * map.k * map.k;  // per output channel
+  const int64_t tile_weights = in_group * map.k * map.weight_row();  // per output channel
   const bool pixels = map.layout == kPixels;
   const int64_t rows = pixels ? 1 : map.height;
   const int64_t width = pixels ? map.vectors : map.width;
@@ -206,11 +218,11 @@ void conv_map(const ConvMap<T>& map, const T* x, const T* packed, const T* bias,
       for (int64_t i = 0; i < in_group; i += chain) {
         tile.x = group + i * map.channel + w * L;
         tile.channels = least(chain, in_group - i);
-        tile.weights = weights + i * taps * out;
+        tile.weights = weights + i * map.k * map.weight_row() * out;
         const bool last = i + chain >= in_group;
         tile.bias = bias && last ? bias + g * out_group + o : nullptr;
         tile.accumulate = accumulate || i > 0;
-        table.conv[map.layout][ki][out_index(out)][pix_index(pix)](tile);
+        tiles[out_index(out)][pix_index(pix)](tile);
       }
       w += pix;
     }
@@ -526,6 +538,24 @@ void pad_images(const ConvMap<T>& map, int64_t channels, const T* from, T* to) {
       for (int64_t i = 0; i < map.lead; i += kLanes<T>) store(at + i, Vec<T>{});
       for (int64_t i = 0; i < row; i += kLanes<T>) store(at + map.lead + i, load(at_from + i));
       for (int64_t i = map.lead + row; i < pitch; i += kLanes<T>) store(at + i, Vec<T>{});
+    }
+  }
+}
+
+// A map in the layout of the convolution, of bfloat16 widened, to lanes that hold a pixel and the next of its row as
+// bfloat16, as tiles by dot products read it; after the last of a row there is zero. May be done in place.
+MFEF_INLINE void pair_pixels(const ConvMap<float>& map, int64_t channels, const float* from, float* to) {
+  constexpr int64_t L = kLanes<float>;
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t h = 0; h < map.height; ++h) {
+      const float* row = from + c * map.channel + h * map.pitch * L;
+      float* at = to + c * map.channel + h * map.pitch * L;
+      Vec<float> v = load(row);
+      for (int64_t w = 1; w <= map.pitch; ++w, at += L) {
+        const Vec<float> next = w < map.pitch ? load(row + w * L) : Vec<float>{};
+        store(at, bit_cast<Vec<float>>((bit_cast<WordVec>(v) >> 16) | bit_cast<WordVec>(next)));
+        v = next;
+      }
     }
   }
 }

@@ -19,6 +19,9 @@ MFEF_DECLARE(avx2)
 #if defined(MFEF_HAVE_ISA_avx512)
 MFEF_DECLARE(avx512)
 #endif
+#if defined(MFEF_HAVE_ISA_avx512_bf16)
+MFEF_DECLARE(avx512_bf16)
+#endif
 
 namespace {
 
@@ -35,9 +38,15 @@ std::vector<Candidate> candidates() {
 #if defined(MFEF_HAVE_ISA_avx2)
   found.push_back({&avx2::kKernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
+#if defined(MFEF_HAVE_ISA_avx512) || defined(MFEF_HAVE_ISA_avx512_bf16)
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
 #if defined(MFEF_HAVE_ISA_avx512)
-  found.push_back({&avx512::kKernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")});
+  found.push_back({&avx512::kKernels, has_avx512});
+#endif
+#if defined(MFEF_HAVE_ISA_avx512_bf16)
+  found.push_back({&avx512_bf16::kKernels, has_avx512 && __builtin_cpu_supports("avx512bf16")});
 #endif
   return found;
 }

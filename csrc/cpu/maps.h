@@ -47,25 +47,43 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
       ++w;
       return at;
     };
-    auto squares = [&](auto all_images) {
-      int64_t i = 0;
-      for (; i + L <= count; i += L) {
+    // Squares of kLanes images by `per` times as many elements, from element i on.
+    auto squares = [&](int64_t i, auto all_images, auto per) {
+      constexpr int kPer = decltype(per)::value;
+      for (; i + kPer * L <= count; i += kPer * L) {
         Vec<T> rows[L];
         static_for<L>([&](auto r) {
           constexpr int r_ = decltype(r)::value;
-          rows[r_] = all_images.value || r_ < images ? load_elements(base + r_ * m.stride[0] + i) : Vec<T>{};
+          const E* from = base + r_ * m.stride[0] + i;
+          if (!all_images.value && r_ >= images) {
+            rows[r_] = Vec<T>{};
+          } else if constexpr (kPer == 1) {
+            rows[r_] = load_elements(from);
+          } else {
+            rows[r_] = load_lanes<T>(from);
+          }
         });
         transpose<T>(rows);
-        if (gap == 0 && p < run && p + L <= run) {
-          static_for<L>([&](auto r) { store(to + (p + decltype(r)::value) * L, rows[decltype(r)::value]); });
-          p += L;
-        } else {
-          for (int r = 0; r < L; ++r) store(next(), rows[r]);
-        }
+        const bool straight = gap == 0 && p < run && p + kPer * L <= run;
+        static_for<L>([&](auto r) {
+          constexpr int r_ = decltype(r)::value;
+          Vec<T> elements[kPer];
+          split_lanes<T>(rows[r_], elements);
+          static_for<kPer>([&](auto e) {
+            constexpr int e_ = decltype(e)::value;
+            store(straight ? to + (p + r_ * kPer + e_) * L : next(), elements[e_]);
+          });
+        });
+        if (straight) p += kPer * L;
       }
       return i;
     };
-    int64_t i = images == L ? squares(Index<1>{}) : squares(Index<0>{});
+    auto all_squares = [&](auto all_images) {
+      int64_t i = squares(0, all_images, Index<kPerLane<E, T>>{});
+      if constexpr (kPerLane<E, T> > 1) i = squares(i, all_images, Index<1>{});
+      return i;
+    };
+    int64_t i = images == L ? all_squares(Index<1>{}) : all_squares(Index<0>{});
     for (; i < count; ++i) {
       T* at = next();
       for (int r = 0; r < L; ++r) at[r] = r < images ? T(to_compute(base[r * m.stride[0] + i])) : T(0);
@@ -78,7 +96,20 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
       T* at = to + (h * (width + gap) + w) * L;
       int64_t c = 0;
       if (is_channels_last(m)) {
-        for (; c + L <= channels; c += L) {
+        constexpr int kPer = kPerLane<E, T>;
+        for (; c + kPer * L <= channels; c += kPer * L) {
+          Vec<T> rows[L];
+          for (int r = 0; r < L; ++r) {
+            rows[r] = r < images ? load_lanes<T>(pixel + r * m.stride[0] + c) : Vec<T>{};
+          }
+          transpose<T>(rows);
+          for (int r = 0; r < L; ++r) {
+            Vec<T> elements[kPer];
+            split_lanes<T>(rows[r], elements);
+            for (int e = 0; e < kPer; ++e) store(at + (c + r * kPer + e) * step, elements[e]);
+          }
+        }
+        for (; kPer > 1 && c + L <= channels; c += L) {
           Vec<T> rows[L];
           for (int r = 0; r < L; ++r) {
             rows[r] = r < images ? load_elements(pixel + r * m.stride[0] + c) : Vec<T>{};
@@ -106,20 +137,31 @@ MFEF_INLINE void unpack_images(const Map& m, int64_t image, int images, int64_t 
   if (is_dense(m, channels, height, width)) {
     const int64_t count = channels * pixels;
     int64_t c = 0, p = 0;
-    auto squares = [&](auto all_images) {
-      int64_t i = 0;
-      for (; i + L <= count; i += L) {
+    auto next = [&] {
+      if (p == pixels) {  // on into the next channel
+        p = 0;
+        ++c;
+      }
+      return value(c, p++);
+    };
+    auto squares = [&](int64_t i, auto all_images, auto per) {
+      constexpr int kPer = decltype(per)::value;
+      for (; i + kPer * L <= count; i += kPer * L) {
         Vec<T> rows[L];
-        if (p + L <= pixels) {
-          static_for<L>([&](auto r) { rows[decltype(r)::value] = value(c, p + decltype(r)::value); });
-          p += L;
-        } else {  // on into the next channels
-          for (int r = 0; r < L; ++r, ++p) {
-            if (p == pixels) {
-              p = 0;
-              ++c;
-            }
-            rows[r] = value(c, p);
+        if (p + kPer * L <= pixels) {
+          static_for<L>([&](auto r) {
+            Vec<T> elements[kPer];
+            static_for<kPer>([&](auto e) {
+              elements[decltype(e)::value] = value(c, p + decltype(r)::value * kPer + decltype(e)::value);
+            });
+            rows[decltype(r)::value] = join_lanes<T>(elements);
+          });
+          p += kPer * L;
+        } else {
+          for (int r = 0; r < L; ++r) {
+            Vec<T> elements[kPer];
+            for (int e = 0; e < kPer; ++e) elements[e] = next();
+            rows[r] = join_lanes<T>(elements);
           }
         }
         if (p == pixels) {
@@ -129,12 +171,23 @@ MFEF_INLINE void unpack_images(const Map& m, int64_t image, int images, int64_t 
         transpose<T>(rows);
         static_for<L>([&](auto r) {
           constexpr int r_ = decltype(r)::value;
-          if (all_images.value || r_ < images) store_elements(base + r_ * m.stride[0] + i, rows[r_]);
+          E* at = base + r_ * m.stride[0] + i;
+          if (!all_images.value && r_ >= images) return;
+          if constexpr (kPer == 1) {
+            store_elements(at, rows[r_]);
+          } else {
+            store_lanes<T>(at, rows[r_]);
+          }
         });
       }
       return i;
     };
-    int64_t i = images == L ? squares(Index<1>{}) : squares(Index<0>{});
+    auto all_squares = [&](auto all_images) {
+      int64_t i = squares(0, all_images, Index<kPerLane<E, T>>{});
+      if constexpr (kPerLane<E, T> > 1) i = squares(i, all_images, Index<1>{});
+      return i;
+    };
+    int64_t i = images == L ? all_squares(Index<1>{}) : all_squares(Index<0>{});
     for (; i < count; ++i, ++p) {
       if (p == pixels) {
         p = 0;
@@ -152,7 +205,20 @@ MFEF_INLINE void unpack_images(const Map& m, int64_t image, int images, int64_t 
       const int64_t p = h * width + w;
       int64_t c = 0;
       if (is_channels_last(m)) {
-        for (; c + L <= channels; c += L) {
+        constexpr int kPer = kPerLane<E, T>;
+        for (; c + kPer * L <= channels; c += kPer * L) {
+          Vec<T> rows[L];
+          for (int r = 0; r < L; ++r) {
+            Vec<T> elements[kPer];
+            for (int e = 0; e < kPer; ++e) elements[e] = value(c + r * kPer + e, p);
+            rows[r] = join_lanes<T>(elements);
+          }
+          transpose<T>(rows);
+          for (int r = 0; r < L; ++r) {
+            if (r < images) store_lanes<T>(pixel + r * m.stride[0] + c, rows[r]);
+          }
+        }
+        for (; kPer > 1 && c + L <= channels; c += L) {
           Vec<T> rows[L];
           for (int r = 0; r < L; ++r) rows[r] = value(c + r, p);
           transpose<T>(rows);

@@ -8,12 +8,15 @@
 #pragma once
 
 #include <cstdint>
+#if defined(MFEF_ISA_avx512_bf16)
+#include <immintrin.h>
+#endif
 
 #define MFEF_INLINE inline __attribute__((always_inline))
 
 namespace mfef::cpu::MFEF_ISA {
 
-#if defined(MFEF_ISA_avx512)
+#if defined(MFEF_ISA_avx512) || defined(MFEF_ISA_avx512_bf16)
 constexpr int kVectorBytes = 64;
 constexpr int kRegisters = 32;
 #elif defined(MFEF_ISA_avx2)
@@ -123,8 +126,20 @@ MFEF_INLINE void from_compute(float v, BFloat16* e) {
   e->bits = v != v ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+// Two of them as they lie in a lane.
+MFEF_INLINE float pair_of(BFloat16 first, BFloat16 second) {
+  return bit_cast<float>(uint32_t(first.bits) | uint32_t(second.bits) << 16);
+}
+
 typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
+
+// Lanes of float whose upper half is the nearest bfloat16.
+MFEF_INLINE WordVec rounded(Vec<float> v) {
+  WordVec u = bit_cast<WordVec>(v);
+  // NaN stays NaN, quiet: rounding could carry its mantissa into infinity.
+  return v != v ? u | 0x400000 : u + 0x7fff + ((u >> 16) & 1);
+}
 
 MFEF_INLINE Vec<float> load_elements(const BFloat16* p) {
   HalfVec h;
@@ -132,13 +147,71 @@ MFEF_INLINE Vec<float> load_elements(const BFloat16* p) {
   return bit_cast<Vec<float>>(__builtin_convertvector(h, WordVec) << 16);
 }
 MFEF_INLINE void store_elements(BFloat16* p, Vec<float> v) {
-  WordVec u = bit_cast<WordVec>(v);
-  WordVec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  WordVec nan = (u >> 16) | 0x40;
-  WordVec is_nan = bit_cast<WordVec>(v != v);
-  HalfVec h = __builtin_convertvector((nan & is_nan) | (rounded & ~is_nan), HalfVec);
+#if defined(MFEF_ISA_avx512_bf16)
+  const __m256bh h = _mm512_cvtneps_pbh(bit_cast<__m512>(v));
+#else
+  const HalfVec h = __builtin_convertvector(rounded(v) >> 16, HalfVec);
+#endif
   __builtin_memcpy(p, &h, sizeof(h));
 }
+
+// A lane holds kPerLane<E, T> elements of E as they lie in memory: two of bfloat16, whose transposition then takes
+// half of the shuffles.
+template <class E, class T>
+constexpr int kPerLane = int(sizeof(T) / sizeof(E));
+template <class T, class E>
+MFEF_INLINE Vec<T> load_lanes(const E* p) {
+  return load(reinterpret_cast<const T*>(p));
+}
+template <class T, class E>
+MFEF_INLINE void store_lanes(E* p, Vec<T> v) {
+  store(reinterpret_cast<T*>(p), v);
+}
+// The first bfloat16 of every lane.
+MFEF_INLINE Vec<float> first_of_lanes(Vec<float> lanes) { return bit_cast<Vec<float>>(bit_cast<WordVec>(lanes) << 16); }
+// The elements of every lane, in the order of memory, as vectors of the compute type; and the way back.
+template <class T, int kPer>
+MFEF_INLINE void split_lanes(Vec<T> lanes, Vec<T> (&elements)[kPer]) {
+  if constexpr (kPer == 1) {
+    elements[0] = lanes;
+  } else {
+    static_assert(kPer == kPerLane<BFloat16, T>);
+    const WordVec u = bit_cast<WordVec>(lanes);
+    elements[0] = first_of_lanes(lanes);
+    elements[1] = bit_cast<Vec<T>>(u & 0xffff0000u);
+  }
+}
+template <class T, int kPer>
+MFEF_INLINE Vec<T> join_lanes(const Vec<T> (&elements)[kPer]) {
+  if constexpr (kPer == 1) {
+    return elements[0];
+  } else {
+    static_assert(kPer == kPerLane<BFloat16, T>);
+#if defined(MFEF_ISA_avx512_bf16)
+    // The instruction leaves one vector in each half; pairs are what a transposition wants.
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+    constexpr Halves kPairs = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                               8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512bh both = _mm512_cvtne2ps_pbh(bit_cast<__m512>(elements[1]), bit_cast<__m512>(elements[0]));
+    return bit_cast<Vec<T>>(_mm512_permutexvar_epi16(bit_cast<__m512i>(kPairs), bit_cast<__m512i>(both)));
+#else
+    return bit_cast<Vec<T>>((rounded(elements[0]) >> 16) | (rounded(elements[1]) & 0xffff0000u));
+#endif
+  }
+}
+
+// Dot products: two products of bfloat16 where an FMA has one.
+#if defined(MFEF_ISA_avx512_bf16)
+constexpr bool kDotProducts = true;
+// sum + the products of the two elements of every lane. Denormal numbers count as zero.
+MFEF_INLINE Vec<float> add_dot_products(Vec<float> sum, Vec<float> a, Vec<float> b) {
+  // Not the intrinsic: its operands have a type of their own, and the compiler spills accumulators between the types.
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+#else
+constexpr bool kDotProducts = false;
+#endif
 
 // e^x for each lane, within 2 ulp: 2^n by the exponent's bits, e^r by its Taylor series on
 // |r| <= ln(2) / 2, whose remainder is below half an ulp at the degrees used. Overflow and underflow

@@ -101,7 +101,7 @@ def test_isa_on_x86(driver: ModuleType) -> None:
         driver.cpu_isas({"MFEF_CPU_ISA": "baseline;sse9"}, "x86_64")
     assert str(error.value) == (
         "mfef_ext: MFEF_CPU_ISA='baseline;sse9' names 'sse9'; "
-        "on a x86_64 machine use a list of baseline, avx2, avx512."
+        "on a x86_64 machine use a list of baseline, avx2, avx512, avx512_bf16."
     )
 
 
@@ -117,8 +117,9 @@ def test_isa_elsewhere(driver: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("", ["baseline", "avx2", "avx512"]),
+        ("", ["baseline", "avx2", "avx512", "avx512_bf16"]),
         ("avx512", ["baseline", "avx512"]),
+        ("avx512_bf16", ["baseline", "avx512_bf16"]),
         ("avx2;baseline", ["baseline", "avx2"]),
         ("avx512, avx2", ["baseline", "avx2", "avx512"]),
     ],

@@ -55,7 +55,7 @@ def kernel_objects() -> list[Path]:
     return sorted(ROOT.glob("build/cmake-*/CMakeFiles/kernels_*.dir/**/*.o"))
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 def test_isa_objects_share_nothing(isa: str) -> None:
     """An inline function compiled for AVX-512 must not become the one that everybody calls.
 
