@@ -27,6 +27,9 @@ enum ConvLayout { kClip = 0, kPadded = 1, kPixels = 2, kSpectra = 3 };
 constexpr int kLayouts = 3;  // with tiles; kSpectra is conv_fourier.h's, without borders
 
 constexpr int64_t kChain = 100;  // 4 channels of 5 x 5, 2 of 7 x 7, 1 of 9 x 9
+// Of the weight gradient, whose sums go over pixels: a map of 8 x 8. Lanes without an image add nothing to the
+// precision of a sum, so a single image in them has only its chains.
+constexpr int64_t kGradChain = 64;
 
 // Kernel sizes that are compiled as constants; every other odd size runs with the loop count as a
 // variable (entry 0).

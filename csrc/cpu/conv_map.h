@@ -301,7 +301,7 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
       const T* dy_tile = dy + (g * out_group + o) * dy_channel;
       // Rows (images) or vectors (pixels) of dy at a time: no more than a chain, and what the L1 cache keeps for
       // all ky.
-      const int64_t vectors = most<int64_t>(1, least<int64_t>(kChain, kBandBytes / (out * L * int64_t(sizeof(T)))));
+      const int64_t vectors = most<int64_t>(1, least<int64_t>(kGradChain, kBandBytes / (out * L * int64_t(sizeof(T)))));
       const int64_t band = pixels ? vectors : most<int64_t>(1, vectors / map.width);
       for (int64_t i = 0; i < in_group; ++i) {
         const T* channel = x + (g * in_group + i) * map.channel;
@@ -323,7 +323,7 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
           }
         } else {
           // A row longer than a chain has the padded layout, where any part of a row is one of its own.
-          const int64_t part = map.layout == kClip ? map.width : kChain;
+          const int64_t part = map.layout == kClip ? map.width : kGradChain;
           for (int64_t top = 0; top < map.height; top += band) {
             for (int ky = ky_begin; ky < ky_end; ++ky) {
               const int64_t first = most<int64_t>(0, radius - ky);
