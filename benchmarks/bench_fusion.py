@@ -48,6 +48,9 @@ CHECK_IMAGES = 8
 # In a tensor of fewer elements than these one cancellation decides, and eager may have been lucky
 # in it: where one draw fails, the median of so many draws is what counts.
 FEW, FEW_DRAWS = 32, 12
+# The same block seen in a mirror is the same sums in another order: eager's error is the largest of
+# these, in both layouts.
+MIRRORS = ((), (2,), (3,), (2, 3))
 
 Step = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 
@@ -146,7 +149,7 @@ def check_images(case: Case) -> Tensor:
 class Draw:
     """Errors of one draw of a case, in units in the last place of a tensor's largest magnitude."""
 
-    eager: dict[str, float]  # by tensor; the larger of both layouts
+    eager: dict[str, float]  # by tensor; the largest over layouts and mirrors
     errors: dict[tuple[Layout, str], float]
     unit: dict[str, float]
     few: set[str]  # the tensors that are judged by the median
@@ -171,12 +174,13 @@ def draw_errors(case: Case, backend: str, images: Tensor, seed: int) -> Draw:
     few = {name for name, value in expected.items() if int(value.count_nonzero()) < FEW}
     draw = Draw({}, {}, unit, few)
     for layout in LAYOUTS:
-        eager = results(
-            reference.mfef_block, operands.to(layout=layout, images=images), case.backward
-        )
-        for name, value in expected.items():
-            error = largest_error(eager[name], value) / unit[name]
-            draw.eager[name] = max(draw.eager.get(name, 0.0), error)
+        chosen = operands.to(layout=layout, images=images)
+        for mirror in MIRRORS:
+            eager = results(reference.mfef_block, chosen.mirrored(mirror), case.backward)
+            for name, value in expected.items():
+                turned = eager[name].flip(mirror) if value.dim() == 4 else eager[name]
+                error = largest_error(turned, value) / unit[name]
+                draw.eager[name] = max(draw.eager.get(name, 0.0), error)
         try:
             given = operands.to(layout=layout)
             actual = results(candidate_function(backend), given, case.backward)

@@ -156,6 +156,21 @@ class Operands:
             copy(self.grad_out, batched=True),
         )
 
+    def mirrored(self, dims: tuple[int, ...]) -> Operands:
+        """The same block seen in a mirror, as leaves: its maps and kernels are flipped."""
+
+        def flipped(t: Tensor) -> Tensor:
+            t = t.detach()
+            return (t.flip(dims) if dims and t.dim() == 4 else t).requires_grad_()
+
+        return Operands(
+            flipped(self.x),
+            [flipped(w) for w in self.conv_weights],
+            self.groups,
+            tuple(flipped(p) for p in self.attention),
+            flipped(self.grad_out).detach(),
+        )
+
 
 def make_operands(
     case: Case, device: str, layout: Layout = "contiguous", seed: int = 0

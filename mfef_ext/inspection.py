@@ -237,7 +237,8 @@ def wrong_setting() -> str:
             backends.check_backend_name(forced, f"MFEF_BACKEND={forced!r}", "unset it")
     except ValueError as error:
         return str(error)
-    return ""
+    absent = backends.by_name(forced).absent() if forced is not None else ""
+    return f"MFEF_BACKEND={forced!r} can run nothing here: {absent}; unset it" if absent else ""
 
 
 def doctor() -> str:
@@ -269,12 +270,19 @@ def doctor() -> str:
     elif info["backend_forced"]:
         lines.append(f"forced for every call (MFEF_BACKEND): {info['backend_forced']}")
     for device_type in ("cpu", "cuda"):
-        order = " -> ".join(b.name for b in backends.order(device_type))
-        lines.append(f"backends for {device_type} tensors, in order: {order}")
+        order = [b for b in backends.order(device_type) if not b.absent()]
+        asked = " -> ".join(b.name for b in order if b.verified)
+        only = ", ".join(b.name for b in order if not b.verified)
+        lines.append(
+            f"backends for {device_type} tensors, in order: {asked}"
+            + (f" ({only} only if forced)" if only else "")
+        )
     for name in backends.BACKEND_NAMES:
         backend = backends.by_name(name)
+        absent = backend.absent()
+        what = f"cannot run here: {absent}" if absent else ", ".join(sorted(backend.operators))
         unverified = "" if backend.verified else "; not run on hardware yet, runs only if forced"
-        lines.append(f"  {name}: {', '.join(sorted(backend.operators))}{unverified}")
+        lines.append(f"  {name}: {what}{unverified}")
     missing = [
         extra
         for extra in ("torchvision", "sklearn", "rich", "tyro", "safetensors", "matplotlib")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from mfef_ext import cli, inspection
 from mfef_ext.version import __version__
@@ -57,6 +58,12 @@ def test_doctor_prints_what_inspection_says(monkeypatch, capsys):
             "foo",
             "MFEF_BACKEND='foo' is unknown; use one of 'reference', 'cpu', 'triton', 'cuda', or "
             "unset it to choose automatically",
+        ),
+        pytest.param(
+            "MFEF_BACKEND",
+            "cuda",
+            "MFEF_BACKEND='cuda' can run nothing here: ",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
         ),
         ("MFEF_USE_ISA", "sse9", "MFEF_USE_ISA: CPU instruction set 'sse9' cannot be used; built:"),
     ],

@@ -30,13 +30,15 @@ class Backend:
     """A named set of operators with the conditions under which they can run.
 
     ``verified`` says whether the operators have run on the hardware that they are for. The
-    automatic choice asks backends of which that cannot be said last.
+    automatic choice asks backends of which that cannot be said last. ``absent()`` says why the
+    backend can run nothing at all on this machine, "" where it can.
     """
 
     name: str
     conditions: tuple[Condition, ...]
     operators: Mapping[str, Callable]
     verified: bool = True
+    absent: Callable[[], str] = lambda: ""
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         """(True, "") or (False, the first reason why not)."""

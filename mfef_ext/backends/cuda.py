@@ -44,6 +44,12 @@ def _fits(problem: Problem) -> bool:
     return torch.compiler.is_compiling() or bool(plan(problem)["fits"])
 
 
+def _absent() -> str:
+    if not ops.CUDA_LOADED:
+        return f"its library is not loaded ({_C.build_info()['cuda']})"
+    return "" if torch.cuda.is_available() else "this torch finds no CUDA device"
+
+
 BACKEND = Backend(
     "cuda",
     (
@@ -74,4 +80,5 @@ BACKEND = Backend(
     ),
     ops.NATIVE,
     verified=False,
+    absent=_absent,
 )

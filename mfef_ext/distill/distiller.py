@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +33,42 @@ class Distilled:
     def loss(self) -> Tensor:
         """The scalar to call ``backward()`` on; ValueError if no labels were given."""
         if not self.losses:
-            raise ValueError("no labels were given, so there is no loss; call distiller(x, labels)")
+            raise ValueError(
+                "no labels were given, so there is no loss; call distiller(x, labels, epoch)"
+            )
         return torch.stack(list(self.losses.values())).sum()
 
 
 def method_options(method: str) -> tuple[str, ...]:
     """The names of the options that ``method`` takes; ValueError if there is no such method."""
     if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; use one of {', '.join(sorted(METHODS))}")
+        near = get_close_matches(str(method), METHODS, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"method={method!r} is unknown; {hint}use one of {', '.join(sorted(METHODS))}"
+        )
     parameters = inspect.signature(METHODS[method]).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "input_shape")
+
+
+def check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
+    """TypeError or ValueError unless labels are (N,) int64 for N images and, where looking does not
+    make a GPU wait, below ``num_classes``."""
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels have dtype {labels.dtype}; give class numbers: labels.long()")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} for {images.shape[0]} images; give one class "
+            f"number for each, ({images.shape[0]},)"
+        )
+    if labels.device.type == "cpu" and labels.numel() > 0:
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            odd = low if low < 0 else high
+            raise ValueError(
+                f"label {odd} is not from 0 to {num_classes - 1}; num_classes={num_classes} must "
+                "be as many as there are classes, counted from 0"
+            )
 
 
 class OnlineDistiller(nn.Module):
@@ -94,6 +122,15 @@ class OnlineDistiller(nn.Module):
                 "students holds the same network twice, so it would learn from itself; "
                 "build each student on its own (copy.deepcopy makes a second one)"
             )
+        if not isinstance(tap, (str, list, tuple)):
+            raise TypeError(
+                f"tap={tap!r} must be the name of a layer, as in named_modules(), or a list of one "
+                "for each student"
+            )
+        if len(input_shape) != 3 or not all(size > 0 for size in input_shape):
+            raise ValueError(
+                f"input_shape={tuple(input_shape)} must be (channels, height, width) of one image"
+            )
         taps = (tap,) * len(students) if isinstance(tap, str) else tuple(tap)
         if len(taps) != len(students):
             raise ValueError(
@@ -104,6 +141,7 @@ class OnlineDistiller(nn.Module):
         self._forward_with_map = forward_with_map
         self.students = nn.ModuleList(students)
         self.taps = taps
+        self.num_classes = num_classes
         shapes = [
             probe(student, taps[i], input_shape, num_classes, f"student {i}")
             for i, student in enumerate(students)
@@ -138,12 +176,20 @@ class OnlineDistiller(nn.Module):
         self._forward_with_map = torch.compile(forward_with_map)
 
     def forward(
-        self, x: Tensor | Sequence[Tensor], labels: Tensor | None = None, epoch: float = 0.0
+        self, x: Tensor | Sequence[Tensor], labels: Tensor | None = None, epoch: float | None = None
     ) -> Distilled:
         """x: (N, C, H, W), or one such tensor per student where each sees the images in an
-        augmentation of its own. labels: (N,) int64 or None. epoch: epochs trained so far."""
+        augmentation of its own. labels: (N,) int64 or None. epoch: epochs trained so far; has
+        to come with labels where the method's weights depend on it."""
+        if labels is not None:
+            if epoch is None and self.method.kd_weight(0.0) != self.method.kd_weight(math.inf):
+                raise TypeError(
+                    "epoch is missing, with which the weight of the distillation changes; call "
+                    "distiller(x, labels, epoch) with the epochs trained so far, 0 in the first"
+                )
+            check_labels(labels, x if isinstance(x, Tensor) else x[0], self.num_classes)
         images, logits, maps = self._students(x)
-        added, losses = self.method(Batch(images, logits, maps, labels, epoch))
+        added, losses = self.method(Batch(images, logits, maps, labels, epoch or 0.0))
         roles = {f"student{i}": z for i, z in enumerate(logits)}
         roles["ensemble"] = torch.stack(logits).mean(0)
         return Distilled(roles | added, losses)

@@ -63,7 +63,8 @@ class MFEF(FeatureFusionLearning):
             if shape.height == shape.width == 1:
                 warnings.warn(
                     f"the last map of student {i} is 1x1, where spatial attention and kernels "
-                    "above 1x1 do nothing; tap an earlier layer or use smaller strides",
+                    "above 1x1 do nothing; tap an earlier layer, or use larger images or smaller "
+                    "strides",
                     stacklevel=2,
                 )
         if not fusion:

@@ -111,7 +111,14 @@ def probe(
             f"{', '.join(name for name, _ in network.named_children())}"
         )
     with _shown_zeros(network, input_shape) as image:
-        logits, last_map = forward_with_map(network, tap, image)
+        try:
+            logits, last_map = forward_with_map(network, tap, image)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{who} ({type(network).__name__}) cannot take an image of input_shape="
+                f"{tuple(input_shape)} ({str(error).splitlines()[0]}); give channels, height and "
+                "width of your images"
+            ) from error
     if logits.shape != (1, num_classes):
         raise ValueError(
             f"{who} gives {tuple(logits.shape)} for one image, but num_classes="

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(str(error), USAGE, others)
     config = tyro.cli(TrainConfig, prog="mfef train", default=config, args=options)
     try:
+        if "--seeds" in options and not config.seeds:
+            raise UsageError("--seeds names no seed; give one or more, such as --seeds 0 1 2")
         config.check()
     except UsageError as error:
         return _refuse(str(error), USAGE, others)
@@ -137,10 +139,12 @@ def verify(dataset: str, data_dir: Path | None) -> int:
         facts, problems = data.verify(dataset, data_dir or Path())
     except UsageError as error:
         return _refuse(str(error), USAGE)
-    print("\n".join(facts))
+    for fact in facts:
+        print(fact)
     for problem in problems:
         _refuse(problem, DATA)
-    print(f"{dataset}: {f'{len(problems)} problems' if problems else 'whole'}")
+    count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+    print(f"{dataset}: {count if problems else 'whole'}")
     return DATA if problems else DONE
 
 
@@ -150,7 +154,7 @@ def _train_seeds(config: TrainConfig) -> None:
     from .processes import join
 
     processes = join(config.device)
-    out = config.out
+    out, made = config.out, config.out is None or not config.out.exists()
     if out is None or not config.resume:
         name = f"{config.method}-{config.dataset}"
         out = processes.first(partial(folder.create, out, name))
@@ -159,8 +163,13 @@ def _train_seeds(config: TrainConfig) -> None:
             f"--out={out} holds a run that was begun without --seeds; leave --seeds out to go on "
             "with it, or name another folder"
         )
-    for seed in config.seeds:
-        _train_and_report(replace(config, seed=seed, seeds=(), out=out / f"seed{seed}"))
+    try:
+        for seed in config.seeds:
+            _train_and_report(replace(config, seed=seed, seeds=(), out=out / f"seed{seed}"))
+    except (UsageError, DataError):
+        if made and processes.rank == 0:
+            folder.remove_if_empty(out)
+        raise
     if processes.rank == 0:
         print(table.table([out]))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..distill.method import METHODS
 from . import UsageError
 from .checkpoint import CheckpointError, load
 from .config import TrainConfig
@@ -40,6 +41,11 @@ def restore(path: Path, which: str, device: str | None = None) -> Run:
         if "Path" in str(f.type) and options.get(f.name) is not None:
             options[f.name] = Path(options[f.name])
     config = TrainConfig(**options)
+    if config.method not in METHODS:
+        raise UsageError(
+            f"{path} was trained with method {config.method!r}, which is registered by a file of "
+            "its own; run that file in place of mfef"
+        )
     torch.set_num_threads(config.thread_count)
     run = prepare(config, join(config.device), path)
     try:

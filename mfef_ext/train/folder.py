@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,12 @@ def create(out: Path | None, name: str) -> Path:
         else:
             path.mkdir(parents=True, exist_ok=True)
             if any(file.name not in BEGINNINGS for file in path.iterdir()):
+                seeds = sorted(file.name[4:] for file in path.glob("seed[0-9]*"))
+                again = f"--seeds {' '.join(seeds)} --resume auto"
                 raise UsageError(
                     f"--out={out} is not empty and nothing is ever overwritten; "
                     "name a new folder, or leave --out away for a numbered one under runs/"
+                    + (f"; to go on with its runs: {again}" if seeds else "")
                 )
         # A folder can exist and still refuse files: find out before hours of training.
         probe = path / ".writable"
@@ -47,6 +51,12 @@ def create(out: Path | None, name: str) -> Path:
             f"--out={path} cannot be written ({error.strerror}); name a folder that can"
         ) from error
     return path
+
+
+def remove_if_empty(path: Path) -> None:
+    """Takes back a folder that was made for runs of which none has begun."""
+    with suppress(OSError):
+        path.rmdir()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

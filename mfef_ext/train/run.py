@@ -250,7 +250,7 @@ def _make(
         )
     try:
         with torch.no_grad():
-            distiller.eval()(*dataset.test[:2])
+            distiller.eval()(*dataset.test[:2], 0.0)
     except (RuntimeError, ValueError) as error:
         forced = os.environ.get("MFEF_BACKEND")
         if not (config.backend or forced):

@@ -1,6 +1,7 @@
 """Any list of networks becomes one module; what cannot work is refused in a sentence."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_ce_is_the_students_alone():
     d = make(nets, "ce")
     assert len(list(d.parameters())) == 2 * len(list(nets[0].parameters()))
     x, y = torch.randn(5, 1, 6, 6), torch.tensor([0, 1, 2, 3, 0])
-    out = d(x, y)
+    out = d(x, y, 0)
     assert set(out.logits) == {"student0", "student1", "ensemble"}
     expected = [nn.functional.cross_entropy(net(x), y) for net in nets]
     torch.testing.assert_close(out.loss, sum(expected))
@@ -73,7 +74,7 @@ def test_students_may_differ_in_width_and_map_size():
     small.add_module("flat", nn.Flatten())
     small.add_module("fc", nn.Linear(12, 4))
     d = make([Net(), small], tap=["body", "down"])
-    d(torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2])).loss.backward()
+    d(torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2]), 0.0).loss.backward()
     assert small.down.weight.grad.abs().sum() > 0
 
 
@@ -88,7 +89,10 @@ def test_torch_compile_traces_through_the_tap():
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"method": "mfeff"}, ValueError, ["method='mfeff'", "mfef"]),
+        ({"method": "mfeff"}, ValueError, ["method='mfeff'", "did you mean mfef?"]),
+        ({"tap": None}, TypeError, ["tap=None", "name of a layer"]),
+        ({"input_shape": (6, 6)}, ValueError, ["input_shape=(6, 6)", "(channels, height, width)"]),
+        ({"input_shape": (3, 6, 6)}, ValueError, ["student 0", "input_shape=(3, 6, 6)"]),
         ({"students": []}, ValueError, ["students=[]", "at least one"]),
         ({"tap": "layer9"}, ValueError, ["tap='layer9'", "body, fc"]),
         ({"tap": ["body"]}, ValueError, ["1 layers for 2 students"]),
@@ -103,6 +107,25 @@ def test_bad_input(changes, error, words):
         make(**changes)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "words"),
+    [
+        (torch.tensor([0, 1, 4]), ValueError, "label 4 is not from 0 to 3"),
+        (torch.tensor([0, -1, 3]), ValueError, "label -1 is not from 0 to 3"),
+        (torch.tensor([0, 1]), ValueError, "labels have shape (2,) for 3 images"),
+        (torch.tensor([0.0, 1.0, 2.0]), TypeError, "labels have dtype torch.float32"),
+    ],
+)
+def test_bad_labels(labels, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        make()(torch.randn(3, 1, 6, 6), labels, 0)
+
+
+def test_labels_want_the_epoch():
+    with pytest.raises(TypeError, match="epoch is missing"):
+        make()(torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2]))
 
 
 def test_one_network_twice_is_refused():

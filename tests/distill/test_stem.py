@@ -50,15 +50,15 @@ def test_the_stem_computes_once_per_batch(name, monkeypatch):
         return convolve(layer, *arguments)
 
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", counted)
-    d(X, Y)
+    d(X, Y, 0.0)
     assert ran and len(ran) == len(set(ran))
-    d(X, Y)  # the same tensor: nothing is remembered from the batch before
+    d(X, Y, 0.0)  # the same tensor: nothing is remembered from the batch before
     assert len(ran) == 2 * len(set(ran))
 
 
 def test_gradients_of_all_students_reach_the_stem_and_the_optimiser_has_it_once():
     d = distiller_of("resnet8", "resnet8", method="ce")
-    d(X, Y).loss.backward()
+    d(X, Y, 0.0).loss.backward()
     together = d.students[0].stem.weight.grad
     alone = []
     for i in range(2):

@@ -81,6 +81,7 @@ def refused(options, capsys, *words):
             ["--batch-size=64 is more than the 60 training images of digits"],
         ),
         (["--seed", "-1"], ["--seed=-1 must be"]),
+        (["--seeds"], ["--seeds names no seed"]),
         (["--seeds", "-1"], ["--seeds=-1 must be from 0 to 2147483647; the default is none"]),
         (["--seed", "5", "--seeds", "1", "2"], ["--seed=5 means nothing beside --seeds=1 2"]),
         (["--threads", "0"], ["--threads=0 must be"]),

@@ -114,6 +114,14 @@ class _Operators(Mapping[str, Callable]):
         return len(FUSED) + len(LOSSES)
 
 
+def _absent() -> str:
+    if not installed():
+        return "Triton is not installed (pip install triton)"
+    if interpreted() or torch.cuda.is_available():
+        return ""
+    return "there is no GPU; TRITON_INTERPRET=1 interprets its kernels on CPU tensors"
+
+
 BACKEND = Backend(
     "triton",
     (
@@ -144,4 +152,5 @@ BACKEND = Backend(
     ),
     _Operators(),
     verified=False,
+    absent=_absent,
 )

@@ -48,7 +48,8 @@ def read_images(
         pixels[i] = np.asarray(image)
     if sizes:
         smallest, largest = ("x".join(map(str, f(sizes))) for f in (min, max))
-        source.fact(f"{len(paths)} image files of {smallest} to {largest} pixels")
+        where = paths[0].parent.parent
+        source.fact(f"{len(paths)} image files of {smallest} to {largest} pixels in {where}")
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 

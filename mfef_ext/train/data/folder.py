@@ -37,7 +37,11 @@ def read(source: Source) -> Dataset | None:
     found: dict[str, tuple[list[Path], torch.Tensor]] = {}
     for split in splits:
         where = source.folder / split
-        here = sorted(p.name for p in where.iterdir() if p.is_dir()) if where.is_dir() else []
+        if not where.is_dir():
+            missing = where if source.folder.is_dir() else source.folder
+            source.problem(f"{missing} is no folder; {LAYOUT}")
+            return None
+        here = sorted(p.name for p in where.iterdir() if p.is_dir())
         classes = classes or here
         if here != classes or len(classes) < 2:
             odd = sorted(set(here) ^ set(classes))
