@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -176,20 +175,15 @@ class OnlineDistiller(nn.Module):
         self._forward_with_map = torch.compile(forward_with_map)
 
     def forward(
-        self, x: Tensor | Sequence[Tensor], labels: Tensor | None = None, epoch: float | None = None
+        self, x: Tensor | Sequence[Tensor], labels: Tensor | None = None, epoch: float = 0.0
     ) -> Distilled:
         """x: (N, C, H, W), or one such tensor per student where each sees the images in an
-        augmentation of its own. labels: (N,) int64 or None. epoch: epochs trained so far; has
-        to come with labels where the method's weights depend on it."""
+        augmentation of its own. labels: (N,) int64 or None. epoch: epochs trained so far, with
+        which the weight of the distillation grows: without it that stays at its beginning."""
         if labels is not None:
-            if epoch is None and self.method.kd_weight(0.0) != self.method.kd_weight(math.inf):
-                raise TypeError(
-                    "epoch is missing, with which the weight of the distillation changes; call "
-                    "distiller(x, labels, epoch) with the epochs trained so far, 0 in the first"
-                )
             check_labels(labels, x if isinstance(x, Tensor) else x[0], self.num_classes)
         images, logits, maps = self._students(x)
-        added, losses = self.method(Batch(images, logits, maps, labels, epoch or 0.0))
+        added, losses = self.method(Batch(images, logits, maps, labels, epoch))
         roles = {f"student{i}": z for i, z in enumerate(logits)}
         roles["ensemble"] = torch.stack(logits).mean(0)
         return Distilled(roles | added, losses)

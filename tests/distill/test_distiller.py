@@ -123,11 +123,6 @@ def test_bad_labels(labels, error, words):
         make()(torch.randn(3, 1, 6, 6), labels, 0)
 
 
-def test_labels_want_the_epoch():
-    with pytest.raises(TypeError, match="epoch is missing"):
-        make()(torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2]))
-
-
 def test_one_network_twice_is_refused():
     net = Net()
     with pytest.raises(ValueError, match="same network twice"):
