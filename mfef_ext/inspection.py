@@ -93,7 +93,7 @@ def cpu_plan(problem: Problem) -> dict[str, object]:
     spectra (for each branch the side of its spectra, or 0 where it is convolved directly) and
     scratch_bytes (a thread).
     """
-    return _C.cpu_plan(**problem.sizes(), dtype=str(problem.dtype).removeprefix("torch."))
+    return _C.cpu_plan(**problem.sizes())
 
 
 _PLAN_TEXT = {
@@ -171,8 +171,7 @@ def _explain_cuda(plan: dict[str, object]) -> list[str]:
 
 def _explain_problem(problem: Problem, forced: str | None, channels_last: bool) -> list[str]:
     shape = (problem.batch, problem.channels, problem.height, problem.width)
-    dtype = str(problem.dtype).removeprefix("torch.")
-    lines = [f"{problem.op} on {shape}, {dtype}, {problem.device}"]
+    lines = [f"{problem.op} on {shape}, {problem.dtype_name}, {problem.device}"]
     try:
         chosen = backends.choose(problem, forced)
     except RuntimeError as error:

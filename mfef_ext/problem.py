@@ -52,6 +52,10 @@ class Problem:
     def out_channels(self) -> int:
         return sum(b.out_channels for b in self.branches) if self.branches else self.channels
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
     def sizes(self) -> dict[str, Any]:
         """What the native planners are asked with."""
         return {
@@ -65,6 +69,7 @@ class Problem:
             "split": self.split,
             "hidden": self.hidden,
             "spatial_k": self.spatial_kernel_size,
+            "dtype": self.dtype_name,
         }
 
 

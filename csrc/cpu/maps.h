@@ -54,14 +54,8 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
         Vec<T> rows[L];
         static_for<L>([&](auto r) {
           constexpr int r_ = decltype(r)::value;
-          const E* from = base + r_ * m.stride[0] + i;
-          if (!all_images.value && r_ >= images) {
-            rows[r_] = Vec<T>{};
-          } else if constexpr (kPer == 1) {
-            rows[r_] = load_elements(from);
-          } else {
-            rows[r_] = load_lanes<T>(from);
-          }
+          const bool there = all_images.value || r_ < images;
+          rows[r_] = there ? load_lanes<kPer, T>(base + r_ * m.stride[0] + i) : Vec<T>{};
         });
         transpose<T>(rows);
         const bool straight = gap == 0 && p < run && p + kPer * L <= run;
@@ -96,27 +90,23 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
       T* at = to + (h * (width + gap) + w) * L;
       int64_t c = 0;
       if (is_channels_last(m)) {
-        constexpr int kPer = kPerLane<E, T>;
-        for (; c + kPer * L <= channels; c += kPer * L) {
-          Vec<T> rows[L];
-          for (int r = 0; r < L; ++r) {
-            rows[r] = r < images ? load_lanes<T>(pixel + r * m.stride[0] + c) : Vec<T>{};
+        auto squares = [&](auto per) {
+          constexpr int kPer = decltype(per)::value;
+          for (; c + kPer * L <= channels; c += kPer * L) {
+            Vec<T> rows[L];
+            for (int r = 0; r < L; ++r) {
+              rows[r] = r < images ? load_lanes<kPer, T>(pixel + r * m.stride[0] + c) : Vec<T>{};
+            }
+            transpose<T>(rows);
+            for (int r = 0; r < L; ++r) {
+              Vec<T> elements[kPer];
+              split_lanes<T>(rows[r], elements);
+              for (int e = 0; e < kPer; ++e) store(at + (c + r * kPer + e) * step, elements[e]);
+            }
           }
-          transpose<T>(rows);
-          for (int r = 0; r < L; ++r) {
-            Vec<T> elements[kPer];
-            split_lanes<T>(rows[r], elements);
-            for (int e = 0; e < kPer; ++e) store(at + (c + r * kPer + e) * step, elements[e]);
-          }
-        }
-        for (; kPer > 1 && c + L <= channels; c += L) {
-          Vec<T> rows[L];
-          for (int r = 0; r < L; ++r) {
-            rows[r] = r < images ? load_elements(pixel + r * m.stride[0] + c) : Vec<T>{};
-          }
-          transpose<T>(rows);
-          for (int r = 0; r < L; ++r) store(at + (c + r) * step, rows[r]);
-        }
+        };
+        squares(Index<kPerLane<E, T>>{});
+        if constexpr (kPerLane<E, T> > 1) squares(Index<1>{});
       }
       for (; c < channels; ++c) {
         for (int r = 0; r < L; ++r) {
@@ -171,13 +161,7 @@ MFEF_INLINE void unpack_images(const Map& m, int64_t image, int images, int64_t 
         transpose<T>(rows);
         static_for<L>([&](auto r) {
           constexpr int r_ = decltype(r)::value;
-          E* at = base + r_ * m.stride[0] + i;
-          if (!all_images.value && r_ >= images) return;
-          if constexpr (kPer == 1) {
-            store_elements(at, rows[r_]);
-          } else {
-            store_lanes<T>(at, rows[r_]);
-          }
+          if (all_images.value || r_ < images) store_lanes<kPer, T>(base + r_ * m.stride[0] + i, rows[r_]);
         });
       }
       return i;
@@ -205,27 +189,23 @@ MFEF_INLINE void unpack_images(const Map& m, int64_t image, int images, int64_t 
       const int64_t p = h * width + w;
       int64_t c = 0;
       if (is_channels_last(m)) {
-        constexpr int kPer = kPerLane<E, T>;
-        for (; c + kPer * L <= channels; c += kPer * L) {
-          Vec<T> rows[L];
-          for (int r = 0; r < L; ++r) {
-            Vec<T> elements[kPer];
-            for (int e = 0; e < kPer; ++e) elements[e] = value(c + r * kPer + e, p);
-            rows[r] = join_lanes<T>(elements);
+        auto squares = [&](auto per) {
+          constexpr int kPer = decltype(per)::value;
+          for (; c + kPer * L <= channels; c += kPer * L) {
+            Vec<T> rows[L];
+            for (int r = 0; r < L; ++r) {
+              Vec<T> elements[kPer];
+              for (int e = 0; e < kPer; ++e) elements[e] = value(c + r * kPer + e, p);
+              rows[r] = join_lanes<T>(elements);
+            }
+            transpose<T>(rows);
+            for (int r = 0; r < L; ++r) {
+              if (r < images) store_lanes<kPer, T>(pixel + r * m.stride[0] + c, rows[r]);
+            }
           }
-          transpose<T>(rows);
-          for (int r = 0; r < L; ++r) {
-            if (r < images) store_lanes<T>(pixel + r * m.stride[0] + c, rows[r]);
-          }
-        }
-        for (; kPer > 1 && c + L <= channels; c += L) {
-          Vec<T> rows[L];
-          for (int r = 0; r < L; ++r) rows[r] = value(c + r, p);
-          transpose<T>(rows);
-          for (int r = 0; r < L; ++r) {
-            if (r < images) store_elements(pixel + r * m.stride[0] + c, rows[r]);
-          }
-        }
+        };
+        squares(Index<kPerLane<E, T>>{});
+        if constexpr (kPerLane<E, T> > 1) squares(Index<1>{});
       }
       for (; c < channels; ++c) {
         T lane[L];

@@ -159,13 +159,22 @@ MFEF_INLINE void store_elements(BFloat16* p, Vec<float> v) {
 // half of the shuffles.
 template <class E, class T>
 constexpr int kPerLane = int(sizeof(T) / sizeof(E));
-template <class T, class E>
+// A vector of lanes with kPer elements each: as they lie in memory, or a single one in the compute type.
+template <int kPer, class T, class E>
 MFEF_INLINE Vec<T> load_lanes(const E* p) {
-  return load(reinterpret_cast<const T*>(p));
+  if constexpr (kPer == 1) {
+    return load_elements(p);
+  } else {
+    return load(reinterpret_cast<const T*>(p));
+  }
 }
-template <class T, class E>
+template <int kPer, class T, class E>
 MFEF_INLINE void store_lanes(E* p, Vec<T> v) {
-  store(reinterpret_cast<T*>(p), v);
+  if constexpr (kPer == 1) {
+    store_elements(p, v);
+  } else {
+    store(reinterpret_cast<T*>(p), v);
+  }
 }
 // The first bfloat16 of every lane.
 MFEF_INLINE Vec<float> first_of_lanes(Vec<float> lanes) { return bit_cast<Vec<float>>(bit_cast<WordVec>(lanes) << 16); }

@@ -14,6 +14,7 @@ namespace mfef::cuda {
 
 enum class Element : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
 
+constexpr int kSide = 8;  // rows and columns of a map that tensor cores take on the chip, and channels of a matrix
 constexpr int kMaxBranches = 16;  // kernel parameters are copied for every launch
 
 // A 4-D map in memory; strides in elements, in the order n, c, h, w. Null data: absent.
@@ -100,7 +101,6 @@ struct Way {
 // Whether tensor cores compute a branch of a map on the chip (conv_matrices.cuh): 16-bit elements, groups that fill at
 // least a matrix, and maps whose rows and columns are those of the matrices. Narrower groups would be mostly zeros.
 MFEF_HD bool by_matrices(const Sizes& s, const Branch& b) {
-  constexpr int kSide = 8;
   return s.element != Element::kFloat && s.width > kSide / 2 && s.width <= kSide && s.height <= kSide &&
          (b.k == 3 || b.k == 5 || b.k == 7 || b.k == 9) && b.in_per_group() >= kSide && b.out_per_group() >= kSide;
 }
@@ -111,14 +111,14 @@ struct MatrixWay {
   int groups, k, source_per_group, dest_per_group;
   int sources, dests;  // of a group, filled up
 
-  MFEF_HD static int fill8(int n) { return (n + 7) / 8 * 8; }
+  MFEF_HD static int filled(int n) { return ceil_div(n, kSide) * kSide; }
   MFEF_HD MatrixWay(const Branch& b, bool backward)
       : groups(b.groups),
         k(b.k),
         source_per_group(backward ? b.out_per_group() : b.in_per_group()),
         dest_per_group(backward ? b.in_per_group() : b.out_per_group()),
-        sources(fill8(source_per_group)),
-        dests(fill8(dest_per_group)) {}
+        sources(filled(source_per_group)),
+        dests(filled(dest_per_group)) {}
 
   // What a stage is cut by: the taps above one another of 8 source channels, in the order (channels, kx).
   MFEF_HD int columns() const { return sources / 8 * k; }

@@ -260,10 +260,12 @@ MFEF_DEVICE void convolve(const BlockArgs& a, bool backward, int stage, const fl
                               return convolve_branch<7, kRow>(task, source, dest, a, item, threads);
                             case 9:
                               return convolve_branch<9, kRow>(task, source, dest, a, item, threads);
-                            default:
-                              for (int i = item; i < Items<kRow>(a, way).count; i += threads) {
+                            default: {
+                              const int count = Items<kRow>(a, way).count;
+                              for (int i = item; i < count; i += threads) {
                                 convolve_any<kRow>(task, source, dest, s, a.step, i);
                               }
+                            }
                           }
                         });
 }

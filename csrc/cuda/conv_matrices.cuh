@@ -19,8 +19,6 @@
 
 namespace mfef::cuda {
 
-constexpr int kSide = 8;  // rows and columns of a map, and channels of a matrix
-
 // One branch in one stage.
 struct MatrixTask {
   MatrixWay way;

@@ -1,6 +1,6 @@
 // The planner of the large-map kernels: how maps that do not fit on the chip are cut into rectangles, and the channels
 // of a convolution into units, so that every thread block's piece fits into shared memory. Nothing here depends on the
-// GPU, so results are the same on all of them.
+// GPU, so sums have the same order on all of them; how tensor cores round their products is the architecture's.
 #pragma once
 
 #include "block.h"

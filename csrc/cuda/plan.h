@@ -200,7 +200,7 @@ struct Layout {
     const int per_pixel = attention ? images * s.pixels() : 0;
     source = take((backward ? s.out : (convolution ? s.in : 0)) * step);
     dest = take((backward ? most(s.out * attention, s.in * convolution) : s.out) * step);
-    copy = take(images * s.height * 8 * MatrixWay::pixel_step(s, backward));
+    copy = take(images * s.height * kSide * MatrixWay::pixel_step(s, backward));
     gate = take(per_channel);
     mean = take(per_channel);
     max = take(per_channel);
@@ -298,16 +298,16 @@ inline int tile_channels(const Sizes& s, int tiles) {
   return channels;
 }
 
-inline int count_tiles(const Sizes& s, bool small) {
-  int tiles = 0;
-  for (int b = 0; b < s.branch_count; ++b) tiles += Tile::count(s, small, b);
-  return tiles;
+// The sum of of(b) over the branches.
+template <class Of>
+inline int over_branches(const Sizes& s, const Of& of) {
+  int sum = 0;
+  for (int b = 0; b < s.branch_count; ++b) sum += of(b);
+  return sum;
 }
 
-inline int count_matrix_tiles(const Sizes& s) {
-  int tiles = 0;
-  for (int b = 0; b < s.branch_count; ++b) tiles += MatrixTile::count(s, b);
-  return tiles;
+inline int count_tiles(const Sizes& s, bool small) {
+  return over_branches(s, [&](int b) { return Tile::count(s, small, b); });
 }
 
 inline Plan make_small_plan(const Sizes& s, int64_t limit) {
@@ -356,7 +356,7 @@ inline Plan make_small_plan(const Sizes& s, int64_t limit) {
   p.pass_images = most(64 / s.pixels(), 1);
   p.tile_step = channel_step(p.pass_images * s.height, p.row);
   const int direct_tiles = count_tiles(s, true);
-  p.matrix_tiles = count_matrix_tiles(s);
+  p.matrix_tiles = over_branches(s, [&](int b) { return MatrixTile::count(s, b); });
   p.tiles = p.matrix_tiles + direct_tiles;
   if (p.tiles) {
     const int64_t wanted = most(least(kTileBlocks / p.tiles, kMostSlices), 4);
@@ -465,7 +465,7 @@ inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
 
   p.slices = 1;
   p.tiles = count_tiles(s, false);
-  for (int b = 0; b < s.branch_count; ++b) m.matrix_tiles += LargeMatrixTiles::count(s, b);
+  m.matrix_tiles = over_branches(s, [&](int b) { return LargeMatrixTiles::count(s, b); });
   if (p.tiles + m.matrix_tiles) {
     m.weight_pieces = m.matrix_pieces = m.tiles;
     m.shared_weights = shrink(
@@ -483,7 +483,8 @@ inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
 }
 
 // How a problem would run on a device whose thread blocks may have `limit` bytes of shared memory. Of the device
-// nothing else counts, so results are the same on all GPUs with as much.
+// nothing else counts, so sums have the same order on all GPUs with as much; how tensor cores round their products is
+// the architecture's.
 inline Plan make_plan(const Sizes& s, int64_t limit) {
   Plan p = make_small_plan(s, limit);
   if (!p.fits) make_large_plan(s, limit, &p);

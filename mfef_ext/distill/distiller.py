@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 
+from ..names import unknown
 from .method import METHODS, Batch, Method
 from .stem import computing_once
 from .stem import share_stem as share_stem_of
@@ -41,11 +41,7 @@ class Distilled:
 def method_options(method: str) -> tuple[str, ...]:
     """The names of the options that ``method`` takes; ValueError if there is no such method."""
     if method not in METHODS:
-        near = get_close_matches(str(method), METHODS, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(
-            f"method={method!r} is unknown; {hint}use one of {', '.join(sorted(METHODS))}"
-        )
+        raise ValueError(unknown(f"method={method!r}", str(method), sorted(METHODS)))
     parameters = inspect.signature(METHODS[method]).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "input_shape")
 

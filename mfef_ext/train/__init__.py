@@ -6,8 +6,6 @@ Importing this package costs nothing and needs no extras; ``python -m mfef_ext.t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,14 +49,3 @@ def library(name: str) -> Any:
         return import_module(name)
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         raise UsageError(f"{name} cannot be imported ({error}); run: pip install {name}") from error
-
-
-def unknown(what: str, name: str, known: Sequence[str], prefix: str = "", choice: str = "") -> str:
-    """The sentence about ``what``, in which ``name`` is none of those that are known.
-
-    ``prefix`` stands before the known names in ``what``; ``choice`` says which to use, where there
-    are too many to list.
-    """
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {prefix}{near[0]}? " if near else ""
-    return f"{what} is unknown; {hint}use one of {choice or ', '.join(known)}"

@@ -15,7 +15,8 @@ import torch
 from ..backends import BACKEND_NAMES
 from ..distill import METHODS
 from ..distill.distiller import method_options
-from . import UsageError, unknown
+from ..names import unknown
+from . import UsageError
 from .data import DATASETS, WITH_FILES
 from .models import check_known as check_student_known
 

@@ -36,11 +36,11 @@ def create(out: Path | None, name: str) -> Path:
             path.mkdir(parents=True, exist_ok=True)
             if any(file.name not in BEGINNINGS for file in path.iterdir()):
                 seeds = sorted(file.name[4:] for file in path.glob("seed[0-9]*"))
-                again = f"--seeds {' '.join(seeds)} --resume auto"
+                again = f"; to go on with its runs: --seeds {' '.join(seeds)} --resume auto"
                 raise UsageError(
                     f"--out={out} is not empty and nothing is ever overwritten; "
                     "name a new folder, or leave --out away for a numbered one under runs/"
-                    + (f"; to go on with its runs: {again}" if seeds else "")
+                    + (again if seeds else "")
                 )
         # A folder can exist and still refuse files: find out before hours of training.
         probe = path / ".writable"

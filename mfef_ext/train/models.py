@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distill.tap import find_tap, probe
-from . import UsageError, library, unknown
+from ..names import unknown
+from . import UsageError, library
 
 
 class BasicBlock(nn.Module):

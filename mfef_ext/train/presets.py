@@ -10,7 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from . import UsageError, unknown
+from ..names import unknown
+from . import UsageError
 from .config import TrainConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
