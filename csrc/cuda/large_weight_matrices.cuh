@@ -134,6 +134,7 @@ MFEF_DEVICE void matrix_weight_gradient(const BlockArgs& a, const Block& block, 
   const int in = tile.slot * LargeMatrixTiles::kSlot;
   const int ins = least(tile.slots * LargeMatrixTiles::kSlot, b.in_per_group() - in);
   Block::Registers<LargeMatrixWeightSums> sums(block);
+  Block::Registers<Copies> copies(block);
   block.phase([&](int thread) { sums[thread] = {}; });
   int chained = 0;
   MFEF_ROLLED
@@ -144,13 +145,15 @@ MFEF_DEVICE void matrix_weight_gradient(const BlockArgs& a, const Block& block, 
     const int rows = ceil_div(at.rows, 2) * 2, columns = ceil_div(at.columns, kSpan) * kSpan;
     block.phase([&](int thread) {
       load_pixels<T>(l.dy, l.dy_element, s, {image, b.out_first + tile.out, outs, {at.row, rows, at.column, columns}},
-                     1, 0, to_dy, thread, block.threads);
+                     1, 0, to_dy, copies[thread], thread, block.threads);
       load_pixels<T>(a.x, a.element, s,
                      {image,
                       b.in_first + tile.group * b.in_per_group() + in,
                       ins,
                       {at.row - half, rows + 2 * half, at.column - half, columns + 2 * half}},
-                     1, 0, to_x, thread, block.threads);
+                     1, 0, to_x, copies[thread], thread, block.threads);
+      copies[thread].commit();
+      copies[thread].wait();
     });
     block.warps([&](const Warp& warp) {
       multiply_piece<T>(warp, shape, tile, b.k, dy, to_dy.columns, to_x.to, to_x.columns, rows, columns, warps, chained,
