@@ -26,7 +26,11 @@ def cuda_plan(
     hidden: int,
     spatial_k: int,
     dtype: str,
+    tf32: bool,
     shared_limit: int,
+    save: bool = True,
+    need_parameters: bool = True,
+    bias: bool = False,
 ) -> dict: ...
 def fma_chain(iterations: int) -> int: ...
 def poison_buffers(on: bool) -> None: ...
