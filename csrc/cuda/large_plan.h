@@ -66,12 +66,16 @@ struct MatrixPart {
   static constexpr int kSide = 8, kItemPixels = 4, kItemSlots = 2, kWarpItems = 2;
   static constexpr int kItems = kWarpItems * kConvolutionThreads / 32;  // of a thread block, at most
 
+  static constexpr int kTask = 64;  // floats of a LargeMatrixTask, behind all else
+
   int slots_per_group, slots;
-  int columns;                     // of the source with its halo
-  int group, pixel_step, tap_row;  // words: of a group's sources in a pixel, from pixel to pixel, of a channel's taps
+  int columns;  // of the source with its halo
+  // Words: of a group's sources in a pixel, from pixel to pixel, from channel to channel of a tap, from tap to tap.
+  int group, pixel_step, tap_row, tap_step;
   int64_t dest_step, weights, source, total;  // as in UnitLayout; a tap's weights are [slot][8 channels][source]
 
-  // Words from row to row of what is read as matrices: 4 more than a multiple of 8, so that 8 rows read all banks.
+  // Words from row to row of what is read as matrices: 4 more than a multiple of 8, so that 8 rows read all banks. From
+  // tap to tap they are 4 more than a multiple of 32, since neighbouring threads write 16 bytes of neighbouring taps.
   MFEF_HD static int row_step(int words) { return (words + 3) / 8 * 8 + 4; }
   MFEF_HD static int chunks(int channels) { return ceil_div(channels, kSide); }
 
@@ -83,9 +87,10 @@ struct MatrixPart {
         group(chunks(stage) * kSide / 2),
         pixel_step(row_step(part.groups * group)),
         tap_row(row_step(group)),
+        tap_step(slots * kSide * tap_row + 4),
         dest_step(odd_vectors(int64_t(tiles.rows) * tiles.columns)),
         weights(part.dest() * dest_step),
-        source(weights + int64_t(rows) * part.k * slots * kSide * tap_row),
+        source(weights + int64_t(rows) * part.k * tap_step),
         total(source + int64_t(tiles.rows + part.k - 1) * columns * pixel_step) {}
 
   // Of a tile, or at most of any.
@@ -122,6 +127,7 @@ struct Units {
   // Of every branch: destination channels of a unit, whole groups or a run of one; and how many source channels of a
   // group are in shared memory at a time. On tensor cores also how many rows of taps are, else 0.
   int channels[kMaxBranches], stage[kMaxBranches], rows[kMaxBranches];
+  int task;       // on tensor cores: where the LargeMatrixTask is in shared memory, in floats
   bool matrices;  // which branches count: those on tensor cores, or the others
 
   MFEF_HD static bool merged(const Sizes& s, bool backward) { return s.branch_count == 0 || summed(s, backward); }
@@ -373,7 +379,7 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
   auto matrices_suit = [&](int b, int channels) {
     const Way way(s.branches[b], backward), part = way.part(0, channels);
     int stage, rows;
-    if (!choose_matrices(s, tiles, way, part, kLargeShared, &stage, &rows)) return false;
+    if (!choose_matrices(s, tiles, way, part, kLargeShared - 4 * MatrixPart::kTask, &stage, &rows)) return false;
     units->channels[b] = channels;
     units->stage[b] = stage;
     units->rows[b] = rows;
@@ -415,6 +421,8 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     }
     if (!channels) return false;
   }
+  units->task = int(*shared_matrices / 4);
+  if (*shared_matrices) *shared_matrices += 4 * MatrixPart::kTask;
   units->count = units->of_launch(s, backward, false).count + units->of_launch(s, backward, true).count;
   return true;
 }
