@@ -4,7 +4,8 @@
 // Rounds: source channels `stage` at a time and, of those, taps `rows` rows at a time come to shared memory, as 16-bit
 // elements: the tile with its halo as [pixel][group][source], taps as [tap][slot][8 destination channels][source]. In
 // every round a warp adds the products of its items (see MatrixPart) to its sums, which stay in registers until the
-// last round; then they go to the destination in shared memory.
+// last round; then they go to the destination in shared memory, where the rounds were. Where there are two buffers a
+// round is loaded while the one before is multiplied; what is copied as it is in memory needs no thread meanwhile.
 // Per 16 source channels of a tap a warp reads 16 matrices of pixels (32 where its slots are of two groups) and 4 of
 // weights, 128 bytes each, for 8 products of 2,048 multiply-adds.
 //
@@ -28,17 +29,17 @@ struct LargeMatrixTask {
   int64_t image;
   int height;   // of the map
   int out, in;  // where the part begins among the weights of the branch
-  int branch, row_rounds, rounds;
+  int branch;
+  MatrixRounds rounds;
 
   MFEF_DEVICE LargeMatrixTask(const BlockArgs& a, const UnitOfTile& of, int b)
       : way(Way(a.sizes.branches[b], a.large.backward).part(of.unit.first, of.unit.count)),
-        part(a.large.tiles, way, a.large.units.stage[b], a.large.units.rows[b]),
+        part(a.sizes, a.large.tiles, way, a.large.units.rounds(b)),
         at(of.region.at),
         image(of.region.image),
         height(a.sizes.height),
         branch(b),
-        row_rounds(ceil_div(way.k, a.large.units.rows[b])),
-        rounds(row_rounds * ceil_div(way.source_per_group, a.large.units.stage[b])) {
+        rounds(a.large.units.rounds(b)) {
     const UnitWeights from(Way(a.sizes.branches[b], a.large.backward), of.unit, a.large.backward);
     out = from.out;
     in = from.in;
@@ -52,15 +53,16 @@ struct LargeMatrixRound {
   int first_row, end_row;  // of taps
   uint32_t *source, *weights;
 
-  MFEF_DEVICE LargeMatrixRound(const BlockArgs& a, const Block& block, const LargeMatrixTask& task, int index) {
-    const int stage = index / task.row_rounds, of_rows = a.large.units.rows[task.branch];
-    const int channels = a.large.units.stage[task.branch];
-    first = stage * channels;
-    end = least(first + channels, task.way.source_per_group);
-    first_row = (index - stage * task.row_rounds) * of_rows;
-    end_row = least(first_row + of_rows, task.way.k);
-    source = reinterpret_cast<uint32_t*>(block.shared) + task.part.source;
-    weights = reinterpret_cast<uint32_t*>(block.shared) + task.part.weights;
+  MFEF_DEVICE LargeMatrixRound(const Block& block, const LargeMatrixTask& task, int index) {
+    const int of_rows = task.rounds.of_rows(task.way), stage = index / of_rows;
+    first = stage * task.rounds.stage;
+    end = least(first + task.rounds.stage, task.way.source_per_group);
+    first_row = (index - stage * of_rows) * task.rounds.rows;
+    end_row = least(first_row + task.rounds.rows, task.way.k);
+    weights = reinterpret_cast<uint32_t*>(block.shared);
+    source = weights + task.part.source;
+    if (task.part.source_buffers == 2 && stage % 2) source += task.part.round_source;
+    if (task.part.weight_buffers == 2 && index % 2) weights += task.part.round_weights;
   }
 };
 
@@ -211,10 +213,11 @@ MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const Larg
 
 // The sums of a warp's items to the destination in shared memory. What is beyond the last matrix is written where the
 // last is, as the same, and a row beyond the tile's where nobody reads.
-MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const LargeMatrixTask& task, int pitch,
+MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const LargeMatrixTask& task, const Cover& tiles,
                                   float* dest, Block::Registers<LargeMatrixSums>& registers) {
   const MatrixPart& part = task.part;
-  const int items = MatrixPart::items(task.at.rows, task.at.columns, part.slots), step = int(part.dest_step);
+  const int items = MatrixPart::items(task.at.rows, task.at.columns, part.slots);
+  const int pitch = tiles.columns, step = int(odd_vectors(tiles.rows * pitch));
   MFEF_UNROLL
   for (int i = 0; i < MatrixPart::kWarpItems; ++i) {
     const int index = warp.index + i * (block.threads / kWarp);
@@ -271,21 +274,28 @@ MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& bloc
     sums[thread] = {};
     if (thread == 0) shared = LargeMatrixTask(a, of, of.unit.branch);
   });
+  // With two buffers a phase loads a round and multiplies the one before, with one it does either.
+  const int rounds = shared.rounds.count(shared.way), buffers = shared.part.weight_buffers;
+  const int phases = buffers == 2 ? rounds + 1 : 2 * rounds;
   MFEF_ROLLED
-  for (int r = 0; r < shared.rounds; ++r) {
-    block.phase([&](int thread) {
-      const LargeMatrixTask& task = shared;
-      load_round<T>(a, task, LargeMatrixRound(a, block, task, r), copies[thread], thread, block.threads);
-      copies[thread].wait();
-    });
+  for (int phase = 0; phase < phases; ++phase) {
+    const int loaded = buffers == 2 ? phase : phase % 2 ? rounds : phase / 2;
+    const int multiplied = buffers == 2 ? phase - 1 : phase % 2 ? phase / 2 : -1;
     block.warps([&](const Warp& warp) {
-      const LargeMatrixTask task = shared;
-      multiply_round<T>(block, warp, task, LargeMatrixRound(a, block, task, r), sums);
+      if (loaded < rounds) {
+        const LargeMatrixRound round(block, shared, loaded);
+        warp.lanes([&](int thread) { load_round<T>(a, shared, round, copies[thread], thread, block.threads); });
+      }
+      if (multiplied >= 0) {
+        const LargeMatrixTask task = shared;
+        multiply_round<T>(block, warp, task, LargeMatrixRound(block, task, multiplied), sums);
+      }
+      warp.lanes([&](int thread) { copies[thread].wait(); });
     });
   }
   block.warps([&](const Warp& warp) {
     const LargeMatrixTask task = shared;
-    keep_matrix_sums(block, warp, task, a.large.tiles.columns, block.shared, sums);
+    keep_matrix_sums(block, warp, task, a.large.tiles, block.shared, sums);
   });
 }
 
