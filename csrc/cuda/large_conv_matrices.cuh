@@ -1,8 +1,8 @@
-// A unit of a convolution on tensor cores, in bfloat16 or float16 with float32 sums: a product of
+// A unit of a convolution on tensor cores, in bfloat16, float16 or TF32 with float32 sums: a product of
 // pixels x (taps, source channels) and (taps, source channels) x destination channels, where a tap is an offset.
 //
-// Rounds: source channels `stage` at a time and, of those, taps `rows` rows at a time come to shared memory, as 16-bit
-// elements: the tile with its halo as [pixel][group][source], taps as [tap][slot][8 destination channels][source]. In
+// Rounds: source channels `stage` at a time and, of those, taps `rows` rows at a time come to shared memory, as
+// operands: the tile with its halo as [pixel][group][source], taps as [tap][slot][8 destination channels][source]. In
 // every round a warp adds the products of its items (see MatrixPart) to its sums, which stay in registers until the
 // last round; then they go to the destination in shared memory, where the rounds were. Where there are two buffers a
 // round is loaded while the one before is multiplied; what is copied as it is in memory needs no thread meanwhile.
@@ -124,18 +124,25 @@ MFEF_DEVICE void load_matrix_weights(const Parameter& weights, const LargeMatrix
         task.out + (backward ? group * way.source_per_group + round.first + source : group * way.dest_per_group + dest);
     const int in = task.in + (backward ? dest : round.first + source);
     const int row = by_k(tap), ky = round.first_row + row, kx = tap - row * k;
-    const T* from = static_cast<const T*>(weights.data) + out * weights.stride[0] + in * weights.stride[1] +
-                    (skip + (backward ? way.k - 1 - ky : ky)) * weights.stride[2] +
-                    (skip + (backward ? way.k - 1 - kx : kx)) * weights.stride[3];
+    const Stored<T>* from = static_cast<const Stored<T>*>(weights.data) + out * weights.stride[0] +
+                            in * weights.stride[1] + (skip + (backward ? way.k - 1 - ky : ky)) * weights.stride[2] +
+                            (skip + (backward ? way.k - 1 - kx : kx)) * weights.stride[3];
     uint32_t* to = round.weights + tap * part.tap_step + channel * part.tap_row + vector * 4;
-    if (by_source && left >= kVector && reinterpret_cast<uint64_t>(from) % 16 == 0) {
-      copies.copy_16_bytes(to, from);
-      continue;
+    if constexpr (std::is_same_v<T, Stored<T>>) {
+      if (by_source && left >= kVector && reinterpret_cast<uint64_t>(from) % 16 == 0) {
+        copies.copy_16_bytes(to, from);
+        continue;
+      }
     }
     Vector<uint32_t, 4> words{};
     MFEF_UNROLL
     for (int j = 0; j < kVector; ++j, from += of_source) {
-      if (j < left) words.value[j / 2] |= uint32_t(from->x) << j % 2 * 16;
+      if (j >= left) continue;
+      if constexpr (kPerWord<T> == 1) {
+        words.value[j] = tf32_word(*from);
+      } else {
+        words.value[j / 2] |= uint32_t(from->x) << j % 2 * 16;
+      }
     }
     *reinterpret_cast<Vector<uint32_t, 4>*>(to) = words;
   }
@@ -182,7 +189,8 @@ template <class T>
 MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const LargeMatrixTask& task,
                                 const LargeMatrixRound& round, Block::Registers<LargeMatrixSums>& registers) {
   const MatrixPart& part = task.part;
-  const int k = task.way.k, half = k / 2, words = MatrixPart::chunks(round.end - round.first) * MatrixPart::kSide / 2;
+  const int k = task.way.k, half = k / 2,
+            words = MatrixPart::chunks(round.end - round.first) * MatrixPart::kSide / kPerWord<T>;
   const int items = MatrixPart::items(task.at.rows, task.at.columns, part.slots);
   MFEF_UNROLL
   for (int i = 0; i < MatrixPart::kWarpItems; ++i) {
@@ -205,7 +213,8 @@ MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const Larg
         for (; word + 8 <= words; word += 8) {
           multiply_chunk<T, 8>(warp, task, item, source + word, weights + word, sums);
         }
-        if (word < words) multiply_chunk<T, 4>(warp, task, item, source + word, weights + word, sums);
+        if constexpr (kPerWord<T> == 2)
+          if (word < words) multiply_chunk<T, 4>(warp, task, item, source + word, weights + word, sums);
       }
     }
   }

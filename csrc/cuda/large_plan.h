@@ -115,7 +115,7 @@ struct MatrixPart {
   }
   // Whether tensor cores suit a way; narrower groups would be mostly zeros.
   MFEF_HD static bool suit(const Sizes& s, const Way& way) {
-    return s.element != Element::kFloat && way.source_per_group >= kSide && way.dest_per_group >= kSide;
+    return (s.element != Element::kFloat || s.tf32) && way.source_per_group >= kSide && way.dest_per_group >= kSide;
   }
 };
 
