@@ -1,10 +1,11 @@
-// A unit of a convolution on tensor cores, in bfloat16 or float16 with float32 sums: a product of
+// A unit of a convolution on tensor cores, in bfloat16, float16 or TF32 with float32 sums: a product of
 // pixels x (taps, source channels) and (taps, source channels) x destination channels, where a tap is an offset.
 //
-// Rounds: source channels `stage` at a time and, of those, taps `rows` rows at a time come to shared memory, as 16-bit
-// elements: the tile with its halo as [pixel][group][source], taps as [tap][slot][8 destination channels][source]. In
+// Rounds: source channels `stage` at a time and, of those, taps `rows` rows at a time come to shared memory, as
+// operands: the tile with its halo as [pixel][group][source], taps as [tap][slot][8 destination channels][source]. In
 // every round a warp adds the products of its items (see MatrixPart) to its sums, which stay in registers until the
-// last round; then they go to the destination in shared memory.
+// last round; then they go to the destination in shared memory, where the rounds were. Where there are two buffers a
+// round is loaded while the one before is multiplied; what is copied as it is in memory needs no thread meanwhile.
 // Per 16 source channels of a tap a warp reads 16 matrices of pixels (32 where its slots are of two groups) and 4 of
 // weights, 128 bytes each, for 8 products of 2,048 multiply-adds.
 //
@@ -20,27 +21,49 @@ struct LargeMatrixSums {
   Accumulator of[MatrixPart::kWarpItems][MatrixPart::kItemSlots][MatrixPart::kItemPixels];
 };
 
-// One round of a branch's part, and where it is in shared memory.
+// A branch's part of a unit. It is in shared memory: in registers it would live from round to round, beside the sums.
 struct LargeMatrixTask {
   Way way;
   MatrixPart part;
-  Rectangle at;            // the tile
-  int height;              // of the map
+  Rectangle at;  // the tile
+  int64_t image;
+  int height;   // of the map
+  int out, in;  // where the part begins among the weights of the branch
+  int branch;
+  MatrixRounds rounds;
+
+  MFEF_DEVICE LargeMatrixTask(const BlockArgs& a, const UnitOfTile& of, int b)
+      : way(Way(a.sizes.branches[b], a.large.backward).part(of.unit.first, of.unit.count)),
+        part(a.sizes, a.large.tiles, way, a.large.units.rounds(b)),
+        at(of.region.at),
+        image(of.region.image),
+        height(a.sizes.height),
+        branch(b),
+        rounds(a.large.units.rounds(b)) {
+    const UnitWeights from(Way(a.sizes.branches[b], a.large.backward), of.unit, a.large.backward);
+    out = from.out;
+    in = from.in;
+  }
+};
+static_assert(sizeof(LargeMatrixTask) <= 4 * MatrixPart::kTask);
+
+// One of its rounds, and where that is in shared memory.
+struct LargeMatrixRound {
   int first, end;          // source channels of a group
   int first_row, end_row;  // of taps
   uint32_t *source, *weights;
 
-  MFEF_DEVICE LargeMatrixTask(const BlockArgs& a, const Block& block, const UnitOfTile& of)
-      : way(Way(a.sizes.branches[of.unit.branch], a.large.backward).part(of.unit.first, of.unit.count)),
-        part(a.large.tiles, way, a.large.units.stage[of.unit.branch], a.large.units.rows[of.unit.branch]),
-        at(of.region.at),
-        height(a.sizes.height),
-        first(0),
-        end(0),
-        first_row(0),
-        end_row(0),
-        source(reinterpret_cast<uint32_t*>(block.shared) + part.source),
-        weights(reinterpret_cast<uint32_t*>(block.shared) + part.weights) {}
+  MFEF_DEVICE LargeMatrixRound(const Block& block, const LargeMatrixTask& task, int index) {
+    const int of_rows = task.rounds.of_rows(task.way), stage = index / of_rows;
+    first = stage * task.rounds.stage;
+    end = least(first + task.rounds.stage, task.way.source_per_group);
+    first_row = (index - stage * of_rows) * task.rounds.rows;
+    end_row = least(first_row + task.rounds.rows, task.way.k);
+    weights = reinterpret_cast<uint32_t*>(block.shared);
+    source = weights + task.part.source;
+    if (task.part.source_buffers == 2 && stage % 2) source += task.part.round_source;
+    if (task.part.weight_buffers == 2 && index % 2) weights += task.part.round_weights;
+  }
 };
 
 // Where an item's matrices of pixels begin, and its slots. Matrices beyond the last are the last, slots beyond the last
@@ -68,40 +91,60 @@ struct LargeMatrixItem {
   }
 };
 
-// The taps of a round. out_first and in_first: where the part begins among the weights of the branch.
+// The taps of a round, 16 bytes at a time: kVector source channels of a destination channel at one tap. Threads follow
+// memory: neighbours take neighbouring source channels, destination channels or taps, whichever are neighbours there.
+// Whole vectors in memory are copied.
 template <class T>
-MFEF_DEVICE void load_matrix_weights(const Parameter& weights, const LargeMatrixTask& task, int full_k, int out_first,
-                                     int in_first, bool backward, int thread, int threads) {
-  constexpr int kSide = MatrixPart::kSide;
+MFEF_DEVICE void load_matrix_weights(const Parameter& weights, const LargeMatrixTask& task,
+                                     const LargeMatrixRound& round, int full_k, bool backward, Copies& copies,
+                                     int thread, int threads) {
+  constexpr int kSide = MatrixPart::kSide, kVector = 4 * kPerWord<T>;
   const Way& way = task.way;
   const MatrixPart& part = task.part;
-  const int count = task.end - task.first, words = MatrixPart::chunks(count) * kSide / 2;
-  const int skip = (full_k - way.k) / 2, channels = part.slots * kSide;
-  const int64_t of_source = weights.stride[backward ? 0 : 1];
-  const int64_t step = backward ? -weights.stride[3] : weights.stride[3];
-  const Quotient by_words(words), by_group(part.slots_per_group * kSide);
+  const int count = round.end - round.first, skip = (full_k - way.k) / 2;
+  const int vectors = MatrixPart::chunks(count) * kSide / kVector, channels = part.slots * kSide;
+  const int k = way.k, of_group = part.slots_per_group * kSide;
+  const int taps = (round.end_row - round.first_row) * k;
+  const int64_t of_source = weights.stride[backward ? 0 : 1], of_dest = weights.stride[backward ? 1 : 0];
+  const bool by_source = of_source == 1, by_dest = !by_source && of_dest == 1, by_tap = !by_source && !by_dest;
+  const bool near_source = by_source || (by_tap && of_source < of_dest);
+  // The index of a vector: (inner, middle, outer).
+  const int inner = by_source ? vectors : by_dest ? channels : taps;
+  const int middle = by_tap ? near_source ? vectors : channels : taps;
+  const Quotient by_inner(inner), by_middle(middle), by_group(of_group), by_k(k);
   MFEF_ROLLED
-  for (int e = thread; e < channels * words; e += threads) {
-    const int channel = by_words(e), word = e - channel * words;
-    const int group = by_group(channel), dest = channel - group * part.slots_per_group * kSide, source = 2 * word;
-    const bool has[2] = {dest < way.dest_per_group && source < count, dest < way.dest_per_group && source + 1 < count};
+  for (int e = thread; e < vectors * channels * taps; e += threads) {
+    const int rest = by_inner(e), i = e - rest * inner, o = by_middle(rest), m = rest - o * middle;
+    const int tap = by_tap ? i : m, near = by_tap ? m : i;
+    const int vector = near_source ? near : o, channel = near_source ? o : near;
+    const int group = by_group(channel), dest = channel - group * of_group;
+    const int source = vector * kVector, left = dest < way.dest_per_group ? count - source : 0;
     // Forward a group's destination channels follow on those before it, backward its source channels.
-    const int64_t out = backward ? out_first + group * way.source_per_group + task.first + source
-                                 : out_first + group * way.dest_per_group + dest;
-    const int64_t in = backward ? in_first + dest : in_first + task.first + source;
-    const T* corner = static_cast<const T*>(weights.data) + out * weights.stride[0] + in * weights.stride[1];
-    uint32_t* to = task.weights + channel * part.tap_row + word;
-    MFEF_ROLLED
-    for (int ky = task.first_row; ky < task.end_row; ++ky) {
-      const int row = skip + (backward ? way.k - 1 - ky : ky), column = skip + (backward ? way.k - 1 : 0);
-      const T* from = corner + row * weights.stride[2] + column * weights.stride[3];
-      MFEF_ROLLED
-      for (int kx = 0; kx < way.k; ++kx, from += step, to += channels * part.tap_row) {
-        uint32_t value = has[0] ? from[0].x : 0;
-        if (has[1]) value |= uint32_t(from[of_source].x) << 16;
-        *to = value;
+    const int out =
+        task.out + (backward ? group * way.source_per_group + round.first + source : group * way.dest_per_group + dest);
+    const int in = task.in + (backward ? dest : round.first + source);
+    const int row = by_k(tap), ky = round.first_row + row, kx = tap - row * k;
+    const Stored<T>* from = static_cast<const Stored<T>*>(weights.data) + out * weights.stride[0] +
+                            in * weights.stride[1] + (skip + (backward ? way.k - 1 - ky : ky)) * weights.stride[2] +
+                            (skip + (backward ? way.k - 1 - kx : kx)) * weights.stride[3];
+    uint32_t* to = round.weights + tap * part.tap_step + channel * part.tap_row + vector * 4;
+    if constexpr (std::is_same_v<T, Stored<T>>) {
+      if (by_source && left >= kVector && reinterpret_cast<uint64_t>(from) % 16 == 0) {
+        copies.copy_16_bytes(to, from);
+        continue;
       }
     }
+    Vector<uint32_t, 4> words{};
+    MFEF_UNROLL
+    for (int j = 0; j < kVector; ++j, from += of_source) {
+      if (j >= left) continue;
+      if constexpr (kPerWord<T> == 1) {
+        words.value[j] = tf32_word(*from);
+      } else {
+        words.value[j / 2] |= uint32_t(from->x) << j % 2 * 16;
+      }
+    }
+    *reinterpret_cast<Vector<uint32_t, 4>*>(to) = words;
   }
 }
 
@@ -144,9 +187,10 @@ MFEF_DEVICE void multiply_chunk(const Warp& warp, const LargeMatrixTask& task, c
 // A round's products of the items of a warp.
 template <class T>
 MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const LargeMatrixTask& task,
-                                Block::Registers<LargeMatrixSums>& registers) {
+                                const LargeMatrixRound& round, Block::Registers<LargeMatrixSums>& registers) {
   const MatrixPart& part = task.part;
-  const int k = task.way.k, half = k / 2, words = MatrixPart::chunks(task.end - task.first) * MatrixPart::kSide / 2;
+  const int k = task.way.k, half = k / 2,
+            words = MatrixPart::chunks(round.end - round.first) * MatrixPart::kSide / kPerWord<T>;
   const int items = MatrixPart::items(task.at.rows, task.at.columns, part.slots);
   MFEF_UNROLL
   for (int i = 0; i < MatrixPart::kWarpItems; ++i) {
@@ -156,21 +200,21 @@ MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const Larg
     auto sums = [&](int thread, int slot, int p) -> Accumulator& { return registers[thread].of[i][slot][p]; };
     // Rows of taps that meet the map from any of the item's rows.
     const int top = item.place[0].row, bottom = item.place[MatrixPart::kItemPixels - 1].row + 1;
-    const int begin = most(task.first_row, -task.at.row - bottom + half);
-    const int end = least(task.end_row, task.height - task.at.row - top + half);
+    const int begin = most(round.first_row, -task.at.row - bottom + half);
+    const int end = least(round.end_row, task.height - task.at.row - top + half);
     MFEF_ROLLED
     for (int ky = begin; ky < end; ++ky) {
       MFEF_ROLLED
       for (int kx = 0; kx < k; ++kx) {
-        const uint32_t* source = task.source + (ky * part.columns + kx) * part.pixel_step;
-        const uint32_t* weights =
-            task.weights + ((ky - task.first_row) * k + kx) * part.slots * MatrixPart::kSide * part.tap_row;
+        const uint32_t* source = round.source + (ky * part.columns + kx) * part.pixel_step;
+        const uint32_t* weights = round.weights + ((ky - round.first_row) * k + kx) * part.tap_step;
         int word = 0;
         MFEF_ROLLED
         for (; word + 8 <= words; word += 8) {
           multiply_chunk<T, 8>(warp, task, item, source + word, weights + word, sums);
         }
-        if (word < words) multiply_chunk<T, 4>(warp, task, item, source + word, weights + word, sums);
+        if constexpr (kPerWord<T> == 2)
+          if (word < words) multiply_chunk<T, 4>(warp, task, item, source + word, weights + word, sums);
       }
     }
   }
@@ -178,10 +222,11 @@ MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const Larg
 
 // The sums of a warp's items to the destination in shared memory. What is beyond the last matrix is written where the
 // last is, as the same, and a row beyond the tile's where nobody reads.
-MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const LargeMatrixTask& task, int pitch,
+MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const LargeMatrixTask& task, const Cover& tiles,
                                   float* dest, Block::Registers<LargeMatrixSums>& registers) {
   const MatrixPart& part = task.part;
-  const int items = MatrixPart::items(task.at.rows, task.at.columns, part.slots), step = int(part.dest_step);
+  const int items = MatrixPart::items(task.at.rows, task.at.columns, part.slots);
+  const int pitch = tiles.columns, step = int(odd_vectors(tiles.rows * pitch));
   MFEF_UNROLL
   for (int i = 0; i < MatrixPart::kWarpItems; ++i) {
     const int index = warp.index + i * (block.threads / kWarp);
@@ -211,41 +256,56 @@ MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const La
 }
 
 template <class T>
-MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& block, const UnitOfTile& of) {
+MFEF_DEVICE void load_round(const BlockArgs& a, const LargeMatrixTask& task, const LargeMatrixRound& round,
+                            Copies& copies, int thread, int threads) {
   const LargeArgs& l = a.large;
-  const Branch& branch = a.sizes.branches[of.unit.branch];
-  const int stage = l.units.stage[of.unit.branch], rows = l.units.rows[of.unit.branch];
-  LargeMatrixTask task(a, block, of);
-  const Way& way = task.way;
-  const Rectangle& at = task.at;
+  load_matrix_weights<T>(a.conv_weights[task.branch], task, round, a.sizes.branches[task.branch].full_k, l.backward,
+                         copies, thread, threads);
+  if (round.first_row == 0) {
+    const Rectangle& at = task.at;
+    const int half = task.way.k / 2;
+    const Rectangle around{at.row - half, at.rows + 2 * half, at.column - half,
+                           ceil_div(at.columns, kSpan) * kSpan + 2 * half};
+    const PixelStage to{round.source, task.part.columns, task.part.pixel_step, task.part.group};
+    load_pixels<T>(l.source, l.source_element, a.sizes,
+                   {task.image, task.way.source_first + round.first, round.end - round.first, around}, task.way.groups,
+                   task.way.source_per_group, to, copies, thread, threads);
+  }
+  copies.commit();
+}
+
+template <class T>
+MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& block, const UnitOfTile& of) {
+  LargeMatrixTask& shared = *reinterpret_cast<LargeMatrixTask*>(block.shared + a.large.units.task);
   Block::Registers<LargeMatrixSums> sums(block);
   Block::Registers<Copies> copies(block);
-  block.phase([&](int thread) { sums[thread] = {}; });
+  block.phase([&](int thread) {
+    sums[thread] = {};
+    if (thread == 0) shared = LargeMatrixTask(a, of, of.unit.branch);
+  });
+  // With two buffers a phase loads a round and multiplies the one before, with one it does either.
+  const int rounds = shared.rounds.count(shared.way), buffers = shared.part.weight_buffers;
+  const int phases = buffers == 2 ? rounds + 1 : 2 * rounds;
   MFEF_ROLLED
-  for (task.first = 0; task.first < way.source_per_group; task.first += stage) {
-    task.end = least(task.first + stage, way.source_per_group);
-    MFEF_ROLLED
-    for (task.first_row = 0; task.first_row < way.k; task.first_row += rows) {
-      task.end_row = least(task.first_row + rows, way.k);
-      block.phase([&](int thread) {
-        const UnitWeights from(Way(branch, l.backward), of.unit, l.backward);
-        load_matrix_weights<T>(a.conv_weights[of.unit.branch], task, branch.full_k, from.out, from.in, l.backward,
-                               thread, block.threads);
-        if (task.first_row) return;
-        const int half = way.k / 2;
-        const Rectangle around{at.row - half, at.rows + 2 * half, at.column - half,
-                               ceil_div(at.columns, kSpan) * kSpan + 2 * half};
-        const PixelStage to{task.source, task.part.columns, task.part.pixel_step, task.part.group};
-        load_pixels<T>(l.source, l.source_element, a.sizes,
-                       {of.region.image, way.source_first + task.first, task.end - task.first, around}, way.groups,
-                       way.source_per_group, to, copies[thread], thread, block.threads);
-        copies[thread].commit();
-        copies[thread].wait();
-      });
-      block.warps([&](const Warp& warp) { multiply_round<T>(block, warp, task, sums); });
-    }
+  for (int phase = 0; phase < phases; ++phase) {
+    const int loaded = buffers == 2 ? phase : phase % 2 ? rounds : phase / 2;
+    const int multiplied = buffers == 2 ? phase - 1 : phase % 2 ? phase / 2 : -1;
+    block.warps([&](const Warp& warp) {
+      if (loaded < rounds) {
+        const LargeMatrixRound round(block, shared, loaded);
+        warp.lanes([&](int thread) { load_round<T>(a, shared, round, copies[thread], thread, block.threads); });
+      }
+      if (multiplied >= 0) {
+        const LargeMatrixTask task = shared;
+        multiply_round<T>(block, warp, task, LargeMatrixRound(block, task, multiplied), sums);
+      }
+      warp.lanes([&](int thread) { copies[thread].wait(); });
+    });
   }
-  block.warps([&](const Warp& warp) { keep_matrix_sums(block, warp, task, l.tiles.columns, block.shared, sums); });
+  block.warps([&](const Warp& warp) {
+    const LargeMatrixTask task = shared;
+    keep_matrix_sums(block, warp, task, a.large.tiles, block.shared, sums);
+  });
 }
 
 }  // namespace mfef::cuda

@@ -59,34 +59,54 @@ struct Halo {
       : rows(cover.rows + k - 1), pitch(cover.columns + fill4(k - 1)), step(odd_vectors(int64_t(rows) * pitch)) {}
 };
 
-// A part of a branch on tensor cores (large_conv_matrices.cuh), of 16-bit elements. A matrix of pixels is a span of two
-// rows, a slot is 8 destination channels of a group, and a warp has up to kWarpItems items of kItemPixels matrices of
-// pixels by kItemSlots slots. Channels of a group are filled up with zeros to whole chunks of 8 in shared memory.
+// How a part of a branch on tensor cores comes to shared memory: so many source channels of a group and rows of taps at
+// a time, which is a round; with two buffers a round's while the products of the one before are computed.
+struct MatrixRounds {
+  int stage, rows, buffers;
+
+  MFEF_HD int of_rows(const Way& part) const { return ceil_div(part.k, rows); }
+  MFEF_HD int stages(const Way& part) const { return ceil_div(part.source_per_group, stage); }
+  MFEF_HD int count(const Way& part) const { return stages(part) * of_rows(part); }
+};
+
+// A part of a branch on tensor cores (large_conv_matrices.cuh). A matrix of pixels is a span of two rows, a slot is 8
+// destination channels of a group, and a warp has up to kWarpItems items of kItemPixels matrices of pixels by
+// kItemSlots slots. Channels of a group are filled up with zeros to whole chunks of 8 in shared memory.
 struct MatrixPart {
   static constexpr int kSide = 8, kItemPixels = 4, kItemSlots = 2, kWarpItems = 2;
   static constexpr int kItems = kWarpItems * kConvolutionThreads / 32;  // of a thread block, at most
+  static constexpr int kTask = 64;                                      // floats of a LargeMatrixTask, behind all else
 
   int slots_per_group, slots;
-  int columns;                     // of the source with its halo
-  int group, pixel_step, tap_row;  // words: of a group's sources in a pixel, from pixel to pixel, of a channel's taps
-  int64_t dest_step, weights, source, total;  // as in UnitLayout; a tap's weights are [slot][8 channels][source]
+  int columns;  // of the source with its halo
+  // Words: of a group's sources in a pixel, from pixel to pixel, from channel to channel of a tap, from tap to tap.
+  int group, pixel_step, tap_row, tap_step;
+  // Words of a round's taps, [tap][slot][8 channels][source], and of its pixels; how many of each there are; where the
+  // pixels begin, behind the taps. The destination takes their place in the end.
+  int weight_buffers, source_buffers;
+  int64_t round_weights, round_source, source, total;
 
-  // Words from row to row of what is read as matrices: 4 more than a multiple of 8, so that 8 rows read all banks.
+  // Words from row to row of what is read as matrices: 4 more than a multiple of 8, so that 8 rows read all banks. From
+  // tap to tap they are 4 more than a multiple of 32, since neighbouring threads write 16 bytes of neighbouring taps.
   MFEF_HD static int row_step(int words) { return (words + 3) / 8 * 8 + 4; }
   MFEF_HD static int chunks(int channels) { return ceil_div(channels, kSide); }
+  // Channels of a word: 16-bit elements, or TF32.
+  MFEF_HD static int per_word(const Sizes& s) { return s.element == Element::kFloat ? 1 : 2; }
 
-  // `stage` source channels of a group and `rows` rows of taps at a time.
-  MFEF_HD MatrixPart(const Cover& tiles, const Way& part, int stage, int rows)
+  MFEF_HD MatrixPart(const Sizes& s, const Cover& tiles, const Way& part, const MatrixRounds& rounds)
       : slots_per_group(chunks(part.dest_per_group)),
         slots(part.groups * slots_per_group),
         columns(tiles.columns + part.k - 1),
-        group(chunks(stage) * kSide / 2),
+        group(chunks(rounds.stage) * kSide / per_word(s)),
         pixel_step(row_step(part.groups * group)),
         tap_row(row_step(group)),
-        dest_step(odd_vectors(int64_t(tiles.rows) * tiles.columns)),
-        weights(part.dest() * dest_step),
-        source(weights + int64_t(rows) * part.k * slots * kSide * tap_row),
-        total(source + int64_t(tiles.rows + part.k - 1) * columns * pixel_step) {}
+        tap_step(slots * kSide * tap_row + 4),
+        weight_buffers(least(rounds.buffers, rounds.count(part))),
+        source_buffers(least(rounds.buffers, rounds.stages(part))),
+        round_weights(int64_t(rounds.rows) * part.k * tap_step),
+        round_source(int64_t(tiles.rows + part.k - 1) * columns * pixel_step),
+        source(weight_buffers * round_weights),
+        total(source + source_buffers * round_source) {}
 
   // Of a tile, or at most of any.
   MFEF_HD static int items(int rows, int columns, int slots) {
@@ -120,10 +140,13 @@ struct UnitWeights {
 struct Units {
   int count;
   // Of every branch: destination channels of a unit, whole groups or a run of one; and how many source channels of a
-  // group are in shared memory at a time. On tensor cores also how many rows of taps are, else 0.
-  int channels[kMaxBranches], stage[kMaxBranches], rows[kMaxBranches];
+  // group are in shared memory at a time. On tensor cores also how many rows of taps are, else 0, and in how many
+  // buffers.
+  int channels[kMaxBranches], stage[kMaxBranches], rows[kMaxBranches], buffers[kMaxBranches];
+  int task;       // on tensor cores: where the LargeMatrixTask is in shared memory, in floats
   bool matrices;  // which branches count: those on tensor cores, or the others
 
+  MFEF_HD MatrixRounds rounds(int b) const { return {stage[b], rows[b], buffers[b]}; }
   MFEF_HD static bool merged(const Sizes& s, bool backward) { return s.branch_count == 0 || summed(s, backward); }
   // Those of one launch alone.
   Units of_launch(const Sizes& s, bool backward, bool on_tensor_cores) const {
@@ -313,31 +336,43 @@ inline int choose_stage(const Cover& tiles, const Way& part, int64_t limit) {
   return 0;
 }
 
-// The same on tensor cores, with the rows of taps at a time: those of the fewest rounds. False if they do not suit.
+// What the rounds of a part cost beside their products, in bytes that a thread block could have loaded meanwhile: loads
+// that products wait for, and as constants those waits and the barriers of the rounds. The constants are estimates, of
+// 700 and 200 cycles at 21 bytes, a third of what a multiprocessor gets from L2.
+inline int64_t exposed_bytes(const Sizes& s, const Cover& tiles, const Way& part, const MatrixRounds& rounds) {
+  constexpr int64_t kWait = 16 * 1024, kBarrier = 4 * 1024;
+  const MatrixPart shape(s, tiles, part, rounds);
+  const int64_t pixels = shape.round_source / shape.pixel_step * part.groups * shape.group * 4;
+  const int64_t weights = int64_t(rounds.rows) * part.k * shape.slots * MatrixPart::kSide * shape.group * 4;
+  const int count = rounds.count(part);
+  if (rounds.buffers == 2) return pixels + weights + kWait + (count + 1) * kBarrier;
+  return rounds.stages(part) * pixels + count * (weights + kWait + 2 * kBarrier);
+}
+
+// The same on tensor cores: the rounds that cost least. False if they do not suit.
 inline bool choose_matrices(const Sizes& s, const Cover& tiles, const Way& way, const Way& part, int64_t limit,
-                            int* stage, int* rows) {
-  constexpr int kDepth = 2 * MatrixPart::kSide;  // of a product
-  if (!MatrixPart::suit(s, way) ||
-      MatrixPart::items(tiles.rows, tiles.columns, MatrixPart(tiles, part, 1, 1).slots) > MatrixPart::kItems ||
-      4 * UnitLayout::statistics(tiles, part.dest()) > limit) {
-    return false;
+                            MatrixRounds* best) {
+  if (!MatrixPart::suit(s, way) || 4 * UnitLayout::statistics(tiles, part.dest()) > limit) return false;
+  const int slots = part.groups * MatrixPart::chunks(part.dest_per_group);
+  if (MatrixPart::items(tiles.rows, tiles.columns, slots) > MatrixPart::kItems) return false;
+  const int sources = part.source_per_group, depth = MatrixPart::kSide * MatrixPart::per_word(s);  // of a product
+  const int products = ceil_div(sources, depth);
+  int64_t cost = 0;
+  // The last resort is half a product.
+  for (int stages = 1; stages <= products + (cost == 0); ++stages) {
+    for (int runs = 1; runs <= part.k; ++runs) {
+      for (const int buffers : {1, 2}) {
+        const int stage = stages > products ? MatrixPart::kSide : least(ceil_div(products, stages) * depth, sources);
+        const MatrixRounds rounds{stage, ceil_div(part.k, runs), buffers};
+        if (4 * int64_t(MatrixPart(s, tiles, part, rounds).total) > limit) continue;
+        const int64_t of_rounds = exposed_bytes(s, tiles, part, rounds);
+        if (cost && of_rounds >= cost) continue;
+        cost = of_rounds;
+        *best = rounds;
+      }
+    }
   }
-  const int sources = way.source_per_group, products = ceil_div(sources, kDepth);
-  int fewest = 0;
-  for (int stages = 1; stages <= products + 1; ++stages) {
-    // The last resort is half a product.
-    const int channels = stages > products ? MatrixPart::kSide : least(ceil_div(products, stages) * kDepth, sources);
-    const int64_t taps = MatrixPart(tiles, part, channels, 1).source - MatrixPart(tiles, part, channels, 0).source;
-    const int64_t left = (limit / 4 - MatrixPart(tiles, part, channels, 0).total) / taps;
-    if (left < 1) continue;
-    const int of_taps = left < part.k ? int(left) : part.k;
-    const int rounds = ceil_div(sources, channels) * ceil_div(part.k, of_taps);
-    if (fewest && rounds >= fewest) continue;
-    fewest = rounds;
-    *stage = channels;
-    *rows = of_taps;
-  }
-  return fewest > 0;
+  return cost > 0;
 }
 
 // Statistics alone, of what has the channels of y.
@@ -379,12 +414,13 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
   // The same on tensor cores.
   auto matrices_suit = [&](int b, int channels) {
     const Way way(s.branches[b], backward), part = way.part(0, channels);
-    int stage, rows;
-    if (!choose_matrices(s, tiles, way, part, kLargeShared, &stage, &rows)) return false;
+    MatrixRounds rounds;
+    if (!choose_matrices(s, tiles, way, part, kLargeShared - 4 * MatrixPart::kTask, &rounds)) return false;
     units->channels[b] = channels;
-    units->stage[b] = stage;
-    units->rows[b] = rows;
-    see_in(shared_matrices, MatrixPart(tiles, part, stage, rows).total);
+    units->stage[b] = rounds.stage;
+    units->rows[b] = rounds.rows;
+    units->buffers[b] = rounds.buffers;
+    see_in(shared_matrices, MatrixPart(s, tiles, part, rounds).total);
     see_in(shared_matrices, UnitLayout::statistics(tiles, channels));
     return true;
   };
@@ -422,6 +458,8 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     }
     if (!channels) return false;
   }
+  units->task = int(*shared_matrices / 4);
+  if (*shared_matrices) *shared_matrices += 4 * MatrixPart::kTask;
   units->count = units->of_launch(s, backward, false).count + units->of_launch(s, backward, true).count;
   return true;
 }
