@@ -3,10 +3,12 @@
 //
 // A thread block is one tile of one slice (see LargeMatrixTiles), a warp has up to 3 of its items: 16 destination
 // channels, 8 source channels, 3 neighbouring taps. A thread has 36 sums of a chain, which goes on from piece to piece,
-// and 36 of the slice. The pieces come to shared memory one by one, in 16 bits: dy as [pixel][16 channels], x with its
-// halo as [pixel][channels of the tile's slots]; both are read transposed, so a tap is an offset. Per 16 pixels, a span
-// of two rows, a warp reads 4 matrices of dy and 2 of x for every product of 2,048 multiply-adds. Groups of 8
-// destination channels waste half of them.
+// and 36 of the slice. The pieces come to shared memory one by one: dy as [pixel][16 channels], x with its halo as
+// [pixel][channels of the tile's slots]; a tap is an offset.
+//
+// In 16 bits both are read transposed: per 16 pixels, a span of two rows, a warp reads 4 matrices of dy and 2 of x for
+// every product of 2,048 multiply-adds. TF32 cannot be read so; lanes read its words one by one, 4 of dy per 8 pixels
+// of a row and 2 of x for every product of 1,024. Groups of 8 destination channels waste half of the products.
 #pragma once
 
 #include "pixels.cuh"
