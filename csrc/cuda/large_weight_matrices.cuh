@@ -75,9 +75,8 @@ MFEF_DEVICE void multiply_piece(const Warp& warp, const LargeMatrixTiles& shape,
     taps[i] = item.taps;
   }
   Warp::Registers<Fragment<4>> a;
-  Warp::Registers<Fragment<2>> b;
+  Warp::Registers<Fragment<2>> b[LargeMatrixTiles::kTaps];
   auto to_a = [&](int thread) -> auto& { return a[thread]; };
-  auto to_b = [&](int thread) -> auto& { return b[thread]; };
   // A product's pixels are a span of two rows, in TF32 of one.
   constexpr int kRows = kPerWord<T>;
   MFEF_ROLLED
@@ -93,16 +92,24 @@ MFEF_DEVICE void multiply_piece(const Warp& warp, const LargeMatrixTiles& shape,
       }
       MFEF_UNROLL
       for (int i = 0; i < LargeMatrixTiles::kWarpItems; ++i) {
+        // All taps are under way before the first product waits for its own.
         MFEF_UNROLL
         for (int t = 0; t < LargeMatrixTiles::kTaps; ++t) {
           if (t >= taps[i]) continue;
           const uint32_t* of_tap = of_x + t * x_step + offset[i];
+          auto to_b = [&](int thread) -> auto& { return b[t][thread]; };
           if constexpr (kTf32) {
             load_words<2>(warp, to_b, place_in_b, [&](Place at) { return of_tap[at.column * x_step + at.row]; });
           } else {
             load_transposed<2>(warp, to_b, [&](int m, int r) { return of_tap + (m * x_columns + r) * x_step; });
           }
-          multiply_add<T, 8>(warp, [&](int thread) -> auto& { return registers[thread].chain[i][t]; }, to_a, to_b);
+        }
+        MFEF_UNROLL
+        for (int t = 0; t < LargeMatrixTiles::kTaps; ++t) {
+          if (t >= taps[i]) continue;
+          multiply_add<T, 8>(
+              warp, [&](int thread) -> auto& { return registers[thread].chain[i][t]; }, to_a,
+              [&](int thread) -> auto& { return b[t][thread]; });
         }
       }
       chained = (chained + kRows * kSpan) % kMatrixChain;
