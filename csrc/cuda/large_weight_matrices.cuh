@@ -13,10 +13,6 @@
 
 namespace mfef::cuda {
 
-// Products that one sum takes before it is added to that of the slice. Tensor cores do not round, they cut towards
-// zero: a long chain would end too near it, by half a last place per product of matrices.
-constexpr int kMatrixChain = 128;
-
 struct LargeMatrixWeightSums {
   using OfWarp = Accumulator[LargeMatrixTiles::kWarpItems][LargeMatrixTiles::kTaps];
   OfWarp chain, slice;
