@@ -342,12 +342,12 @@ inline int64_t exposed_bytes(const Sizes& s, const Cover& tiles, const Way& part
   return rounds.stages(part) * pixels + count * (weights + kWait + 2 * kBarrier);
 }
 
-// The same on tensor cores: the rounds that cost least. False if they do not suit.
-inline bool choose_matrices(const Sizes& s, const Cover& tiles, const Way& way, const Way& part, int64_t limit,
-                            MatrixRounds* best) {
-  if (!MatrixPart::suit(s, way) || 4 * UnitLayout::statistics(tiles, part.dest()) > limit) return false;
+// The same on tensor cores: the rounds that cost least, and what they cost. 0 if they do not suit.
+inline int64_t choose_matrices(const Sizes& s, const Cover& tiles, const Way& way, const Way& part, int64_t limit,
+                               MatrixRounds* best) {
+  if (!MatrixPart::suit(s, way) || 4 * UnitLayout::statistics(tiles, part.dest()) > limit) return 0;
   const int slots = part.groups * MatrixPart::chunks(part.dest_per_group);
-  if (MatrixPart::items(tiles.rows, tiles.columns, slots) > MatrixPart::kItems) return false;
+  if (MatrixPart::items(tiles.rows, tiles.columns, slots) > MatrixPart::kItems) return 0;
   const int sources = part.source_per_group, depth = MatrixPart::kSide * MatrixPart::per_word(s);  // of a product
   const int products = ceil_div(sources, depth);
   int64_t cost = 0;
@@ -365,7 +365,7 @@ inline bool choose_matrices(const Sizes& s, const Cover& tiles, const Way& way, 
       }
     }
   }
-  return cost > 0;
+  return cost;
 }
 
 // Statistics alone, of what has the channels of y.
@@ -404,24 +404,21 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     }
     return units->stage[b] > 0;
   };
-  // The same on tensor cores.
-  auto matrices_suit = [&](int b, int channels) {
-    const Way way(s.branches[b], backward), part = way.part(0, channels);
-    MatrixRounds rounds;
-    if (!choose_matrices(s, tiles, way, part, kLargeShared - 4 * MatrixPart::kTask, &rounds)) return false;
+  // The same on tensor cores, by `rounds`.
+  auto take_matrices = [&](int b, int channels, const MatrixRounds& rounds) {
     units->channels[b] = channels;
     units->stage[b] = rounds.stage;
     units->rows[b] = rounds.rows;
     units->buffers[b] = rounds.buffers;
-    see_in(shared_matrices, MatrixPart(s, tiles, part, rounds).total);
+    see_in(shared_matrices, MatrixPart(s, tiles, Way(s.branches[b], backward).part(0, channels), rounds).total);
     see_in(shared_matrices, UnitLayout::statistics(tiles, channels));
-    return true;
   };
   // Destination channels of a unit with at most `slots`: whole groups, or a run of one.
   auto of_slots = [](const Way& way, int slots) {
     const int chunks = MatrixPart::chunks(way.dest_per_group), groups = least(slots / chunks, way.groups);
     return groups ? groups * way.dest_per_group : ceil_div(chunks, ceil_div(chunks, slots)) * MatrixPart::kSide;
   };
+  constexpr int64_t matrix_limit = kLargeShared - 4 * MatrixPart::kTask;
   const int columns_of_items = MatrixPart::kItems / MatrixPart::items(tiles.rows, tiles.columns, 1);
   const int most_slots = least(columns_of_items * MatrixPart::kItemSlots, kUnitChannels / MatrixPart::kSide);
   if (merged) {
@@ -439,10 +436,19 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     const Way way(s.branches[b], backward);
     const int per_group = way.dest_per_group, pairs = per_group % 2 == 0 ? 2 : 1;
     int channels = 0;
-    for (int slots = MatrixPart::suit(s, way) ? most_slots : 0; slots > 0 && !channels; slots /= 2) {
-      channels = of_slots(way, slots);
-      if (!matrices_suit(b, channels)) channels = 0;
+    // On tensor cores units of the size that costs least per channel.
+    MatrixRounds best{};
+    int64_t cost = 0;
+    for (int slots = MatrixPart::suit(s, way) ? most_slots : 0; slots > 0; slots /= 2) {
+      const int of_unit = of_slots(way, slots);
+      MatrixRounds rounds;
+      const int64_t of_rounds = choose_matrices(s, tiles, way, way.part(0, of_unit), matrix_limit, &rounds);
+      if (!of_rounds || (cost && of_rounds * channels >= cost * of_unit)) continue;
+      cost = of_rounds;
+      channels = of_unit;
+      best = rounds;
     }
+    if (channels) take_matrices(b, channels, best);
     for (int most_channels = wanted * pairs; most_channels > 0 && !channels; most_channels /= 2) {
       const int groups = least(most_channels / per_group, way.groups);
       const int runs = ceil_div(per_group, most_channels), even = ceil_div(ceil_div(per_group, runs), pairs) * pairs;

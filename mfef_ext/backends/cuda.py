@@ -29,7 +29,9 @@ def plan(problem: Problem, limit: int | None = None) -> dict[str, object]:
     thread block; large maps: of the convolution), scratch_bytes. Small maps: images (per thread
     block), blocks, row (floats of a map's row in shared memory), ``forward_``, ``backward_``
     stages. Large maps: tile and piece (rows and columns of the convolution's and of the attention's
-    share of a map), tiles and pieces (per image), ``forward_``, ``backward_`` units (of channels).
+    share of a map), tiles and pieces (per image), ``forward_``, ``backward_`` units (of channels)
+    and tensor_core_rounds (of every branch there: source channels of a group and rows of taps that
+    are in shared memory at a time, and in how many buffers).
     Of both, for ``forward_``, ``backward_`` and ``weight_gradient_``: tensor_core_branches (those
     that tensor cores compute).
     """
