@@ -258,10 +258,16 @@ struct LargeMatrixTiles {
     return MatrixPart::suit(s, Way(b, false)) ? LargeMatrixTiles(b).tiles : 0;
   }
 
-  // Words of a pixel in shared memory: of dy, and of x, where it has a halo.
-  MFEF_HD static int dy_step() { return MatrixPart::row_step(kDests / 2); }
-  MFEF_HD int x_step() const { return MatrixPart::row_step(tile_slots * kSlot / 2); }
-  MFEF_HD static int64_t dy_words(const Cover& piece) { return int64_t(piece.rows) * piece.columns * dy_step(); }
+  // Words from pixel to pixel in shared memory. In TF32 lanes read 4 pixels by 8 channels: an odd multiple of 8 words
+  // apart, so that those lie in different banks.
+  MFEF_HD static int pixel_step(bool tf32, int channels) {
+    return tf32 ? (channels / 8 | 1) * 8 : MatrixPart::row_step(channels / 2);
+  }
+  MFEF_HD static int dy_step(bool tf32) { return pixel_step(tf32, kDests); }
+  MFEF_HD int x_step(bool tf32) const { return pixel_step(tf32, tile_slots * kSlot); }
+  MFEF_HD static int64_t dy_words(bool tf32, const Cover& piece) {
+    return int64_t(piece.rows) * piece.columns * dy_step(tf32);
+  }
 
   static int64_t bytes(const Sizes& s, const Cover& piece) {
     int64_t largest = 0;
@@ -269,8 +275,9 @@ struct LargeMatrixTiles {
       if (!count(s, b)) continue;
       const int k = s.branches[b].k;
       const int64_t x =
-          int64_t(piece.rows + k - 1) * (piece.columns + k - 1) * LargeMatrixTiles(s.branches[b]).x_step();
-      largest = largest > dy_words(piece) + x ? largest : dy_words(piece) + x;
+          int64_t(piece.rows + k - 1) * (piece.columns + k - 1) * LargeMatrixTiles(s.branches[b]).x_step(s.tf32);
+      const int64_t words = dy_words(s.tf32, piece) + x;
+      largest = largest > words ? largest : words;
     }
     return 4 * largest;
   }

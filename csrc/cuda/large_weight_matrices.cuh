@@ -3,10 +3,12 @@
 //
 // A thread block is one tile of one slice (see LargeMatrixTiles), a warp has up to 3 of its items: 16 destination
 // channels, 8 source channels, 3 neighbouring taps. A thread has 36 sums of a chain, which goes on from piece to piece,
-// and 36 of the slice. The pieces come to shared memory one by one, in 16 bits: dy as [pixel][16 channels], x with its
-// halo as [pixel][channels of the tile's slots]; both are read transposed, so a tap is an offset. Per 16 pixels, a span
-// of two rows, a warp reads 4 matrices of dy and 2 of x for every product of 2,048 multiply-adds. Groups of 8
-// destination channels waste half of them.
+// and 36 of the slice. The pieces come to shared memory one by one: dy as [pixel][16 channels], x with its halo as
+// [pixel][channels of the tile's slots]; a tap is an offset.
+//
+// In 16 bits both are read transposed: per 16 pixels, a span of two rows, a warp reads 4 matrices of dy and 2 of x for
+// every product of 2,048 multiply-adds. TF32 cannot be read so; lanes read its words one by one, 4 of dy per 8 pixels
+// of a row and 2 of x for every product of 1,024. Groups of 8 destination channels waste half of the products.
 #pragma once
 
 #include "pixels.cuh"
@@ -43,43 +45,70 @@ struct LargeMatrixWeightItem {
   }
 };
 
+// The words of an operand, one by one: word(place) lies there.
+template <int kCount, class To, class At, class Word>
+MFEF_DEVICE void load_words(const Warp& warp, const To& to, const At& place, const Word& word) {
+  warp.lanes([&](int thread) {
+    Fragment<kCount>& f = to(thread);
+    MFEF_UNROLL
+    for (int reg = 0; reg < kCount; ++reg) f.word[reg] = word(place(thread % kWarp, reg));
+  });
+}
+
 // The products of a piece of `rows` x `columns` pixels, whole pairs and spans; `chained` products are in the chains.
 template <class T>
 MFEF_DEVICE void multiply_piece(const Warp& warp, const LargeMatrixTiles& shape, const LargeMatrixTile& tile, int k,
                                 const uint32_t* dy, int dy_columns, const uint32_t* x, int x_columns, int rows,
                                 int columns, int warps, int chained,
                                 Block::Registers<LargeMatrixWeightSums>& registers) {
-  const int dy_step = LargeMatrixTiles::dy_step(), x_step = shape.x_step();
+  constexpr bool kTf32 = kPerWord<T> == 1;
+  const int dy_step = LargeMatrixTiles::dy_step(kTf32), x_step = shape.x_step(kTf32);
   int offset[LargeMatrixTiles::kWarpItems], taps[LargeMatrixTiles::kWarpItems];
   MFEF_UNROLL
   for (int i = 0; i < LargeMatrixTiles::kWarpItems; ++i) {
     const LargeMatrixWeightItem item(shape, tile, k, warp.index + i * warps);
-    offset[i] = (item.ky * x_columns + item.kx) * x_step + item.slot * (LargeMatrixTiles::kSlot / 2);
+    offset[i] = (item.ky * x_columns + item.kx) * x_step + item.slot * (LargeMatrixTiles::kSlot / kPerWord<T>);
     taps[i] = item.taps;
   }
   Warp::Registers<Fragment<4>> a;
-  Warp::Registers<Fragment<2>> b;
+  Warp::Registers<Fragment<2>> b[LargeMatrixTiles::kTaps];
+  auto to_a = [&](int thread) -> auto& { return a[thread]; };
+  // A product's pixels are a span of two rows, in TF32 of one.
+  constexpr int kRows = kPerWord<T>;
   MFEF_ROLLED
-  for (int h = 0; h < rows; h += 2) {
+  for (int h = 0; h < rows; h += kRows) {
     MFEF_ROLLED
     for (int w = 0; w < columns; w += kSpan) {
-      load_transposed<4>(
-          warp, [&](int thread) -> auto& { return a[thread]; },
-          [&](int m, int r) { return dy + ((h + m / 2) * dy_columns + w + r) * dy_step + m % 2 * 4; });
+      const uint32_t *of_dy = dy + (h * dy_columns + w) * dy_step, *of_x = x + (h * x_columns + w) * x_step;
+      if constexpr (kTf32) {
+        load_words<4>(warp, to_a, place_in_a, [&](Place at) { return of_dy[at.column * dy_step + at.row]; });
+      } else {
+        load_transposed<4>(warp, to_a,
+                           [&](int m, int r) { return of_dy + (m / 2 * dy_columns + r) * dy_step + m % 2 * 4; });
+      }
       MFEF_UNROLL
       for (int i = 0; i < LargeMatrixTiles::kWarpItems; ++i) {
+        // All taps are under way before the first product waits for its own.
         MFEF_UNROLL
         for (int t = 0; t < LargeMatrixTiles::kTaps; ++t) {
           if (t >= taps[i]) continue;
-          load_transposed<2>(
-              warp, [&](int thread) -> auto& { return b[thread]; },
-              [&](int m, int r) { return x + ((h + m) * x_columns + w + r + t) * x_step + offset[i]; });
+          const uint32_t* of_tap = of_x + t * x_step + offset[i];
+          auto to_b = [&](int thread) -> auto& { return b[t][thread]; };
+          if constexpr (kTf32) {
+            load_words<2>(warp, to_b, place_in_b, [&](Place at) { return of_tap[at.column * x_step + at.row]; });
+          } else {
+            load_transposed<2>(warp, to_b, [&](int m, int r) { return of_tap + (m * x_columns + r) * x_step; });
+          }
+        }
+        MFEF_UNROLL
+        for (int t = 0; t < LargeMatrixTiles::kTaps; ++t) {
+          if (t >= taps[i]) continue;
           multiply_add<T, 8>(
-              warp, [&](int thread) -> auto& { return registers[thread].chain[i][t]; },
-              [&](int thread) -> auto& { return a[thread]; }, [&](int thread) -> auto& { return b[thread]; });
+              warp, [&](int thread) -> auto& { return registers[thread].chain[i][t]; }, to_a,
+              [&](int thread) -> auto& { return b[t][thread]; });
         }
       }
-      chained = (chained + 2 * kSpan) % kMatrixChain;
+      chained = (chained + kRows * kSpan) % kMatrixChain;
       if (!chained) warp.lanes([&](int thread) { registers[thread].end_chain(); });
     }
   }
@@ -124,8 +153,9 @@ MFEF_DEVICE void matrix_weight_gradient(const BlockArgs& a, const Block& block, 
   const int64_t per_image = cover.count(), pieces = s.batch * per_image;
   const int64_t end = (slice + 1) * l.matrix_slice < pieces ? (slice + 1) * l.matrix_slice : pieces;
   uint32_t* dy = reinterpret_cast<uint32_t*>(block.shared);
-  const PixelStage to_dy{dy, cover.columns, LargeMatrixTiles::dy_step(), 0};
-  const PixelStage to_x{dy + LargeMatrixTiles::dy_words(cover), cover.columns + b.k - 1, shape.x_step(), 0};
+  constexpr bool kTf32 = kPerWord<T> == 1;
+  const PixelStage to_dy{dy, cover.columns, LargeMatrixTiles::dy_step(kTf32), 0};
+  const PixelStage to_x{dy + LargeMatrixTiles::dy_words(kTf32, cover), cover.columns + b.k - 1, shape.x_step(kTf32), 0};
   const int outs = least(LargeMatrixTiles::kDests, (tile.group + 1) * b.out_per_group() - tile.out);
   const int in = tile.slot * LargeMatrixTiles::kSlot;
   const int ins = least(tile.slots * LargeMatrixTiles::kSlot, b.in_per_group() - in);
@@ -167,11 +197,7 @@ struct LargeMatrixWeightGradient {
     for (int64_t index = block.index; index < int64_t(tiles) * a.slices; index += block.count) {
       const int slice = int(index / tiles);
       const LargeMatrixTile tile(a.sizes, int(index - int64_t(slice) * tiles));
-      if (a.element == Element::kBFloat16) {
-        matrix_weight_gradient<c10::BFloat16>(a, block, tile, slice);
-      } else {
-        matrix_weight_gradient<c10::Half>(a, block, tile, slice);
-      }
+      with_operand(a.element, [&](auto zero) { matrix_weight_gradient<decltype(zero)>(a, block, tile, slice); });
     }
   }
 };

@@ -74,6 +74,9 @@ class Host:
         self._multiply.argtypes += [ctypes.c_int]
         self._settings = loaded.mfef_cuda_host_settings
         self._settings.argtypes = [ctypes.c_int64, ctypes.c_bool, ctypes.c_int, ctypes.c_bool]
+        self._scratch = loaded.mfef_cuda_host_scratch
+        self._scratch.restype = ctypes.c_int64
+        self._scratch.argtypes = []
         self.operators = ops.register("mfef_cuda_host")
 
     def set(
@@ -86,6 +89,10 @@ class Host:
         """Bytes of shared memory of a thread block; whether its threads run in descending order;
         how products are added up; whether weight gradients have all of the batch in one slice."""
         self._settings(shared_limit, backwards, adding, one_slice)
+
+    def scratch(self) -> int:
+        """Bytes that the calls since the last question had beside their tensors."""
+        return self._scratch()
 
     def multiply(self, operand: str, reading: int, a: np.ndarray, b: np.ndarray, c: np.ndarray):
         """C + A B as a warp computes it (csrc/cuda/mma.cuh), of float32 arrays; ``reading`` as

@@ -5,6 +5,8 @@
 // Shared memory is full of NaN when a thread block starts and has a guard behind it. Threads run in ascending or in
 // descending order: where that changes a bit, threads of one phase depend on one another, which is a race. A weight
 // gradient can have all of the batch in one slice, whose sums are then as long as those of a batch far larger.
+#include <utility>
+
 #include "cuda/backward.cu"
 #include "cuda/forward.cu"
 #include "cuda/large_attention.cu"
@@ -18,7 +20,7 @@
 
 namespace mfef::cuda {
 
-int64_t host_shared_limit = 227 * 1024;
+int64_t host_shared_limit = 227 * 1024, host_scratch_bytes = 0;
 static bool host_backwards = false, host_one_slice = false;
 
 const char* run_on_host(Run run, const BlockArgs& planned, int64_t blocks, int threads, int64_t shared) {
@@ -145,4 +147,9 @@ extern "C" __attribute__((visibility("default"))) void mfef_cuda_host_settings(i
   host_backwards = backwards;
   host_adding = static_cast<Adding>(adding);
   host_one_slice = one_slice;
+}
+
+// Bytes of scratch that calls had since the last question.
+extern "C" __attribute__((visibility("default"))) int64_t mfef_cuda_host_scratch() {
+  return std::exchange(mfef::cuda::host_scratch_bytes, 0);
 }
