@@ -23,27 +23,39 @@ struct LargeMatrixSums {
 
 // A branch's part of a unit. It is in shared memory: in registers it would live from round to round, beside the sums.
 struct LargeMatrixTask {
-  Way way;
-  MatrixPart part;
+  Unit unit;
   Rectangle at;  // the tile
   int64_t image;
+  int branch;
+  Way way;
+  MatrixPart part;
+  MatrixRounds rounds;
   int height;   // of the map
   int out, in;  // where the part begins among the weights of the branch
-  int branch;
-  MatrixRounds rounds;
 
-  MFEF_DEVICE LargeMatrixTask(const BlockArgs& a, const UnitOfTile& of, int b)
-      : way(Way(a.sizes.branches[b], a.large.backward).part(of.unit.first, of.unit.count)),
-        part(a.sizes, a.large.tiles, way, a.large.units.rounds(b)),
-        at(of.region.at),
-        image(of.region.image),
-        height(a.sizes.height),
-        branch(b),
-        rounds(a.large.units.rounds(b)) {
-    const UnitWeights from(Way(a.sizes.branches[b], a.large.backward), of.unit, a.large.backward);
+  MFEF_DEVICE void take_branch(const BlockArgs& a, int b) {
+    const bool backward = a.large.backward;
+    branch = b;
+    height = a.sizes.height;
+    rounds = a.large.units.rounds(b);
+    const Way whole(a.sizes.branches[b], backward);
+    const UnitWeights from(whole, unit, backward);
     out = from.out;
     in = from.in;
+    way = whole.part(unit.first, unit.count);
+    part = MatrixPart(a.sizes, a.large.tiles, way, rounds);
   }
+
+  // With two buffers a phase loads a round and multiplies the one before, with one it does either; -1: none.
+  MFEF_DEVICE bool overlaps() const { return part.weight_buffers == 2; }
+  MFEF_DEVICE int phases() const { return overlaps() ? rounds.count(way) + 1 : 2 * rounds.count(way); }
+  MFEF_DEVICE int loaded(int phase) const {
+    if (!overlaps()) return phase % 2 ? -1 : phase / 2;
+    return phase < rounds.count(way) ? phase : -1;
+  }
+  MFEF_DEVICE int multiplied(int phase) const { return overlaps() ? phase - 1 : phase % 2 ? phase / 2 : -1; }
+  // The branch that adds to the same sums after this one.
+  MFEF_DEVICE int next() const { return branch + 1 < unit.end ? branch + 1 : -1; }
 };
 static_assert(sizeof(LargeMatrixTask) <= 4 * MatrixPart::kTask);
 
@@ -314,26 +326,36 @@ MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& bloc
   Block::Registers<Copies> copies(block);
   block.phase([&](int thread) {
     sums[thread] = {};
-    if (thread == 0) shared = LargeMatrixTask(a, of, of.unit.branch);
+    if (thread > 0) return;
+    shared.unit = of.unit;
+    shared.at = of.region.at;
+    shared.image = of.region.image;
   });
-  // With two buffers a phase loads a round and multiplies the one before, with one it does either.
-  const int rounds = shared.rounds.count(shared.way), buffers = shared.part.weight_buffers;
-  const int phases = buffers == 2 ? rounds + 1 : 2 * rounds;
+  int branch = of.unit.branch;
   MFEF_ROLLED
-  for (int phase = 0; phase < phases; ++phase) {
-    const int loaded = buffers == 2 ? phase : phase % 2 ? rounds : phase / 2;
-    const int multiplied = buffers == 2 ? phase - 1 : phase % 2 ? phase / 2 : -1;
-    block.warps([&](const Warp& warp) {
-      if (loaded < rounds) {
-        const LargeMatrixRound round(block, shared, loaded);
-        warp.lanes([&](int thread) { load_round<T>(a, shared, round, copies[thread], thread, block.threads); });
-      }
-      if (multiplied >= 0) {
-        multiply_round<T>(block, warp, shared, LargeMatrixRound(block, shared, multiplied), sums);
-      }
-      warp.lanes([&](int thread) { copies[thread].wait(); });
+  do {
+    block.phase([&](int thread) {
+      if (thread == 0) shared.take_branch(a, branch);
     });
-  }
+    // What comes after the last barrier must not be read from the task, which is the next branch's then.
+    const int phases = shared.phases();
+    branch = shared.next();
+    MFEF_ROLLED
+    for (int phase = 0; phase < phases; ++phase) {
+      block.warps([&](const Warp& warp) {
+        const int loaded = shared.loaded(phase), multiplied = shared.multiplied(phase);
+        if (loaded >= 0) {
+          const LargeMatrixRound round(block, shared, loaded);
+          warp.lanes([&](int thread) { load_round<T>(a, shared, round, copies[thread], thread, block.threads); });
+        }
+        if (multiplied >= 0) {
+          multiply_round<T>(block, warp, shared, LargeMatrixRound(block, shared, multiplied), sums);
+        }
+        warp.lanes([&](int thread) { copies[thread].wait(); });
+      });
+    }
+    // In pyramid mode the next branch adds to the same sums.
+  } while (branch >= 0);
   block.warps([&](const Warp& warp) {
     const LargeMatrixTask task = shared;
     keep_matrix_sums(block, warp, task, a.large.tiles, block.shared, sums);

@@ -113,6 +113,20 @@ struct MatrixPart {
     const int pixels = ceil_div(rows, 2) * ceil_div(columns, kSpan);
     return ceil_div(pixels, kItemPixels) * ceil_div(slots, kItemSlots);
   }
+  // Whether tensor cores suit the gradient of x in pyramid mode, of which a branch alone is nothing. Slots are the same
+  // channels for all branches, which takes groups of whole slots; and the zeros that fill up sources to chunks are at
+  // most three in four of all products.
+  MFEF_HD static bool suit_sum(const Sizes& s) {
+    if (s.element == Element::kFloat && !s.tf32) return false;
+    int64_t products = 0, filled = 0;
+    for (int b = 0; b < s.branch_count; ++b) {
+      const Way way(s.branches[b], true);
+      if (way.dest_per_group < kSide || (way.groups > 1 && way.dest_per_group % kSide)) return false;
+      products += int64_t(way.source_per_group) * way.k * way.k;
+      filled += int64_t(chunks(way.source_per_group)) * kSide * way.k * way.k;
+    }
+    return filled <= 4 * products;
+  }
   // Whether tensor cores suit a way; narrower groups would be mostly zeros.
   MFEF_HD static bool suit(const Sizes& s, const Way& way) {
     return (s.element != Element::kFloat || s.tf32) && way.source_per_group >= kSide && way.dest_per_group >= kSide;
@@ -153,7 +167,7 @@ struct Units {
     Units units = *this;
     units.matrices = on_tensor_cores;
     if (merged(s, backward)) {
-      if (on_tensor_cores) units.count = 0;
+      if ((rows[0] > 0) != on_tensor_cores) units.count = 0;
       return units;
     }
     units.count = 0;
@@ -350,9 +364,8 @@ inline int64_t exposed_bytes(const Sizes& s, const Cover& tiles, const Way& part
 }
 
 // The same on tensor cores: the rounds that cost least, and what they cost. 0 if they do not suit.
-inline int64_t choose_matrices(const Sizes& s, const Cover& tiles, const Way& way, const Way& part, int64_t limit,
-                               MatrixRounds* best) {
-  if (!MatrixPart::suit(s, way) || 4 * UnitLayout::statistics(tiles, part.dest()) > limit) return 0;
+inline int64_t choose_matrices(const Sizes& s, const Cover& tiles, const Way& part, int64_t limit, MatrixRounds* best) {
+  if (4 * UnitLayout::statistics(tiles, part.dest()) > limit) return 0;
   const int slots = part.groups * MatrixPart::chunks(part.dest_per_group);
   if (MatrixPart::items(tiles.rows, tiles.columns, slots) > MatrixPart::kItems) return 0;
   const int sources = part.source_per_group, depth = MatrixPart::kSide * MatrixPart::per_word(s);  // of a product
@@ -420,6 +433,10 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     see_in(shared_matrices, MatrixPart(s, tiles, Way(s.branches[b], backward).part(0, channels), rounds).total);
     see_in(shared_matrices, UnitLayout::statistics(tiles, channels));
   };
+  auto place_tasks = [&] {
+    units->task = int(*shared_matrices / 4);
+    if (*shared_matrices) *shared_matrices += 4 * MatrixPart::kTask;
+  };
   // Destination channels of a unit with at most `slots`: whole groups, or a run of one.
   auto of_slots = [](const Way& way, int slots) {
     const int chunks = MatrixPart::chunks(way.dest_per_group), groups = least(slots / chunks, way.groups);
@@ -429,6 +446,21 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
   const int columns_of_items = MatrixPart::kItems / MatrixPart::items(tiles.rows, tiles.columns, 1);
   const int most_slots = least(columns_of_items * MatrixPart::kItemSlots, kUnitChannels / MatrixPart::kSide);
   if (merged) {
+    for (int slots = MatrixPart::suit_sum(s) ? most_slots : 0; slots > 0; --slots) {
+      const int channels = least(slots * MatrixPart::kSide, s.in);
+      MatrixRounds rounds[kMaxBranches];
+      bool all = true;
+      for (int b = 0; all && b < s.branch_count; ++b) {
+        const Way way(s.branches[b], true);
+        const bool whole = channels % way.dest_per_group == 0 || way.dest_per_group % channels == 0;
+        all = (way.groups == 1 || whole) && choose_matrices(s, tiles, way.part(0, channels), matrix_limit, &rounds[b]);
+      }
+      if (!all) continue;
+      for (int b = 0; b < s.branch_count; ++b) take_matrices(b, channels, rounds[b]);
+      place_tasks();
+      units->count = ceil_div(s.in, channels);
+      return true;
+    }
     for (int channels = least(2 * wanted, s.in); channels > 0; --channels) {
       bool all = true;
       *shared = 0;
@@ -449,7 +481,7 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     for (int slots = MatrixPart::suit(s, way) ? most_slots : 0; slots > 0; slots /= 2) {
       const int of_unit = of_slots(way, slots);
       MatrixRounds rounds;
-      const int64_t of_rounds = choose_matrices(s, tiles, way, way.part(0, of_unit), matrix_limit, &rounds);
+      const int64_t of_rounds = choose_matrices(s, tiles, way.part(0, of_unit), matrix_limit, &rounds);
       if (!of_rounds || (cost && of_rounds * channels >= cost * of_unit)) continue;
       cost = of_rounds;
       channels = of_unit;
@@ -464,8 +496,7 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     }
     if (!channels) return false;
   }
-  units->task = int(*shared_matrices / 4);
-  if (*shared_matrices) *shared_matrices += 4 * MatrixPart::kTask;
+  place_tasks();
   units->count = units->of_launch(s, backward, false).count + units->of_launch(s, backward, true).count;
   return true;
 }

@@ -99,7 +99,8 @@ def test_imagenets_last_map_on_tensor_cores(device, dtype):
 
 def on_tf32_operands(case, branches):
     """The case with what tensor cores multiply, of the branches that they compute, rounded."""
-    x, weights, grad = case.x.clone(), [w.clone() for w in case.weights], case.grad.clone()
+    x, grad = case.x.detach().clone(), case.grad.clone()
+    weights = [w.detach().clone() for w in case.weights]
 
     def round_(t):
         t.copy_(torch.from_numpy(rounded_to_tf32(t.float().numpy())))
