@@ -331,31 +331,33 @@ MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& bloc
     shared.at = of.region.at;
     shared.image = of.region.image;
   });
-  int branch = of.unit.branch;
+  // In pyramid mode all branches add to the same sums, one after another; phase -1 is the first of each.
+  int branch = of.unit.branch, phases = 0;
   MFEF_ROLLED
-  do {
-    block.phase([&](int thread) {
-      if (thread == 0) shared.take_branch(a, branch);
+  for (int phase = -1; branch >= 0;) {
+    block.warps([&](const Warp& warp) {
+      if (phase < 0) {
+        warp.lanes([&](int thread) {
+          if (thread == 0) shared.take_branch(a, branch);
+        });
+        return;
+      }
+      const int loaded = shared.loaded(phase), multiplied = shared.multiplied(phase);
+      if (loaded >= 0) {
+        const LargeMatrixRound round(block, shared, loaded);
+        warp.lanes([&](int thread) { load_round<T>(a, shared, round, copies[thread], thread, block.threads); });
+      }
+      if (multiplied >= 0) {
+        multiply_round<T>(block, warp, shared, LargeMatrixRound(block, shared, multiplied), sums);
+      }
+      warp.lanes([&](int thread) { copies[thread].wait(); });
     });
-    // What comes after the last barrier must not be read from the task, which is the next branch's then.
-    const int phases = shared.phases();
-    branch = shared.next();
-    MFEF_ROLLED
-    for (int phase = 0; phase < phases; ++phase) {
-      block.warps([&](const Warp& warp) {
-        const int loaded = shared.loaded(phase), multiplied = shared.multiplied(phase);
-        if (loaded >= 0) {
-          const LargeMatrixRound round(block, shared, loaded);
-          warp.lanes([&](int thread) { load_round<T>(a, shared, round, copies[thread], thread, block.threads); });
-        }
-        if (multiplied >= 0) {
-          multiply_round<T>(block, warp, shared, LargeMatrixRound(block, shared, multiplied), sums);
-        }
-        warp.lanes([&](int thread) { copies[thread].wait(); });
-      });
+    if (phase < 0) phases = shared.phases();
+    if (++phase == phases) {
+      branch = branch + 1 < of.unit.end ? branch + 1 : -1;
+      phase = -1;
     }
-    // In pyramid mode the next branch adds to the same sums.
-  } while (branch >= 0);
+  }
   block.warps([&](const Warp& warp) {
     const LargeMatrixTask task = shared;
     keep_matrix_sums(block, warp, task, a.large.tiles, block.shared, sums);

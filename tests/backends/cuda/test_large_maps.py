@@ -253,6 +253,10 @@ def test_shapes_that_users_have(device, shape, options):
         ((1, 200, 8, 17), {"kernel_sizes": (5, 9), "groups": (1, 10)}),
         ((1, 160, 5, 18), {"kernel_sizes": (3,), "groups": (1,)}),
         ((1, 24, 9, 34), {"kernel_sizes": (3, 5), "groups": (2, 12), "split": False}),
+        # The sum over branches on tensor cores too: one round and several, groups of one slot and
+        # fewer than 8 sources; several units, of which the last is smaller.
+        ((1, 32, 9, 20), {"kernel_sizes": (3, 5), "groups": (1, 4), "split": False}),
+        ((1, 76, 6, 18), {"kernel_sizes": (5, 3), "groups": (1, 1), "split": False}),
     ],
     ids=str,
 )
