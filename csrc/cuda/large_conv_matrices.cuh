@@ -23,27 +23,39 @@ struct LargeMatrixSums {
 
 // A branch's part of a unit. It is in shared memory: in registers it would live from round to round, beside the sums.
 struct LargeMatrixTask {
-  Way way;
-  MatrixPart part;
+  Unit unit;
   Rectangle at;  // the tile
   int64_t image;
+  int branch;
+  Way way;
+  MatrixPart part;
+  MatrixRounds rounds;
   int height;   // of the map
   int out, in;  // where the part begins among the weights of the branch
-  int branch;
-  MatrixRounds rounds;
 
-  MFEF_DEVICE LargeMatrixTask(const BlockArgs& a, const UnitOfTile& of, int b)
-      : way(Way(a.sizes.branches[b], a.large.backward).part(of.unit.first, of.unit.count)),
-        part(a.sizes, a.large.tiles, way, a.large.units.rounds(b)),
-        at(of.region.at),
-        image(of.region.image),
-        height(a.sizes.height),
-        branch(b),
-        rounds(a.large.units.rounds(b)) {
-    const UnitWeights from(Way(a.sizes.branches[b], a.large.backward), of.unit, a.large.backward);
+  MFEF_DEVICE void take_branch(const BlockArgs& a, int b) {
+    const bool backward = a.large.backward;
+    branch = b;
+    height = a.sizes.height;
+    rounds = a.large.units.rounds(b);
+    const Way whole(a.sizes.branches[b], backward);
+    const UnitWeights from(whole, unit, backward);
     out = from.out;
     in = from.in;
+    way = whole.part(unit.first, unit.count);
+    part = MatrixPart(a.sizes, a.large.tiles, way, rounds);
   }
+
+  // With two buffers a phase loads a round and multiplies the one before, with one it does either; -1: none.
+  MFEF_DEVICE bool overlaps() const { return part.weight_buffers == 2; }
+  MFEF_DEVICE int phases() const { return overlaps() ? rounds.count(way) + 1 : 2 * rounds.count(way); }
+  MFEF_DEVICE int loaded(int phase) const {
+    if (!overlaps()) return phase % 2 ? -1 : phase / 2;
+    return phase < rounds.count(way) ? phase : -1;
+  }
+  MFEF_DEVICE int multiplied(int phase) const { return overlaps() ? phase - 1 : phase % 2 ? phase / 2 : -1; }
+  // The branch that adds to the same sums after this one.
+  MFEF_DEVICE int next() const { return branch + 1 < unit.end ? branch + 1 : -1; }
 };
 static_assert(sizeof(LargeMatrixTask) <= 4 * MatrixPart::kTask);
 
@@ -66,23 +78,24 @@ struct LargeMatrixRound {
   }
 };
 
-// Where an item's matrices of pixels begin, and its slots. Matrices beyond the last are the last, slots beyond the last
-// are of group -1: nobody takes their sums.
+// Where an item's matrices of pixels begin, in a map whose rows and columns are so far apart, and its slots. Matrices
+// beyond the last are the last, slots beyond the last are of group -1: nobody takes their sums.
 struct LargeMatrixItem {
-  int pixels;  // matrices that are there
-  Place place[MatrixPart::kItemPixels];
+  int top, bottom;  // its first and its last row of the tile
+  int pixels[MatrixPart::kItemPixels];
   int slot, group[MatrixPart::kItemSlots];
 
-  MFEF_DEVICE LargeMatrixItem(const LargeMatrixTask& task, int index) {
+  MFEF_DEVICE LargeMatrixItem(const LargeMatrixTask& task, int index, int of_row, int of_column) {
     const int spans = ceil_div(task.at.columns, kSpan), all = spans * ceil_div(task.at.rows, 2);
     const int runs = ceil_div(all, MatrixPart::kItemPixels), run = index / runs;
     const int first = (index - run * runs) * MatrixPart::kItemPixels;
-    pixels = least(MatrixPart::kItemPixels, all - first);
     slot = run * MatrixPart::kItemSlots;
     MFEF_UNROLL
     for (int p = 0; p < MatrixPart::kItemPixels; ++p) {
       const int of = least(first + p, all - 1), pair = of / spans;
-      place[p] = {pair * 2, (of - pair * spans) * kSpan};
+      pixels[p] = pair * 2 * of_row + (of - pair * spans) * kSpan * of_column;
+      if (p == 0) top = pair * 2;
+      bottom = pair * 2 + 1;
     }
     MFEF_UNROLL
     for (int i = 0; i < MatrixPart::kItemSlots; ++i) {
@@ -148,12 +161,12 @@ MFEF_DEVICE void load_matrix_weights(const Parameter& weights, const LargeMatrix
   }
 }
 
-// kWords words of the source's channels at one tap: the products of an item.
-template <class T, int kWords, class Sums>
-MFEF_DEVICE void multiply_chunk(const Warp& warp, const LargeMatrixTask& task, const LargeMatrixItem& item,
-                                const uint32_t* source, const uint32_t* weights, const Sums& sums) {
-  constexpr int kPixels = MatrixPart::kItemPixels, kSide = MatrixPart::kSide;
-  const MatrixPart& part = task.part;
+// kWords words of the source's channels at one tap: the products of kPixels matrices of an item. sums(thread, slot, p)
+// is where a lane adds them.
+template <class T, int kWords, int kPixels, class Sums>
+MFEF_DEVICE void multiply_chunk(const Warp& warp, const MatrixPart& part, const LargeMatrixItem& item,
+                                const int* pixels, const uint32_t* source, const uint32_t* weights, const Sums& sums) {
+  constexpr int kSide = MatrixPart::kSide;
   Warp::Registers<Fragment<kWords / 2>> a[kPixels];
   Warp::Registers<Fragment<kWords / 4>> b;
   MFEF_UNROLL
@@ -166,13 +179,10 @@ MFEF_DEVICE void multiply_chunk(const Warp& warp, const LargeMatrixTask& task, c
     if (i == 0 || group != item.group[0]) {
       MFEF_UNROLL
       for (int p = 0; p < kPixels; ++p) {
-        const Place at = item.place[p];
+        const uint32_t* from = source + pixels[p] + group * part.group;
         load_matrices<kWords / 2>(
             warp, [&](int thread) -> auto& { return a[p][thread]; },
-            [&](int m, int r) {
-              return source + ((at.row + m % 2) * part.columns + at.column + r) * part.pixel_step + group * part.group +
-                     m / 2 * 4;
-            });
+            [&](int m, int r) { return from + (m % 2 * part.columns + r) * part.pixel_step + m / 2 * 4; });
       }
     }
     MFEF_UNROLL
@@ -184,37 +194,72 @@ MFEF_DEVICE void multiply_chunk(const Warp& warp, const LargeMatrixTask& task, c
   }
 }
 
-// A round's products of the items of a warp.
+// The same of the taps of rows [begin, end).
+template <class T, int kPixels, class Sums>
+MFEF_DEVICE void multiply_taps(const Warp& warp, const MatrixPart& part, int k, const LargeMatrixRound& round,
+                               const LargeMatrixItem& item, const int* pixels, int begin, int end, const Sums& sums) {
+  const int words = MatrixPart::chunks(round.end - round.first) * MatrixPart::kSide / kPerWord<T>;
+  MFEF_ROLLED
+  for (int ky = begin; ky < end; ++ky) {
+    MFEF_ROLLED
+    for (int kx = 0; kx < k; ++kx) {
+      const uint32_t* source = round.source + (ky * part.columns + kx) * part.pixel_step;
+      const uint32_t* weights = round.weights + ((ky - round.first_row) * k + kx) * part.tap_step;
+      int word = 0;
+      MFEF_ROLLED
+      for (; word + 8 <= words; word += 8) {
+        multiply_chunk<T, 8, kPixels>(warp, part, item, pixels, source + word, weights + word, sums);
+      }
+      if constexpr (kPerWord<T> == 2) {
+        if (word < words) {
+          multiply_chunk<T, 4, kPixels>(warp, part, item, pixels, source + word, weights + word, sums);
+        }
+      }
+    }
+  }
+}
+
+// A round's products of the items of a warp. In TF32 sums are as exact as float32, so there they are added up in
+// chains: of half an item at a time, or registers would not do.
 template <class T>
 MFEF_DEVICE void multiply_round(const Block& block, const Warp& warp, const LargeMatrixTask& task,
                                 const LargeMatrixRound& round, Block::Registers<LargeMatrixSums>& registers) {
-  const MatrixPart& part = task.part;
-  const int k = task.way.k, half = k / 2,
-            words = MatrixPart::chunks(round.end - round.first) * MatrixPart::kSide / kPerWord<T>;
-  const int items = MatrixPart::items(task.at.rows, task.at.columns, part.slots);
+  constexpr int kSlots = MatrixPart::kItemSlots, kPixels = MatrixPart::kItemPixels;
+  const MatrixPart part = task.part;  // in registers, where the loops are
+  const int k = task.way.k, items = MatrixPart::items(task.at.rows, task.at.columns, part.slots);
   MFEF_UNROLL
   for (int i = 0; i < MatrixPart::kWarpItems; ++i) {
     const int index = warp.index + i * (block.threads / kWarp);
     if (index >= items) continue;
-    const LargeMatrixItem item(task, index);
-    auto sums = [&](int thread, int slot, int p) -> Accumulator& { return registers[thread].of[i][slot][p]; };
+    const LargeMatrixItem item(task, index, part.columns * part.pixel_step, part.pixel_step);
     // Rows of taps that meet the map from any of the item's rows.
-    const int top = item.place[0].row, bottom = item.place[MatrixPart::kItemPixels - 1].row + 1;
-    const int begin = most(round.first_row, -task.at.row - bottom + half);
-    const int end = least(round.end_row, task.height - task.at.row - top + half);
-    MFEF_ROLLED
-    for (int ky = begin; ky < end; ++ky) {
-      MFEF_ROLLED
-      for (int kx = 0; kx < k; ++kx) {
-        const uint32_t* source = round.source + (ky * part.columns + kx) * part.pixel_step;
-        const uint32_t* weights = round.weights + ((ky - round.first_row) * k + kx) * part.tap_step;
-        int word = 0;
+    const int begin = most(round.first_row, -task.at.row - item.bottom + k / 2);
+    const int end = least(round.end_row, task.height - task.at.row - item.top + k / 2);
+    if constexpr (!std::is_same_v<T, Tf32>) {
+      multiply_taps<T, kPixels>(warp, part, k, round, item, item.pixels, begin, end,
+                                [&](int thread, int slot, int p) -> auto& { return registers[thread].of[i][slot][p]; });
+    } else {
+      constexpr int kHalf = kPixels / 2;
+      const int rows = most(kMatrixChain / (k * (round.end - round.first)), 1);
+      MFEF_UNROLL
+      for (int half = 0; half < kPixels; half += kHalf) {
         MFEF_ROLLED
-        for (; word + 8 <= words; word += 8) {
-          multiply_chunk<T, 8>(warp, task, item, source + word, weights + word, sums);
+        for (int first = begin; first < end; first += rows) {
+          struct Chain {
+            Accumulator of[kSlots][kHalf];
+          };
+          Warp::Registers<Chain> chain;
+          warp.lanes([&](int thread) { chain[thread] = {}; });
+          multiply_taps<T, kHalf>(warp, part, k, round, item, item.pixels + half, first, least(first + rows, end),
+                                  [&](int thread, int slot, int p) -> auto& { return chain[thread].of[slot][p]; });
+          warp.lanes([&](int thread) {
+            MFEF_UNROLL
+            for (int slot = 0; slot < kSlots; ++slot) {
+              MFEF_UNROLL
+              for (int p = 0; p < kHalf; ++p) registers[thread].of[i][slot][half + p].add(chain[thread].of[slot][p]);
+            }
+          });
         }
-        if constexpr (kPerWord<T> == 2)
-          if (word < words) multiply_chunk<T, 4>(warp, task, item, source + word, weights + word, sums);
       }
     }
   }
@@ -231,7 +276,7 @@ MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const La
   for (int i = 0; i < MatrixPart::kWarpItems; ++i) {
     const int index = warp.index + i * (block.threads / kWarp);
     if (index >= items) continue;
-    const LargeMatrixItem item(task, index);
+    const LargeMatrixItem item(task, index, pitch, 1);
     MFEF_UNROLL
     for (int j = 0; j < MatrixPart::kItemSlots; ++j) {
       const int group = item.group[j];
@@ -244,7 +289,7 @@ MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const La
         MFEF_UNROLL
         for (int p = 0; p < MatrixPart::kItemPixels; ++p) {
           const Accumulator& sum = registers[thread].of[i][j][p];
-          float* of_pixel = to + item.place[p].row * pitch + item.place[p].column;
+          float* of_pixel = to + item.pixels[p];
           MFEF_UNROLL
           for (int v = 0; v < 4; ++v) {
             if (v % 2 < left) of_pixel[v / 2 * pitch + v % 2 * step] = sum.value[v];
@@ -281,26 +326,37 @@ MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& bloc
   Block::Registers<Copies> copies(block);
   block.phase([&](int thread) {
     sums[thread] = {};
-    if (thread == 0) shared = LargeMatrixTask(a, of, of.unit.branch);
+    if (thread > 0) return;
+    shared.unit = of.unit;
+    shared.at = of.region.at;
+    shared.image = of.region.image;
   });
-  // With two buffers a phase loads a round and multiplies the one before, with one it does either.
-  const int rounds = shared.rounds.count(shared.way), buffers = shared.part.weight_buffers;
-  const int phases = buffers == 2 ? rounds + 1 : 2 * rounds;
+  // In pyramid mode all branches add to the same sums, one after another; phase -1 is the first of each.
+  int branch = of.unit.branch, phases = 0;
   MFEF_ROLLED
-  for (int phase = 0; phase < phases; ++phase) {
-    const int loaded = buffers == 2 ? phase : phase % 2 ? rounds : phase / 2;
-    const int multiplied = buffers == 2 ? phase - 1 : phase % 2 ? phase / 2 : -1;
+  for (int phase = -1; branch >= 0;) {
     block.warps([&](const Warp& warp) {
-      if (loaded < rounds) {
+      if (phase < 0) {
+        warp.lanes([&](int thread) {
+          if (thread == 0) shared.take_branch(a, branch);
+        });
+        return;
+      }
+      const int loaded = shared.loaded(phase), multiplied = shared.multiplied(phase);
+      if (loaded >= 0) {
         const LargeMatrixRound round(block, shared, loaded);
         warp.lanes([&](int thread) { load_round<T>(a, shared, round, copies[thread], thread, block.threads); });
       }
       if (multiplied >= 0) {
-        const LargeMatrixTask task = shared;
-        multiply_round<T>(block, warp, task, LargeMatrixRound(block, task, multiplied), sums);
+        multiply_round<T>(block, warp, shared, LargeMatrixRound(block, shared, multiplied), sums);
       }
       warp.lanes([&](int thread) { copies[thread].wait(); });
     });
+    if (phase < 0) phases = shared.phases();
+    if (++phase == phases) {
+      branch = branch + 1 < of.unit.end ? branch + 1 : -1;
+      phase = -1;
+    }
   }
   block.warps([&](const Warp& warp) {
     const LargeMatrixTask task = shared;

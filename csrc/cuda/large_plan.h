@@ -113,6 +113,20 @@ struct MatrixPart {
     const int pixels = ceil_div(rows, 2) * ceil_div(columns, kSpan);
     return ceil_div(pixels, kItemPixels) * ceil_div(slots, kItemSlots);
   }
+  // Whether tensor cores suit the gradient of x in pyramid mode, of which a branch alone is nothing. Slots are the same
+  // channels for all branches, which takes groups of whole slots; and the zeros that fill up sources to chunks are at
+  // most three in four of all products.
+  MFEF_HD static bool suit_sum(const Sizes& s) {
+    if (s.element == Element::kFloat && !s.tf32) return false;
+    int64_t products = 0, filled = 0;
+    for (int b = 0; b < s.branch_count; ++b) {
+      const Way way(s.branches[b], true);
+      if (way.dest_per_group < kSide || (way.groups > 1 && way.dest_per_group % kSide)) return false;
+      products += int64_t(way.source_per_group) * way.k * way.k;
+      filled += int64_t(chunks(way.source_per_group)) * kSide * way.k * way.k;
+    }
+    return filled <= 4 * products;
+  }
   // Whether tensor cores suit a way; narrower groups would be mostly zeros.
   MFEF_HD static bool suit(const Sizes& s, const Way& way) {
     return (s.element != Element::kFloat || s.tf32) && way.source_per_group >= kSide && way.dest_per_group >= kSide;
@@ -153,7 +167,7 @@ struct Units {
     Units units = *this;
     units.matrices = on_tensor_cores;
     if (merged(s, backward)) {
-      if (on_tensor_cores) units.count = 0;
+      if ((rows[0] > 0) != on_tensor_cores) units.count = 0;
       return units;
     }
     units.count = 0;
@@ -377,12 +391,11 @@ inline int64_t exposed_bytes(const Sizes& s, const Cover& tiles, const Way& part
   return rounds.stages(part) * pixels + count * (weights + kWait + 2 * kBarrier);
 }
 
-// The same on tensor cores: the rounds that cost least. False if they do not suit.
-inline bool choose_matrices(const Sizes& s, const Cover& tiles, const Way& way, const Way& part, int64_t limit,
-                            MatrixRounds* best) {
-  if (!MatrixPart::suit(s, way) || 4 * UnitLayout::statistics(tiles, part.dest()) > limit) return false;
+// The same on tensor cores: the rounds that cost least, and what they cost. 0 if they do not suit.
+inline int64_t choose_matrices(const Sizes& s, const Cover& tiles, const Way& part, int64_t limit, MatrixRounds* best) {
+  if (4 * UnitLayout::statistics(tiles, part.dest()) > limit) return 0;
   const int slots = part.groups * MatrixPart::chunks(part.dest_per_group);
-  if (MatrixPart::items(tiles.rows, tiles.columns, slots) > MatrixPart::kItems) return false;
+  if (MatrixPart::items(tiles.rows, tiles.columns, slots) > MatrixPart::kItems) return 0;
   const int sources = part.source_per_group, depth = MatrixPart::kSide * MatrixPart::per_word(s);  // of a product
   const int products = ceil_div(sources, depth);
   int64_t cost = 0;
@@ -400,7 +413,7 @@ inline bool choose_matrices(const Sizes& s, const Cover& tiles, const Way& way, 
       }
     }
   }
-  return cost > 0;
+  return cost;
 }
 
 // Statistics alone, of what has the channels of y.
@@ -439,27 +452,43 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     }
     return units->stage[b] > 0;
   };
-  // The same on tensor cores.
-  auto matrices_suit = [&](int b, int channels) {
-    const Way way(s.branches[b], backward), part = way.part(0, channels);
-    MatrixRounds rounds;
-    if (!choose_matrices(s, tiles, way, part, kLargeShared - 4 * MatrixPart::kTask, &rounds)) return false;
+  // The same on tensor cores, by `rounds`.
+  auto take_matrices = [&](int b, int channels, const MatrixRounds& rounds) {
     units->channels[b] = channels;
     units->stage[b] = rounds.stage;
     units->rows[b] = rounds.rows;
     units->buffers[b] = rounds.buffers;
-    see_in(shared_matrices, MatrixPart(s, tiles, part, rounds).total);
+    see_in(shared_matrices, MatrixPart(s, tiles, Way(s.branches[b], backward).part(0, channels), rounds).total);
     see_in(shared_matrices, UnitLayout::statistics(tiles, channels));
-    return true;
+  };
+  auto place_tasks = [&] {
+    units->task = int(*shared_matrices / 4);
+    if (*shared_matrices) *shared_matrices += 4 * MatrixPart::kTask;
   };
   // Destination channels of a unit with at most `slots`: whole groups, or a run of one.
   auto of_slots = [](const Way& way, int slots) {
     const int chunks = MatrixPart::chunks(way.dest_per_group), groups = least(slots / chunks, way.groups);
     return groups ? groups * way.dest_per_group : ceil_div(chunks, ceil_div(chunks, slots)) * MatrixPart::kSide;
   };
+  constexpr int64_t matrix_limit = kLargeShared - 4 * MatrixPart::kTask;
   const int columns_of_items = MatrixPart::kItems / MatrixPart::items(tiles.rows, tiles.columns, 1);
   const int most_slots = least(columns_of_items * MatrixPart::kItemSlots, kUnitChannels / MatrixPart::kSide);
   if (merged) {
+    for (int slots = MatrixPart::suit_sum(s) ? most_slots : 0; slots > 0; --slots) {
+      const int channels = least(slots * MatrixPart::kSide, s.in);
+      MatrixRounds rounds[kMaxBranches];
+      bool all = true;
+      for (int b = 0; all && b < s.branch_count; ++b) {
+        const Way way(s.branches[b], true);
+        const bool whole = channels % way.dest_per_group == 0 || way.dest_per_group % channels == 0;
+        all = (way.groups == 1 || whole) && choose_matrices(s, tiles, way.part(0, channels), matrix_limit, &rounds[b]);
+      }
+      if (!all) continue;
+      for (int b = 0; b < s.branch_count; ++b) take_matrices(b, channels, rounds[b]);
+      place_tasks();
+      units->count = ceil_div(s.in, channels);
+      return true;
+    }
     for (int channels = least(2 * wanted, s.in); channels > 0; --channels) {
       bool all = true;
       *shared = 0;
@@ -474,10 +503,19 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     const Way way(s.branches[b], backward);
     const int per_group = way.dest_per_group, pairs = per_group % 2 == 0 ? 2 : 1;
     int channels = 0;
-    for (int slots = MatrixPart::suit(s, way) ? most_slots : 0; slots > 0 && !channels; slots /= 2) {
-      channels = of_slots(way, slots);
-      if (!matrices_suit(b, channels)) channels = 0;
+    // On tensor cores units of the size that costs least per channel.
+    MatrixRounds best{};
+    int64_t cost = 0;
+    for (int slots = MatrixPart::suit(s, way) ? most_slots : 0; slots > 0; slots /= 2) {
+      const int of_unit = of_slots(way, slots);
+      MatrixRounds rounds;
+      const int64_t of_rounds = choose_matrices(s, tiles, way.part(0, of_unit), matrix_limit, &rounds);
+      if (!of_rounds || (cost && of_rounds * channels >= cost * of_unit)) continue;
+      cost = of_rounds;
+      channels = of_unit;
+      best = rounds;
     }
+    if (channels) take_matrices(b, channels, best);
     for (int most_channels = wanted * pairs; most_channels > 0 && !channels; most_channels /= 2) {
       const int groups = least(most_channels / per_group, way.groups);
       const int runs = ceil_div(per_group, most_channels), even = ceil_div(ceil_div(per_group, runs), pairs) * pairs;
@@ -486,8 +524,7 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     }
     if (!channels) return false;
   }
-  units->task = int(*shared_matrices / 4);
-  if (*shared_matrices) *shared_matrices += 4 * MatrixPart::kTask;
+  place_tasks();
   units->count = units->of_launch(s, backward, false).count + units->of_launch(s, backward, true).count;
   return true;
 }

@@ -16,10 +16,6 @@
 
 namespace mfef::cuda {
 
-// Products that one sum takes before it is added to that of the slice. Tensor cores do not round, they cut towards
-// zero: a long chain would end too near it, by half a last place per product of matrices.
-constexpr int kMatrixChain = 128;
-
 struct LargeMatrixWeightSums {
   using OfWarp = Accumulator[LargeMatrixTiles::kWarpItems][LargeMatrixTiles::kTaps];
   OfWarp chain, slice;
@@ -29,8 +25,7 @@ struct LargeMatrixWeightSums {
     for (int i = 0; i < LargeMatrixTiles::kWarpItems; ++i) {
       MFEF_UNROLL
       for (int t = 0; t < LargeMatrixTiles::kTaps; ++t) {
-        MFEF_UNROLL
-        for (int v = 0; v < 4; ++v) slice[i][t].value[v] += chain[i][t].value[v];
+        slice[i][t].add(chain[i][t]);
         chain[i][t] = {};
       }
     }

@@ -61,7 +61,16 @@ template <int kWords>
 using FragmentB = Fragment<kWords / 4>;
 struct Accumulator {
   float value[4];
+
+  MFEF_DEVICE void add(const Accumulator& other) {
+    MFEF_UNROLL
+    for (int i = 0; i < 4; ++i) value[i] += other.value[i];
+  }
 };
+
+// Products that one sum takes before it is added to another where there are many. Tensor cores do not round, they cut
+// towards zero: a long chain would end too near it, by half a last place per product of matrices.
+constexpr int kMatrixChain = 128;
 
 // --- operands -----------------------------------------------------------------------------------
 

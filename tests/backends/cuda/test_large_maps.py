@@ -3,6 +3,8 @@
 What holds for both plans (layouts, strides, ties, empty batches, ...) is in test_small_maps.py.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +21,8 @@ from tests.accuracy import (
     make_case,
     run_block,
 )
-from tests.backends.cuda.conftest import H200
+from tests.backends.cuda.conftest import ALIGNED, H200, NEAREST
+from tests.backends.cuda.test_mma import tf32 as rounded_to_tf32
 from tests.backends.cuda.test_plan import problem
 from tests.backends.triton.test_attention import draw_case, expected
 from tests.backends.triton.test_attention import eager_errors as eager_errors_of_attention
@@ -94,19 +97,103 @@ def test_imagenets_last_map_on_tensor_cores(device, dtype):
     errors.check()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def on_tf32_operands(case, branches):
+    """The case with what tensor cores multiply, of the branches that they compute, rounded."""
+    x, grad = case.x.detach().clone(), case.grad.clone()
+    weights = [w.detach().clone() for w in case.weights]
+
+    def round_(t):
+        t.copy_(torch.from_numpy(rounded_to_tf32(t.float().numpy())))
+
+    ins = [w.shape[1] * g for w, g in zip(weights, case.groups, strict=True)]
+    outs = [w.shape[0] for w in weights]
+    for b in branches:
+        round_(x[:, sum(ins[:b]) : sum(ins[: b + 1])])
+        round_(weights[b])
+        round_(grad[:, sum(outs[:b]) : sum(outs[: b + 1])])
+    return dataclasses.replace(case, x=x, weights=weights, grad=grad)
+
+
+@pytest.mark.parametrize("adding", [NEAREST, ALIGNED])
+@pytest.mark.parametrize(
+    ("shape", "options", "branches"),
+    [
+        # Several rounds in two buffers, several groups, more channels than a unit has; channels
+        # that fill no chunk of 8; taps a few rows at a time; a narrow branch beside a wide one.
+        ((1, 512, 7, 7), {}, [0, 1, 2, 3]),
+        ((1, 60, 10, 18), {"kernel_sizes": (3, 5), "groups": (1, 3)}, [0, 1]),
+        ((1, 200, 8, 17), {"kernel_sizes": (5, 9), "groups": (1, 10)}, [0, 1]),
+        ((2, 48, 11, 20), {"kernel_sizes": (7, 3), "groups": (2, 12)}, [0]),
+    ],
+    ids=str,
+)
+def test_tf32_on_tensor_cores(device, request, tf32, adding, shape, options, branches):
+    """What float64 makes of operands rounded to TF32, as near as float32 comes to it, also where
+    tensor cores cut their sums as an A100 does; the data gradient too."""
+    if device == "cpu":
+        request.getfixturevalue("host").set(adding=adding)
+    elif adding != NEAREST:
+        pytest.skip("a GPU adds as it does")
+    plan = cuda.plan(problem(shape[0], *shape[1:], **options), H200)
+    assert plan["plan"] == "large-map"
+    for direction in ("forward", "backward"):
+        assert plan[f"{direction}_tensor_core_branches"] == branches
+    errors = Errors(torch.float32)
+    for seed in range(3):
+        case = make_case(shape, dtype=torch.float32, seed=seed, **options)
+        rounded = on_tf32_operands(case, branches)
+
+        def run(f, of, d, where="cpu", layout=torch.contiguous_format, **kw):
+            at = of.cast(d, where)
+            out = f(at.x.contiguous(memory_format=layout), at.weights, at.groups, **kw)
+            (grad,) = torch.autograd.grad(out, [at.x], at.grad)
+            return [t.detach().cpu() for t in (out, grad)]
+
+        wanted = run(reference.multi_scale_conv2d, rounded, torch.float64)
+        got = run(functional.multi_scale_conv2d, case, torch.float32, device, LAYOUTS[seed % 2],
+                  backend="cuda")  # fmt: skip
+        eager = [run(reference.multi_scale_conv2d, rounded, torch.float32, layout=one)
+                 for one in LAYOUTS]  # fmt: skip
+        largest_errors = [
+            max(largest(e.double() - w) for e in column)
+            for *column, w in zip(*eager, wanted, strict=True)
+        ]
+        errors.add(["out", "x"], got, wanted, largest_errors)
+    errors.check()
+
+
+KINDS = [*DTYPES[1:], "tf32"]  # on tensor cores
+
+
+@pytest.fixture
+def kind(request):
+    """The dtype of a kind; TF32 switched on for it."""
+    if request.param != "tf32":
+        return request.param
+    request.getfixturevalue("tf32")
+    return torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
 @pytest.mark.parametrize("split", [True, False])
-def test_layouts_give_the_same_bits_on_tensor_cores(device, dtype, split):
-    """channels_last maps are copied, contiguous ones gathered; and a slice at an odd channel."""
-    case = make_case((2, 48, 11, 20), dtype=dtype, kernel_sizes=(3, 5), groups=(1, 3), split=split)
-    low = case.cast(dtype, device)
-    weights = [w.detach() for w in low.weights]
-    wide = torch.randn(2, 50, 11, 20, dtype=dtype).to(device)
-    wide[:, 1:49] = low.x.detach()
+def test_layouts_give_the_same_bits_on_tensor_cores(device, kind, split):
+    """channels_last maps and weights are copied, contiguous ones gathered, also from a slice at an
+    odd channel; and source channels of weights that are neighbours for the data gradient."""
+    case = make_case((2, 48, 11, 20), dtype=kind, kernel_sizes=(3, 5), groups=(1, 3), split=split)
+    low = case.cast(kind, device)
+    x, weights = low.x.detach(), [w.detach() for w in low.weights]
+    wide = torch.randn(2, 50, 11, 20, dtype=kind).to(device)
+    wide[:, 1:49] = x
+    last = [w.contiguous(memory_format=LAYOUTS[1]) for w in weights]
+    outer = [w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2) for w in weights]
+    assert all(w.stride(0) == 1 for w in outer)
     found = []
-    for x in (low.x.detach(), low.x.detach().contiguous(memory_format=LAYOUTS[1]),
-              wide.contiguous(memory_format=LAYOUTS[1])[:, 1:49]):  # fmt: skip
-        leaves = [t.detach().requires_grad_() for t in (x, *weights)]
+    for layout in (
+        [x, *weights],
+        [x.contiguous(memory_format=LAYOUTS[1]), *last],
+        [wide.contiguous(memory_format=LAYOUTS[1])[:, 1:49], *outer],
+    ):
+        leaves = [t.detach().requires_grad_() for t in layout]
         out = functional.multi_scale_conv2d(
             leaves[0], leaves[1:], low.groups, low.split, backend="cuda"
         )
@@ -114,6 +201,35 @@ def test_layouts_give_the_same_bits_on_tensor_cores(device, dtype, split):
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "buffers"), [((1, 512, 7, 7), [2, 2, 2, 2]), ((1, 64, 56, 56), [1])], ids=str
+)
+def test_rounds_in_two_buffers_and_in_one(host, kind, layout, shape, buffers):
+    """A round is copied while the one before is multiplied, where there are several: what is not
+    yet waited for is NaN on the host, and what is overwritten too early is another round's."""
+    plan = cuda.plan(problem(shape[0], *shape[1:], dtype=kind), H200)
+    for direction in ("forward", "backward"):
+        rounds = plan[f"{direction}_tensor_core_rounds"]
+        if kind != torch.float32:
+            assert [b for _, _, b in rounds] == buffers
+        else:
+            assert 2 in [b for _, _, b in rounds]
+    case = make_case(shape, dtype=kind, kernel_sizes=(3, 5, 7, 9), groups=(1, 4, 8, 16))
+    low = case.cast(kind)
+    x = low.x.detach().contiguous(memory_format=layout).requires_grad_()
+
+    def run():
+        out = functional.multi_scale_conv2d(x, low.weights, low.groups, backend="cuda")
+        return [out, *torch.autograd.grad(out, [x], low.grad.to(kind))]
+
+    ascending = run()
+    host.set(backwards=True)
+    for a, b in zip(ascending, run(), strict=True):
+        assert torch.equal(a, b) and not a.isnan().any()
 
 
 @pytest.mark.parametrize(("shape", "options"), SHAPES, ids=str)
@@ -137,6 +253,10 @@ def test_shapes_that_users_have(device, shape, options):
         ((1, 200, 8, 17), {"kernel_sizes": (5, 9), "groups": (1, 10)}),
         ((1, 160, 5, 18), {"kernel_sizes": (3,), "groups": (1,)}),
         ((1, 24, 9, 34), {"kernel_sizes": (3, 5), "groups": (2, 12), "split": False}),
+        # The sum over branches on tensor cores too: one round and several, groups of one slot and
+        # fewer than 8 sources; several units, of which the last is smaller.
+        ((1, 32, 9, 20), {"kernel_sizes": (3, 5), "groups": (1, 4), "split": False}),
+        ((1, 76, 6, 18), {"kernel_sizes": (5, 3), "groups": (1, 1), "split": False}),
     ],
     ids=str,
 )
