@@ -272,13 +272,14 @@ struct LargeMatrixTiles {
     return MatrixPart::suit(s, Way(b, false)) ? LargeMatrixTiles(b).tiles : 0;
   }
 
-  // Words from pixel to pixel in shared memory. In TF32 lanes read 4 pixels by 8 channels: an odd multiple of 8 words
-  // apart, so that those lie in different banks.
+  // Words from pixel to pixel in shared memory. Of what is read word by word in TF32, 4 pixels by 8 channels, an odd
+  // multiple of 8, so that those lie in different banks.
   MFEF_HD static int pixel_step(bool tf32, int channels) {
     return tf32 ? (channels / 8 | 1) * 8 : MatrixPart::row_step(channels / 2);
   }
-  MFEF_HD static int dy_step(bool tf32) { return pixel_step(tf32, kDests); }
   MFEF_HD int x_step(bool tf32) const { return pixel_step(tf32, tile_slots * kSlot); }
+  // dy may be in float32 also in 16 bits, whose words are two pixels: 20 suits them, and matrices.
+  MFEF_HD static int dy_step(bool tf32) { return tf32 ? pixel_step(true, kDests) : MatrixPart::row_step(kDests); }
   MFEF_HD static int64_t dy_words(bool tf32, const Cover& piece) {
     return int64_t(piece.rows) * piece.columns * dy_step(tf32);
   }
@@ -298,7 +299,6 @@ struct LargeMatrixTiles {
 
   // What the tiles of a slice of `pieces` take, each a thread block that shares a multiprocessor with two others, in
   // cycles: the longest of its own loads and products, one after the other or at once, and of all three's products.
-  // Maps are copied, but for a gradient that has to be converted, which every thread waits for, 8 channels at a time.
   // Estimates: waiting for memory, a barrier, bytes per cycle of a third of what comes from L2; the latency of an
   // item's operands and products, a product.
   static int64_t cycles(const Sizes& s, const Cover& piece, int64_t pieces, int buffers) {
@@ -310,14 +310,12 @@ struct LargeMatrixTiles {
       const int k = s.branches[b].k, element = s.tf32 ? 4 : 2, pixels = piece.rows * piece.columns;
       const int items = shape.tile_slots * shape.part_items, spans = pixels * element / 4 / kSpan;
       const int halo = (piece.rows + k - 1) * (piece.columns + k - 1);
-      const int64_t waited = s.tf32 ? 0 : ceil_div(pixels * kDests / 8, kConvolutionThreads) * kWait;
-      const int64_t elements = int64_t(halo) * shape.tile_slots * kSlot + (s.tf32 ? kDests * pixels : 0);
-      const int64_t copied = element * elements / kBytes + kWait;
+      const int64_t bytes = 4 * kDests * int64_t(pixels) + element * kSlot * int64_t(halo) * shape.tile_slots;
+      const int64_t load = bytes / kBytes + kWait;
       const int64_t multiply = spans * (1 + ceil_div(items, kItems / kWarpItems)) * kItem;
-      const int64_t longer = copied > multiply ? copied : multiply;
-      const int64_t own = buffers == 2
-                              ? pieces * waited + copied + (pieces - 1) * longer + multiply + (pieces + 1) * kBarrier
-                              : pieces * (waited + copied + multiply + 2 * kBarrier);
+      const int64_t longer = load > multiply ? load : multiply;
+      const int64_t own = buffers == 2 ? load + (pieces - 1) * longer + multiply + (pieces + 1) * kBarrier
+                                       : pieces * (load + multiply + 2 * kBarrier);
       const int64_t all = pieces * kBlocks * kProduct * spans * items * kTaps;
       sum += shape.tiles * (own > all ? own : all);
     }

@@ -7,9 +7,9 @@
 // [pixel][16 channels], x with its halo as [pixel][channels of the tile's slots]; a tap is an offset.
 //
 // In 16 bits both are read transposed: per 16 pixels, a span of two rows, a warp reads 4 matrices of dy and 2 of x for
-// every product of 2,048 multiply-adds. TF32 cannot be read so; lanes read its words one by one, 4 of dy per 8 pixels
-// of a row and 2 of x for every product of 1,024, and round them, so that float32 maps are copied as they are. Groups
-// of 8 destination channels waste half of the products.
+// every product of 2,048 multiply-adds. Float32 cannot be read so; lanes read its words one by one and round them, so
+// that it is copied as it is: in TF32 4 of dy per 8 pixels of a row and 2 of x for every product of 1,024, in 16 bits 8
+// of the dy that an attention leaves. Groups of 8 destination channels waste half of the products.
 #pragma once
 
 #include "pixels.cuh"
@@ -45,21 +45,28 @@ struct LargeMatrixWeightItem {
   }
 };
 
-// An operand in TF32, word by word, rounded from the value(place) there.
-template <int kCount, class To, class At, class Value>
+// An operand word by word, rounded from the value(row, k) there.
+template <class T, int kCount, class To, class At, class Value>
 MFEF_DEVICE void load_rounded(const Warp& warp, const To& to, const At& place, const Value& value) {
   warp.lanes([&](int thread) {
     Fragment<kCount>& f = to(thread);
     MFEF_UNROLL
-    for (int reg = 0; reg < kCount; ++reg) f.word[reg] = tf32_word(value(place(thread % kWarp, reg)));
+    for (int reg = 0; reg < kCount; ++reg) {
+      const Place at = place(thread % kWarp, reg);
+      float of_word[kPerWord<T>];
+      MFEF_UNROLL
+      for (int i = 0; i < kPerWord<T>; ++i) of_word[i] = value(at.row, at.column * kPerWord<T> + i);
+      f.word[reg] = word_of<T>(of_word);
+    }
   });
 }
 
-// The products of a piece of `rows` x `columns` pixels, whole pairs and spans; `chained` products are in the chains.
+// The products of a piece of `rows` x `columns` pixels, whole pairs and spans; `chained` products are in the chains. dy
+// is in float32 or as T.
 template <class T>
 MFEF_DEVICE void multiply_piece(const Warp& warp, const LargeMatrixTiles& shape, const LargeMatrixTile& tile, int k,
-                                const uint32_t* dy, int dy_columns, const uint32_t* x, int x_columns, int rows,
-                                int columns, int warps, int chained,
+                                const uint32_t* dy, bool float_dy, int dy_columns, const uint32_t* x, int x_columns,
+                                int rows, int columns, int warps, int chained,
                                 Block::Registers<LargeMatrixWeightSums>& registers) {
   constexpr bool kTf32 = kPerWord<T> == 1;
   const int dy_step = LargeMatrixTiles::dy_step(kTf32), x_step = shape.x_step(kTf32);
@@ -80,10 +87,12 @@ MFEF_DEVICE void multiply_piece(const Warp& warp, const LargeMatrixTiles& shape,
     MFEF_ROLLED
     for (int w = 0; w < columns; w += kSpan) {
       const uint32_t *of_dy = dy + (h * dy_columns + w) * dy_step, *of_x = x + (h * x_columns + w) * x_step;
-      if constexpr (kTf32) {
+      if (float_dy) {
         const float* values = reinterpret_cast<const float*>(of_dy);
-        load_rounded<4>(warp, to_a, place_in_a, [&](Place at) { return values[at.column * dy_step + at.row]; });
-      } else {
+        load_rounded<T, 4>(warp, to_a, place_in_a, [&](int channel, int k) {
+          return values[(k / kSpan * dy_columns + k % kSpan) * dy_step + channel];
+        });
+      } else if constexpr (!kTf32) {
         load_transposed<4>(warp, to_a,
                            [&](int m, int r) { return of_dy + (m / 2 * dy_columns + r) * dy_step + m % 2 * 4; });
       }
@@ -97,7 +106,8 @@ MFEF_DEVICE void multiply_piece(const Warp& warp, const LargeMatrixTiles& shape,
           auto to_b = [&](int thread) -> auto& { return b[t][thread]; };
           if constexpr (kTf32) {
             const float* values = reinterpret_cast<const float*>(of_tap);
-            load_rounded<2>(warp, to_b, place_in_b, [&](Place at) { return values[at.column * x_step + at.row]; });
+            load_rounded<T, 2>(warp, to_b, place_in_b,
+                               [&](int channel, int pixel) { return values[pixel * x_step + channel]; });
           } else {
             load_transposed<2>(warp, to_b, [&](int m, int r) { return of_tap + (m * x_columns + r) * x_step; });
           }
@@ -155,7 +165,8 @@ MFEF_DEVICE void matrix_weight_gradient(const BlockArgs& a, const Block& block, 
   const int64_t per_image = cover.count(), pieces = s.batch * per_image;
   const int64_t end = (slice + 1) * l.matrix_slice < pieces ? (slice + 1) * l.matrix_slice : pieces;
   constexpr bool kTf32 = kPerWord<T> == 1;
-  const int64_t words = shape.words(kTf32, cover, b.k), of_dy = LargeMatrixTiles::dy_words(kTf32, cover);
+  const int64_t words = shape.words(kTf32, cover, b.k), dy_words = LargeMatrixTiles::dy_words(kTf32, cover);
+  const bool float_dy = kTf32 || l.dy_element == Element::kFloat;  // copied as it is, and rounded as it is read
   const int dy_columns = cover.columns, x_columns = cover.columns + b.k - 1;
   const int outs = least(LargeMatrixTiles::kDests, (tile.group + 1) * b.out_per_group() - tile.out);
   const int in = tile.slot * LargeMatrixTiles::kSlot;
@@ -177,20 +188,24 @@ MFEF_DEVICE void matrix_weight_gradient(const BlockArgs& a, const Block& block, 
     block.warps([&](const Warp& warp) {
       warp.lanes([&](int thread) {
         if (!loads) return;
-        load_pixels<Stored<T>>(
-            l.dy, l.dy_element, s, {image, b.out_first + tile.out, outs, {at.row, next_rows, at.column, next_columns}},
-            1, 0, {next, dy_columns, LargeMatrixTiles::dy_step(kTf32), 0}, copies[thread], thread, block.threads);
-        load_pixels<Stored<T>>(a.x, a.element, s,
-                               {image,
-                                b.in_first + tile.group * b.in_per_group() + in,
-                                ins,
-                                {at.row - half, next_rows + 2 * half, at.column - half, next_columns + 2 * half}},
-                               1, 0, {next + of_dy, x_columns, shape.x_step(kTf32), 0}, copies[thread], thread,
-                               block.threads);
+        const Region of_dy{image, b.out_first + tile.out, outs, {at.row, next_rows, at.column, next_columns}};
+        const PixelStage to_dy{next, dy_columns, LargeMatrixTiles::dy_step(kTf32), 0};
+        if (float_dy) {
+          load_pixels_from<float, float>(l.dy, s, of_dy, 1, 0, to_dy, copies[thread], thread, block.threads);
+        } else if constexpr (!kTf32) {
+          load_pixels_from<T, T>(l.dy, s, of_dy, 1, 0, to_dy, copies[thread], thread, block.threads);
+        }
+        load_pixels_from<Stored<T>, Stored<T>>(
+            a.x, s,
+            {image,
+             b.in_first + tile.group * b.in_per_group() + in,
+             ins,
+             {at.row - half, next_rows + 2 * half, at.column - half, next_columns + 2 * half}},
+            1, 0, {next + dy_words, x_columns, shape.x_step(kTf32), 0}, copies[thread], thread, block.threads);
         copies[thread].commit();
       });
-      multiply_piece<T>(warp, shape, tile, b.k, loaded, dy_columns, loaded + of_dy, x_columns, rows, columns, warps,
-                        chained, sums);
+      multiply_piece<T>(warp, shape, tile, b.k, loaded, float_dy, dy_columns, loaded + dy_words, x_columns, rows,
+                        columns, warps, chained, sums);
       warp.lanes([&](int thread) { copies[thread].wait(); });
     });
     piece += loads;

@@ -70,6 +70,21 @@ def test_pieces_in_turn(host, dtype, shape, buffers):
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layouts_give_the_blocks_weights_the_same_bits(device, dtype):
+    """The attention leaves the gradient of y in float32, in the layout of y: copied from one and
+    gathered from the other, it is rounded once."""
+    case = make_case((2, 64, 11, 20), dtype=dtype, kernel_sizes=(3, 5), groups=(1, 2))
+    low = case.cast(dtype, device)
+    found = []
+    for layout in LAYOUTS:
+        x, grad = (t.detach().contiguous(memory_format=layout) for t in (low.x, low.grad))
+        out = functional.mfef_block(x, low.weights, low.groups, *low.attention, backend="cuda")
+        found.append(torch.autograd.grad(out, low.weights, grad))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def rounded(t):
     """What tensor cores take float32 for in TF32."""
     return torch.from_numpy(to_tf32(t.detach().numpy())).contiguous()
