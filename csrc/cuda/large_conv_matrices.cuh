@@ -147,17 +147,17 @@ MFEF_DEVICE void load_matrix_weights(const Parameter& weights, const LargeMatrix
         continue;
       }
     }
-    Vector<uint32_t, 4> words{};
+    uint32_t words[4] = {};
     MFEF_UNROLL
     for (int j = 0; j < kVector; ++j, from += of_source) {
       if (j >= left) continue;
       if constexpr (kPerWord<T> == 1) {
-        words.value[j] = tf32_word(*from);
+        words[j] = tf32_word(*from);
       } else {
-        words.value[j / 2] |= uint32_t(from->x) << j % 2 * 16;
+        words[j / 2] |= uint32_t(from->x) << j % 2 * 16;
       }
     }
-    *reinterpret_cast<Vector<uint32_t, 4>*>(to) = words;
+    store_16_bytes(to, words);
   }
 }
 

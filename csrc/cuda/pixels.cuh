@@ -72,6 +72,20 @@ struct Copies {
 };
 #endif
 
+// 16 bytes to shared memory at once: left to the compiler these were four stores on sm_80 and sm_90a, whose lanes, 16
+// bytes apart, meet in 8 of 32 banks.
+MFEF_DEVICE void store_16_bytes(uint32_t* to, const uint32_t (&words)[4]) {
+#ifdef __CUDACC__
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3])
+               : "memory");
+#else
+  for (int i = 0; i < 4; ++i) to[i] = words[i];
+#endif
+}
+
 template <class T, class From>
 MFEF_DEVICE void load_pixels_from(const Map& map, const Sizes& s, const Region& region, int groups, int group_channels,
                                   const PixelStage& stage, Copies& copies, int thread, int threads) {
@@ -90,15 +104,25 @@ MFEF_DEVICE void load_pixels_from(const Map& map, const Sizes& s, const Region& 
     const int channel = region.channel + group * group_channels + first;
     const int h = region.at.row + row, w = region.at.column + column;
     uint32_t* to = stage.to + (row * stage.columns + column) * stage.step + group * stage.group + first / kPer;
-    Vector<uint32_t, 4> words{};
+    uint32_t words[4] = {};
     if (h >= 0 && h < s.height && w >= 0 && w < s.width) {
       const From* from = data + offset_of(map, region.image, channel, h, w);
       const int left = least(kVector, region.channels - first);
-      if constexpr (std::is_same_v<T, From>) {
-        if (whole && left == kVector && channel % kVector == 0) {
+      if (whole && left == kVector && channel % kVector == 0) {
+        if constexpr (std::is_same_v<T, From>) {
           copies.copy_16_bytes(to, from);
-          continue;
+        } else {
+          const auto value = *reinterpret_cast<const Vector<From, kVector>*>(from);
+          MFEF_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            float of_word[kPer];
+            MFEF_UNROLL
+            for (int j = 0; j < kPer; ++j) of_word[j] = float(value.value[kPer * i + j]);
+            words[i] = word_of<T>(of_word);
+          }
+          store_16_bytes(to, words);
         }
+        continue;
       }
       MFEF_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -107,10 +131,10 @@ MFEF_DEVICE void load_pixels_from(const Map& map, const Sizes& s, const Region& 
         for (int j = 0; j < kPer; ++j, from += map.stride[1]) {
           if (kPer * i + j < left) of_word[j] = float(*from);
         }
-        words.value[i] = word_of<T>(of_word);
+        words[i] = word_of<T>(of_word);
       }
     }
-    *reinterpret_cast<Vector<uint32_t, 4>*>(to) = words;
+    store_16_bytes(to, words);
   }
 }
 

@@ -58,11 +58,47 @@ SHAPES = [
 ]
 
 
-def is_large(shape, split=True, **options) -> bool:
-    """Whether the planner takes the large-map kernels."""
+def plan_of(shape, split=True, **options) -> dict[str, object]:
     mode = "split" if split else "pyramid"
-    plan = cuda.plan(problem(shape[0], *shape[1:], mode=mode, **options), H200)
-    return plan["plan"] == "large-map"
+    return cuda.plan(problem(shape[0], *shape[1:], mode=mode, **options), H200)
+
+
+def is_large(shape, **options) -> bool:
+    """Whether the planner takes the large-map kernels."""
+    return plan_of(shape, **options)["plan"] == "large-map"
+
+
+@pytest.mark.parametrize(
+    ("shape", "branches"),
+    [((32, 64, 56), [0]), ((32, 128, 28), [0, 1]), ((32, 512, 7), [0, 1, 2, 3])],
+    ids=str,
+)
+def test_tf32_has_the_branches_of_16_bits(tf32, shape, branches):
+    plan = plan_of(shape)
+    for name in ("forward", "backward", "weight_gradient"):
+        assert plan[f"{name}_tensor_core_branches"] == branches
+        assert 0 < plan[f"{name}_shared_bytes"] <= 74 * 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_sum_over_branches_is_on_tensor_cores_or_it_is_not(dtype):
+    """The gradient of x in pyramid mode, by one launch: groups of whole slots, and few zeros."""
+    for shape, groups, suits in [
+        ((32, 256, 28), (1, 4, 8, 16), True),
+        ((32, 128, 28), (1, 4, 8, 16), True),  # two sources of a chunk of 8 in the last branch
+        ((32, 64, 56), (1, 4, 8, 16), False),  # 4 channels per group in the last
+        ((32, 76, 28), (1, 1, 1, 1), True),
+        ((32, 80, 28), (1, 1, 4, 1), False),  # 20: two slots and a half
+    ]:
+        plan = plan_of(shape, split=False, dtype=dtype, groups=groups)
+        suits = suits and dtype != torch.float32
+        assert plan["backward_tensor_core_branches"] == ([0, 1, 2, 3] if suits else [])
+        launches = plan["backward_launches"]
+        assert ("LargeMatrixConvolution" in launches, "LargeConvolution" in launches) == (
+            suits,
+            not suits,
+        )
+        assert 0 < plan["backward_shared_bytes"] <= 74 * 1024
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -98,7 +134,9 @@ def test_imagenets_last_map_on_tensor_cores(device, dtype):
 
 
 def on_tf32_operands(case, branches):
-    """The case with what tensor cores multiply, of the branches that they compute, rounded."""
+    """The case with what tensor cores multiply, of the branches that they compute, rounded. In
+    pyramid mode, where all see the same channels, these are all branches."""
+    assert case.split or branches == list(range(len(case.weights)))
     x, grad = case.x.detach().clone(), case.grad.clone()
     weights = [w.detach().clone() for w in case.weights]
 
@@ -108,7 +146,7 @@ def on_tf32_operands(case, branches):
     ins = [w.shape[1] * g for w, g in zip(weights, case.groups, strict=True)]
     outs = [w.shape[0] for w in weights]
     for b in branches:
-        round_(x[:, sum(ins[:b]) : sum(ins[: b + 1])])
+        round_(x[:, sum(ins[:b]) : sum(ins[: b + 1])] if case.split else x)
         round_(weights[b])
         round_(grad[:, sum(outs[:b]) : sum(outs[: b + 1])])
     return dataclasses.replace(case, x=x, weights=weights, grad=grad)
@@ -119,11 +157,13 @@ def on_tf32_operands(case, branches):
     ("shape", "options", "branches"),
     [
         # Several rounds in two buffers, several groups, more channels than a unit has; channels
-        # that fill no chunk of 8; taps a few rows at a time; a narrow branch beside a wide one.
+        # that fill no chunk of 8; taps a few rows at a time; a narrow branch beside a wide one; a
+        # sum over branches.
         ((1, 512, 7, 7), {}, [0, 1, 2, 3]),
         ((1, 60, 10, 18), {"kernel_sizes": (3, 5), "groups": (1, 3)}, [0, 1]),
         ((1, 200, 8, 17), {"kernel_sizes": (5, 9), "groups": (1, 10)}, [0, 1]),
         ((2, 48, 11, 20), {"kernel_sizes": (7, 3), "groups": (2, 12)}, [0]),
+        ((1, 32, 9, 20), {"kernel_sizes": (5, 3), "groups": (1, 2), "split": False}, [0, 1]),
     ],
     ids=str,
 )
@@ -134,7 +174,7 @@ def test_tf32_on_tensor_cores(device, request, tf32, adding, shape, options, bra
         request.getfixturevalue("host").set(adding=adding)
     elif adding != NEAREST:
         pytest.skip("a GPU adds as it does")
-    plan = cuda.plan(problem(shape[0], *shape[1:], **options), H200)
+    plan = plan_of(shape, **options)
     assert plan["plan"] == "large-map"
     for direction in ("forward", "backward"):
         assert plan[f"{direction}_tensor_core_branches"] == branches
@@ -145,7 +185,7 @@ def test_tf32_on_tensor_cores(device, request, tf32, adding, shape, options, bra
 
         def run(f, of, d, where="cpu", layout=torch.contiguous_format, **kw):
             at = of.cast(d, where)
-            out = f(at.x.contiguous(memory_format=layout), at.weights, at.groups, **kw)
+            out = f(at.x.contiguous(memory_format=layout), at.weights, at.groups, at.split, **kw)
             (grad,) = torch.autograd.grad(out, [at.x], at.grad)
             return [t.detach().cpu() for t in (out, grad)]
 
@@ -211,7 +251,7 @@ def test_layouts_give_the_same_bits_on_tensor_cores(device, kind, split):
 def test_rounds_in_two_buffers_and_in_one(host, kind, layout, shape, buffers):
     """A round is copied while the one before is multiplied, where there are several: what is not
     yet waited for is NaN on the host, and what is overwritten too early is another round's."""
-    plan = cuda.plan(problem(shape[0], *shape[1:], dtype=kind), H200)
+    plan = plan_of(shape, dtype=kind)
     for direction in ("forward", "backward"):
         rounds = plan[f"{direction}_tensor_core_rounds"]
         if kind != torch.float32:
