@@ -219,6 +219,7 @@ MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& bloc
   const Way& way = task.way;
   const Rectangle& at = task.at;
   Block::Registers<LargeMatrixSums> sums(block);
+  Block::Registers<Copies> copies(block);
   block.phase([&](int thread) { sums[thread] = {}; });
   MFEF_ROLLED
   for (task.first = 0; task.first < way.source_per_group; task.first += stage) {
@@ -237,7 +238,9 @@ MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& bloc
         const PixelStage to{task.source, task.part.columns, task.part.pixel_step, task.part.group};
         load_pixels<T>(l.source, l.source_element, a.sizes,
                        {of.region.image, way.source_first + task.first, task.end - task.first, around}, way.groups,
-                       way.source_per_group, to, thread, block.threads);
+                       way.source_per_group, to, copies[thread], thread, block.threads);
+        copies[thread].commit();
+        copies[thread].wait();
       });
       block.warps([&](const Warp& warp) { multiply_round<T>(block, warp, task, sums); });
     }

@@ -211,7 +211,7 @@ struct PieceLayout {
 // channels of a group by a slot of 8 source channels by up to kTaps neighbouring taps; a tile is up to kItems items of
 // the same destination channels: all of a few slots, or a part of one slot's.
 struct LargeMatrixTiles {
-  static constexpr int kDests = 16, kSlot = 8, kTaps = 3, kWarpItems = 4, kMostSlots = 4;
+  static constexpr int kDests = 16, kSlot = 8, kTaps = 3, kWarpItems = 3, kMostSlots = 4;
   static constexpr int kItems = kWarpItems * kConvolutionThreads / 32;
 
   int runs, per_slot;                 // items of a row of taps, and of a slot

@@ -1,20 +1,37 @@
 // Gradients of the weights of the branches on tensor cores, on maps that stay in memory, as sums over slices of the
 // pieces of all images: of every tap, destination channels x pixels times pixels x source channels.
 //
-// A thread block is one tile of one slice (see LargeMatrixTiles), a warp has up to 4 of its items: 16 destination
-// channels, 8 source channels, 3 neighbouring taps, 48 sums of a thread from the first piece to the last. The pieces
-// come to shared memory one by one, in 16 bits: dy as [pixel][16 channels], x with its halo as [pixel][channels of the
-// tile's slots]; both are read transposed, so a tap is an offset. Per 16 pixels, a span of two rows, a warp reads 4
-// matrices of dy and 2 of x for every product of 2,048 multiply-adds. Groups of 8 destination channels waste half of
-// them.
+// A thread block is one tile of one slice (see LargeMatrixTiles), a warp has up to 3 of its items: 16 destination
+// channels, 8 source channels, 3 neighbouring taps. A thread has 36 sums of a chain, which goes on from piece to piece,
+// and 36 of the slice. The pieces come to shared memory one by one, in 16 bits: dy as [pixel][16 channels], x with its
+// halo as [pixel][channels of the tile's slots]; both are read transposed, so a tap is an offset. Per 16 pixels, a span
+// of two rows, a warp reads 4 matrices of dy and 2 of x for every product of 2,048 multiply-adds. Groups of 8
+// destination channels waste half of them.
 #pragma once
 
 #include "pixels.cuh"
 
 namespace mfef::cuda {
 
+// Products that one sum takes before it is added to that of the slice. Tensor cores do not round, they cut towards
+// zero: a long chain would end too near it, by half a last place per product of matrices.
+constexpr int kMatrixChain = 128;
+
 struct LargeMatrixWeightSums {
-  Accumulator of[LargeMatrixTiles::kWarpItems][LargeMatrixTiles::kTaps];
+  using OfWarp = Accumulator[LargeMatrixTiles::kWarpItems][LargeMatrixTiles::kTaps];
+  OfWarp chain, slice;
+
+  MFEF_DEVICE void end_chain() {
+    MFEF_UNROLL
+    for (int i = 0; i < LargeMatrixTiles::kWarpItems; ++i) {
+      MFEF_UNROLL
+      for (int t = 0; t < LargeMatrixTiles::kTaps; ++t) {
+        MFEF_UNROLL
+        for (int v = 0; v < 4; ++v) slice[i][t].value[v] += chain[i][t].value[v];
+        chain[i][t] = {};
+      }
+    }
+  }
 };
 
 // An item: its taps are [kx, kx + taps) of row ky; none where a warp has fewer items.
@@ -30,11 +47,12 @@ struct LargeMatrixWeightItem {
   }
 };
 
-// The products of a piece of `rows` x `columns` pixels, whole pairs and spans.
+// The products of a piece of `rows` x `columns` pixels, whole pairs and spans; `chained` products are in the chains.
 template <class T>
 MFEF_DEVICE void multiply_piece(const Warp& warp, const LargeMatrixTiles& shape, const LargeMatrixTile& tile, int k,
                                 const uint32_t* dy, int dy_columns, const uint32_t* x, int x_columns, int rows,
-                                int columns, int warps, Block::Registers<LargeMatrixWeightSums>& registers) {
+                                int columns, int warps, int chained,
+                                Block::Registers<LargeMatrixWeightSums>& registers) {
   const int dy_step = LargeMatrixTiles::dy_step(), x_step = shape.x_step();
   int offset[LargeMatrixTiles::kWarpItems], taps[LargeMatrixTiles::kWarpItems];
   MFEF_UNROLL
@@ -61,10 +79,12 @@ MFEF_DEVICE void multiply_piece(const Warp& warp, const LargeMatrixTiles& shape,
               warp, [&](int thread) -> auto& { return b[thread]; },
               [&](int m, int r) { return x + ((h + m) * x_columns + w + r + t) * x_step + offset[i]; });
           multiply_add<T, 8>(
-              warp, [&](int thread) -> auto& { return registers[thread].of[i][t]; },
+              warp, [&](int thread) -> auto& { return registers[thread].chain[i][t]; },
               [&](int thread) -> auto& { return a[thread]; }, [&](int thread) -> auto& { return b[thread]; });
         }
       }
+      chained = (chained + 2 * kSpan) % kMatrixChain;
+      if (!chained) warp.lanes([&](int thread) { registers[thread].end_chain(); });
     }
   }
 }
@@ -89,7 +109,7 @@ MFEF_DEVICE void write_matrix_sums(const BlockArgs& a, const Warp& warp, const L
           const int out = tile.out + at.row, in = (tile.slot + item.slot) * LargeMatrixTiles::kSlot + at.column;
           if (out >= (tile.group + 1) * b.out_per_group() || in >= b.in_per_group()) continue;
           sums[((int64_t(out) * b.in_per_group() + in) * b.k + item.ky) * b.k + item.kx + t] =
-              registers[thread].of[i][t].value[v];
+              registers[thread].slice[i][t].value[v];
         }
       });
     }
@@ -114,7 +134,9 @@ MFEF_DEVICE void matrix_weight_gradient(const BlockArgs& a, const Block& block, 
   const int in = tile.slot * LargeMatrixTiles::kSlot;
   const int ins = least(tile.slots * LargeMatrixTiles::kSlot, b.in_per_group() - in);
   Block::Registers<LargeMatrixWeightSums> sums(block);
+  Block::Registers<Copies> copies(block);
   block.phase([&](int thread) { sums[thread] = {}; });
+  int chained = 0;
   MFEF_ROLLED
   for (int64_t piece = slice * l.matrix_slice; piece < end; ++piece) {
     const int64_t image = piece / per_image;
@@ -123,18 +145,23 @@ MFEF_DEVICE void matrix_weight_gradient(const BlockArgs& a, const Block& block, 
     const int rows = ceil_div(at.rows, 2) * 2, columns = ceil_div(at.columns, kSpan) * kSpan;
     block.phase([&](int thread) {
       load_pixels<T>(l.dy, l.dy_element, s, {image, b.out_first + tile.out, outs, {at.row, rows, at.column, columns}},
-                     1, 0, to_dy, thread, block.threads);
+                     1, 0, to_dy, copies[thread], thread, block.threads);
       load_pixels<T>(a.x, a.element, s,
                      {image,
                       b.in_first + tile.group * b.in_per_group() + in,
                       ins,
                       {at.row - half, rows + 2 * half, at.column - half, columns + 2 * half}},
-                     1, 0, to_x, thread, block.threads);
+                     1, 0, to_x, copies[thread], thread, block.threads);
+      copies[thread].commit();
+      copies[thread].wait();
     });
     block.warps([&](const Warp& warp) {
-      multiply_piece<T>(warp, shape, tile, b.k, dy, to_dy.columns, to_x.to, to_x.columns, rows, columns, warps, sums);
+      multiply_piece<T>(warp, shape, tile, b.k, dy, to_dy.columns, to_x.to, to_x.columns, rows, columns, warps, chained,
+                        sums);
     });
+    chained = (chained + rows * columns) % kMatrixChain;
   }
+  block.phase([&](int thread) { sums[thread].end_chain(); });
   block.warps([&](const Warp& warp) { write_matrix_sums(a, warp, shape, tile, slice, warps, sums); });
 }
 

@@ -40,7 +40,7 @@ struct Device {
 
 #else
 
-extern int64_t host_shared_limit;
+extern int64_t host_shared_limit, host_scratch_bytes;
 
 struct Device {
   explicit Device(const Tensor&) {}
@@ -101,6 +101,12 @@ class Call {
     args.x = map_of(x);
   }
 
+#ifndef __CUDACC__
+  ~Call() {
+    for (const Tensor& t : memory_) host_scratch_bytes += t.numel() * int64_t(t.element_size());
+  }
+#endif
+
   void convolution(const std::vector<BranchSize>& branches, const std::vector<Tensor>& weights, bool split,
                    int64_t out_channels, bool allow_tf32) {
     Sizes& s = args.sizes;
@@ -155,20 +161,17 @@ class Call {
     Sizes& s = args.sizes;
     Gradients& g = args.grads;
     const int64_t n = s.batch;
-    if (need_parameters) {
-      if (s.hidden) {
-        g.logit = room(n * s.out);
-        g.hidden_sum = room(n * s.hidden);
-        g.hidden_mean = room(n * s.hidden);
-        g.hidden_max = room(n * s.hidden);
-        g.spatial = room(args.blocks * 2 * s.spatial_k * s.spatial_k);
-      }
-      args.bias_terms = plan_.large ? n * plan_.maps.tiles.count() : n;
-      if (g.bias.data) g.channel_sums = room(args.bias_terms * s.out);
-      if (s.branch_count) g.weights = room(plan_.slices * first_sum(s, s.branch_count));
-    }
-    if (plan_.large) return large_backward(need_parameters);
-    if (need_parameters && s.hidden && s.branch_count) g.dy = room(n * s.out * s.pixels());
+    const Scratch scratch(s, plan_, true, {.parameters = need_parameters, .bias = g.bias.data != nullptr});
+    g.logit = room(scratch.logit);
+    g.hidden_sum = room(scratch.hidden_sum);
+    g.hidden_mean = room(scratch.hidden_mean);
+    g.hidden_max = room(scratch.hidden_max);
+    g.spatial = room(scratch.spatial);
+    g.channel_sums = room(scratch.channel_sums);
+    g.weights = room(scratch.weights);
+    args.bias_terms = plan_.large ? n * plan_.maps.tiles.count() : n;
+    if (plan_.large) return large_backward(scratch, need_parameters);
+    g.dy = room(scratch.dy);
     args.stages = plan_.stages_backward;
     args.weights = plan_.weights_backward;
     if (args.blocks && (s.hidden || args.grad_x.data || g.channel_sums)) run(launch_backward);
@@ -252,18 +255,18 @@ class Call {
   void large_forward() {
     const Sizes& s = args.sizes;
     LargeArgs& l = args.large;
-    const int64_t n = s.batch, statistics = n * l.tiles.count() * s.out;
-    if (!n) return;
+    if (!s.batch) return;
     if (!s.hidden) return large_convolution(false, args.x, args.element, args.result);
-    if (s.branch_count && !args.y.data) {
+    const Scratch scratch(s, plan_, false, {.save = args.y.data != nullptr});
+    if (scratch.y) {
       memory_.push_back(empty_map_like(x_, s.out));
       args.y = map_of(memory_.back());
     }
-    l.tile_sums = room(statistics);
-    l.tile_tops = room(statistics);
-    l.tile_places = reinterpret_cast<int32_t*>(room(statistics));
-    l.gate = room(n * s.out);
-    l.pooled = room(2 * n * s.pixels());
+    l.tile_sums = room(scratch.tile_sums);
+    l.tile_tops = room(scratch.tile_tops);
+    l.tile_places = reinterpret_cast<int32_t*>(room(scratch.tile_places));
+    l.gate = room(scratch.gate);
+    l.pooled = room(scratch.pooled);
     large_convolution(false, args.x, args.element, args.y);
     if (!s.branch_count) args.y = args.x;
     run(launch_channel_gates);
@@ -271,20 +274,20 @@ class Call {
     run(launch_gate_map);
   }
 
-  void large_backward(bool need_parameters) {
+  void large_backward(const Scratch& scratch, bool need_parameters) {
     const Sizes& s = args.sizes;
     LargeArgs& l = args.large;
     const int64_t n = s.batch, pixels = s.pixels();
     l.dy = args.grad_result;
     l.dy_element = args.element;
     if (s.hidden && n) {
-      l.gate = room(n * s.out);
-      l.grad_mean = room(n * s.out);
-      l.grad_max = room(n * s.out);
-      l.pooled = room(2 * n * pixels);
-      l.grad_pooled = room(2 * n * pixels);
-      l.grad_spatial = room(n * pixels);
-      l.dots = room(args.blocks * s.out);
+      l.gate = room(scratch.gate);
+      l.grad_mean = room(scratch.grad_mean);
+      l.grad_max = room(scratch.grad_max);
+      l.pooled = room(scratch.pooled);
+      l.grad_pooled = room(scratch.grad_pooled);
+      l.grad_spatial = room(scratch.grad_spatial);
+      l.dots = room(scratch.dots);
       run(launch_channel_gates);
       run(launch_pixel_gradient);
       run(launch_channel_gradient);
@@ -293,7 +296,7 @@ class Call {
       if (s.branch_count) {
         // In the order of y.
         const bool last = args.y.stride[1] == 1;
-        l.dy = {room(n * s.out * pixels),
+        l.dy = {room(scratch.dy),
                 {s.out * pixels, last ? 1 : pixels, last ? int64_t(s.width) * s.out : s.width, last ? s.out : 1}};
         l.dy_element = Element::kFloat;
       }
@@ -323,9 +326,10 @@ class Call {
     STD_TORCH_CHECK(!error, "mfef: a CUDA kernel could not be launched: ", error);
   }
 
-  // Scratch for this call; the allocator gives it to nobody before the stream is done with it.
+  // Scratch for this call; the allocator gives it to nobody before the stream is done with it. Null for nothing.
   float* room(int64_t count) {
-    memory_.push_back(empty_dense({count > 0 ? count : 1}, ScalarType::Float, x_));
+    if (!count) return nullptr;
+    memory_.push_back(empty_dense({count}, ScalarType::Float, x_));
     return floats(memory_.back());
   }
 

@@ -3,6 +3,13 @@
 
 #include <type_traits>
 
+#ifndef __CUDACC__
+#include <cassert>
+#include <cstring>
+#include <utility>
+#include <vector>
+#endif
+
 #include "mma.cuh"
 #include "region.cuh"
 
@@ -15,26 +22,59 @@ struct PixelStage {
   int columns, step, group;
 };
 
-// 16 bytes to shared memory that nobody waits for before wait_for_copies.
-MFEF_DEVICE void copy_16_bytes(uint32_t* to, const void* from) {
+// What a thread copies to shared memory without waiting, 16 bytes at a time, in groups: those since the last `commit`
+// are one. Everybody sees a group's copies one barrier after its thread has waited for it. A thread keeps this in
+// Block::Registers, and has waited for all when it ends.
+//
+// On the host the destination is NaN until then, so that products which read too early, or of what is overwritten
+// while they read, are wrong there.
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-               :
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
-               : "memory");
+struct Copies {
+  __device__ __forceinline__ void copy_16_bytes(uint32_t* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
+                 : "memory");
+  }
+  __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  // For all groups but the last kLeft.
+  template <int kLeft = 0>
+  __device__ __forceinline__ void wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+  }
+};
 #else
-  *reinterpret_cast<Vector<uint32_t, 4>*>(to) = *static_cast<const Vector<uint32_t, 4>*>(from);
+struct Copies {
+  struct Copy {
+    uint32_t* to;
+    const void* from;
+  };
+  using Group = std::vector<Copy>;
+  Group issued;
+  std::vector<Group> groups;
+
+  ~Copies() { assert(issued.empty() && groups.empty()); }
+  void copy_16_bytes(uint32_t* to, const void* from) {
+    for (int i = 0; i < 4; ++i) to[i] = 0x7fff7fff;
+    issued.push_back({to, from});
+  }
+  void commit() {
+    groups.push_back(std::move(issued));
+    issued.clear();
+  }
+  template <int kLeft = 0>
+  void wait() {
+    while (groups.size() > size_t(kLeft)) {
+      for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+      groups.erase(groups.begin());
+    }
+  }
+};
 #endif
-}
-MFEF_DEVICE void wait_for_copies() {
-#ifdef __CUDACC__
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
 
 template <class T, class From>
 MFEF_DEVICE void load_pixels_from(const Map& map, const Sizes& s, const Region& region, int groups, int group_channels,
-                                  const PixelStage& stage, int thread, int threads) {
+                                  const PixelStage& stage, Copies& copies, int thread, int threads) {
   constexpr int kSide = MatrixPart::kSide;
   const int of_group = MatrixPart::chunks(region.channels), chunks = groups * of_group;
   const int columns = region.at.columns, pixels = region.at.rows * columns;
@@ -56,7 +96,7 @@ MFEF_DEVICE void load_pixels_from(const Map& map, const Sizes& s, const Region& 
       const From* from = data + offset_of(map, region.image, channel, h, w);
       const int left = least(kSide, region.channels - first);
       if (vectors && left == kSide && channel % kSide == 0) {
-        copy_16_bytes(to, from);
+        copies.copy_16_bytes(to, from);
         continue;
       }
       MFEF_UNROLL
@@ -74,16 +114,16 @@ MFEF_DEVICE void load_pixels_from(const Map& map, const Sizes& s, const Region& 
 }
 
 // The channels of a region, and as many `group_channels` further on for each of `groups`, to shared memory as elements
-// T, in chunks of 8 channels of a pixel; zeros beside the map and to the end of a group's last chunk.
+// T, in chunks of 8 channels of a pixel; zeros beside the map and to the end of a group's last chunk. What needs no
+// change is copied: it is there after `copies` are committed and waited for.
 template <class T>
 MFEF_DEVICE void load_pixels(const Map& map, Element element, const Sizes& s, const Region& region, int groups,
-                             int group_channels, const PixelStage& stage, int thread, int threads) {
+                             int group_channels, const PixelStage& stage, Copies& copies, int thread, int threads) {
   if (element == Element::kFloat) {
-    load_pixels_from<T, float>(map, s, region, groups, group_channels, stage, thread, threads);
+    load_pixels_from<T, float>(map, s, region, groups, group_channels, stage, copies, thread, threads);
   } else {
-    load_pixels_from<T, T>(map, s, region, groups, group_channels, stage, thread, threads);
+    load_pixels_from<T, T>(map, s, region, groups, group_channels, stage, copies, thread, threads);
   }
-  wait_for_copies();
 }
 
 }  // namespace mfef::cuda

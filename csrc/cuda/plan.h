@@ -523,21 +523,62 @@ inline std::vector<std::string> launches(const Sizes& s, const Plan& p, bool bac
   return all;
 }
 
-// Bytes in float32 that a whole call has beside its tensors while it runs; of large maps without the y that a forward
-// which saves nothing needs.
-inline int64_t scratch_bytes(const Sizes& s, const Plan& p, bool backward) {
-  const int64_t n = s.batch, pixels = s.pixels(), map = n * s.out * pixels;
-  const bool convolution = s.branch_count > 0, attention = s.hidden > 0;
-  const int64_t pieces = p.large ? n * p.maps.pieces.count() : (n + most(p.images, 1) - 1) / most(p.images, 1);
-  int64_t floats = 0;
-  if (p.large && attention && !backward) floats += n * (3 * p.maps.tiles.count() * int64_t(s.out) + s.out + 2 * pixels);
-  if (p.large && attention && backward) floats += n * (3 * s.out + 5 * pixels) + pieces * s.out;
-  if (backward && attention) {
-    floats += n * (s.out + 3 * int64_t(s.hidden)) + pieces * 2 * s.spatial_k * s.spatial_k + map * convolution;
+// --- scratch ----------------------------------------------------------------------------------
+
+// What decides on scratch beside the problem: whether a forward saves y, and of which parameters a backward has the
+// gradients; a bias is the convolution's.
+struct Wanted {
+  bool save = true, parameters = true, bias = false;
+};
+
+// The room that a call has beside its tensors while it runs, in elements: y in the tensors' type, all others in float32
+// or int32. Names are those of BlockArgs.
+struct Scratch {
+  int64_t y, tile_sums, tile_tops, tile_places;                  // large maps, forward
+  int64_t gate, pooled;                                          // large maps
+  int64_t grad_mean, grad_max, grad_pooled, grad_spatial, dots;  // large maps, backward
+  int64_t dy;
+  int64_t logit, hidden_sum, hidden_mean, hidden_max, spatial, channel_sums, weights;  // for parameters' gradients
+
+  Scratch(const Sizes& s, const Plan& p, bool backward, const Wanted& wanted) : Scratch() {
+    const int64_t n = s.batch, channels = n * s.out, pixels = n * s.pixels(), map = channels * s.pixels();
+    const bool convolution = s.branch_count > 0, attention = s.hidden > 0;
+    const int64_t blocks = p.large ? n * p.maps.pieces.count() : (n + p.images - 1) / p.images;
+    if (p.large && attention) {
+      gate = channels;
+      pooled = 2 * pixels;
+      if (!backward) {
+        if (convolution && !wanted.save) y = map;
+        tile_sums = tile_tops = tile_places = channels * p.maps.tiles.count();
+      } else {
+        grad_mean = grad_max = channels;
+        grad_pooled = 2 * pixels;
+        grad_spatial = pixels;
+        dots = blocks * s.out;
+        if (convolution) dy = map;
+      }
+    }
+    if (!backward || !wanted.parameters) return;
+    if (attention) {
+      logit = channels;
+      hidden_sum = hidden_mean = hidden_max = n * s.hidden;
+      spatial = blocks * 2 * s.spatial_k * s.spatial_k;
+      if (convolution) dy = map;
+    }
+    if (convolution) weights = p.slices * first_sum(s, s.branch_count);
+    if (wanted.bias) channel_sums = channels * (p.large ? p.maps.tiles.count() : 1);
   }
-  if (backward && convolution) floats += p.slices * first_sum(s, s.branch_count);
-  return 4 * floats;
-}
+
+  int64_t bytes(const Sizes& s) const {
+    const int64_t floats = tile_sums + tile_tops + tile_places + gate + pooled + grad_mean + grad_max + grad_pooled +
+                           grad_spatial + dots + dy + logit + hidden_sum + hidden_mean + hidden_max + spatial +
+                           channel_sums + weights;
+    return 4 * floats + (s.element == Element::kFloat ? 4 : 2) * y;
+  }
+
+ private:
+  Scratch() = default;
+};
 
 // What the large-map kernels read beside the problem: their plan, scratch, and the maps of the launch. All in float32
 // but what has an Element; null data: not there or not wanted.

@@ -26,7 +26,8 @@ def plan(problem: Problem, limit: int | None = None) -> dict[str, object]:
     plan ("small-map" or "large-map"), threads (per thread block; large maps: of the convolution),
     weight_gradient_tiles, weight_gradient_slices (of the batch), weight_gradient_shared_bytes, and
     for ``forward_`` and ``backward_``: launches (the kernels of a whole call), shared_bytes (per
-    thread block; large maps: of the convolution), scratch_bytes. Small maps: images (per thread
+    thread block; large maps: of the convolution), scratch_bytes (of a forward that saves, and of a
+    backward with all gradients but a convolution's bias). Small maps: images (per thread
     block), blocks, row (floats of a map's row in shared memory), ``forward_``, ``backward_``
     stages. Large maps: tile and piece (rows and columns of the convolution's and of the attention's
     share of a map), tiles and pieces (per image), ``forward_``, ``backward_`` units (of channels).
