@@ -11,6 +11,7 @@
 
 #include "attention.cuh"
 #include "conv_matrices.cuh"
+#include "weight_gradient.cuh"
 
 namespace mfef::cuda {
 
@@ -223,14 +224,29 @@ struct BackwardOf {
                           [&](int place, int, int) { return grad[place]; });
         });
       }
-      if (!a.grad_x.data) continue;
-      if (!s.branch_count) result = grad;
-      for (int stage = 0; s.branch_count && stage < a.stages.total(s); ++stage) {
-        block.phase(
-            [&](int thread) { load_weights<kRow, kMatrices>(a, true, stage, m + at.weights, thread, block.threads); });
+      const bool weights = a.weights_in_backward && a.grads.weights;
+      const int stages = s.branch_count && a.grad_x.data ? a.stages.total(s) : 0;
+      for (int stage = 0; stage < most(stages, weights); ++stage) {
+        block.phase([&](int thread) {
+          if (weights && stage == 0) {
+            load_map<kRow>(a.x, a.element, s, images.first, images.count, 0, s.in, a.step, result, thread,
+                           block.threads);
+          }
+          if (stages) load_weights<kRow, kMatrices>(a, true, stage, m + at.weights, thread, block.threads);
+        });
+        if (weights && stage == 0) {
+          block.phase([&](int thread) {
+            if constexpr (kRow <= kWidestWithWeights) {
+              sum_weight_gradients<kRow>(a, result, grad, images.count, b, thread, block.threads);
+            }
+          });
+        }
+        if (!stages) break;
         if (kMatrices && stage == 0) prepare_sources(a, block, at, true);
         convolve_stage<kRow, kMatrices>(a, block, at, true, stage);
       }
+      if (!a.grad_x.data) continue;
+      if (!s.branch_count) result = grad;
       block.phase([&](int thread) {
         store_map<kRow>(a.grad_x, a.element, s, images.first, images.count, s.branch_count ? s.in : s.out, a.step,
                         thread, block.threads, [&](int place, int, int) { return result[place]; });

@@ -3,7 +3,8 @@
 // A thread block writes kOutputs neighbouring elements; for each, kSumParts threads add up a part of the terms, in
 // order, and one adds the parts. Terms are slices of the batch (convolutions), images (MLP and bias, where a term is
 // a product of two vectors that the backward left, an outer product for each image) or blocks of images (spatial).
-// Memory: reads what is left once, neighbouring elements side by side, and writes the gradients in their own strides.
+// Elements are in the order of their partial sums. Memory: reads what is left once, neighbouring elements side by side,
+// and writes the gradients in their own strides.
 #pragma once
 
 #include "device.cuh"
@@ -35,13 +36,17 @@ MFEF_DEVICE float part_of_output(const BlockArgs& a, int64_t e, int part, Parame
       e -= count;
       continue;
     }
-    const int64_t x = e % full, y = e / full % full, pair = e / (full * full);
-    const int64_t kx = x - (full - b.k) / 2, ky = y - (full - b.k) / 2;
+    const bool taps_last = !a.weights_in_backward;  // see place_of_sum
+    const int64_t pair = taps_last ? e / (full * full) : e % (b.out * inputs),
+                  tap = taps_last ? e % (full * full) : e / (b.out * inputs);
+    const int64_t out = taps_last ? pair / inputs : pair % b.out, in = taps_last ? pair % inputs : pair / b.out;
+    const int64_t x = tap % full, y = tap / full, kx = x - (full - b.k) / 2, ky = y - (full - b.k) / 2;
     *to = g.branches[i];
-    *offset = pair / inputs * to->stride[0] + pair % inputs * to->stride[1] + y * to->stride[2] + x * to->stride[3];
+    *offset = out * to->stride[0] + in * to->stride[1] + y * to->stride[2] + x * to->stride[3];
     if (kx < 0 || kx >= b.k || ky < 0 || ky >= b.k) return 0.0f;
     const int64_t per_slice = first_sum(s, s.branch_count);
-    const float* from = g.weights + first_sum(s, i) + (pair * b.k + ky) * b.k + kx;
+    const float* from =
+        g.weights + first_sum(s, i) + place_of_sum(b, a.weights_in_backward, int(out), int(in), int(ky), int(kx));
     return part_of_sum(batch ? a.slices : 0, part, [&](int64_t slice) { return from[slice * per_slice]; });
   }
   if (g.bias.data) {
