@@ -1,12 +1,15 @@
-// Backward of the block on maps that fit on the chip, less the gradients of the parameters: from the gradient of the
-// result to those of y and x in one launch, a thread block for the same images as in the forward. For the gradients of
-// the parameters it leaves what weight_gradient.cuh and sums.cuh need.
+// Backward of the block on maps that fit on the chip: from the gradient of the result to those of y and x in one
+// launch, a thread block for the same images as in the forward. For the gradients of the parameters it leaves what
+// weight_gradient.cuh and sums.cuh need; where the plan has `weights_in_backward`, not the gradient of y but the sums
+// of its images for the weights.
 //
 // Phases: y and the gradient to shared memory; the MLP and the channel gate again; per pixel the gradient of the
 // spatial gate and the pooled maps again (they are not saved), in runs of channels; the spatial convolution backward;
-// through z = y * gate, row by row; the MLP backward; the gradient of y, in place of that of the result; then the
-// data gradient of the convolution, stage by stage, into the place of y.
-// Memory: reads the gradient and y once, writes the gradient of x and, for the weight gradient, that of y in float32.
+// through z = y * gate, row by row; the MLP backward; the gradient of y, in place of that of the result; x into the
+// place of y, and the gradients of the weights, written as they are done; then the data gradient of the convolution,
+// stage by stage, into the same place.
+// Memory: reads the gradient and y once, writes the gradient of x and, for the weight gradient, that of y in float32;
+// or reads x, while the first weights are under way, and writes a sum for each weight.
 #pragma once
 
 #include "attention.cuh"

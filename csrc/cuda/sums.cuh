@@ -13,15 +13,34 @@ namespace mfef::cuda {
 
 constexpr int kOutputs = 32, kSumParts = 8;
 
-// One part of the sum over `count` terms; 0 for the part after the last.
-template <class Term>
-MFEF_DEVICE float part_of_sum(int64_t count, int part, const Term& term) {
-  const int64_t first = count * part / kSumParts, end = part < kSumParts ? count * (part + 1) / kSumParts : first;
+// One part of the sum over `count` terms; 0 for the part after the last. run(first, n): of n terms from `first` on.
+template <class Run>
+MFEF_DEVICE float part_of_runs(int64_t count, int part, const Run& run) {
+  const int64_t begin = count * part / kSumParts, end = part < kSumParts ? count * (part + 1) / kSumParts : begin;
   float sum = 0.0f;
-  for (int64_t run = first; run < end; run += kRun) {
-    sum += sum_of(end - run < kRun ? int(end - run) : kRun, [&](int i) { return term(run + i); });
+  for (int64_t first = begin; first < end; first += kRun) {
+    sum += run(first, end - first < kRun ? int(end - first) : kRun);
   }
   return sum;
+}
+
+template <class Term>
+MFEF_DEVICE float part_of_sum(int64_t count, int part, const Term& term) {
+  return part_of_runs(count, part,
+                      [&](int64_t first, int n) { return sum_of(n, [&](int i) { return term(first + i); }); });
+}
+
+// The same of numbers `step` apart, with the loads of a whole run under way at once.
+MFEF_DEVICE float part_of_sum(int64_t count, int part, const float* from, int64_t step) {
+  return part_of_runs(count, part, [&](int64_t first, int n) {
+    const float* at = from + first * step;
+    float terms[kRun], sum = 0.0f;
+    MFEF_UNROLL
+    for (int i = 0; i < kRun; ++i, at += step) terms[i] = i < n ? *at : 0.0f;
+    MFEF_UNROLL
+    for (int i = 0; i < kRun; ++i) sum += terms[i];
+    return sum;
+  });
 }
 
 // A part of element `e` of all gradients; *to and *offset say where the element is.
@@ -44,16 +63,15 @@ MFEF_DEVICE float part_of_output(const BlockArgs& a, int64_t e, int part, Parame
     *to = g.branches[i];
     *offset = out * to->stride[0] + in * to->stride[1] + y * to->stride[2] + x * to->stride[3];
     if (kx < 0 || kx >= b.k || ky < 0 || ky >= b.k) return 0.0f;
-    const int64_t per_slice = first_sum(s, s.branch_count);
     const float* from =
         g.weights + first_sum(s, i) + place_of_sum(b, a.weights_in_backward, int(out), int(in), int(ky), int(kx));
-    return part_of_sum(batch ? a.slices : 0, part, [&](int64_t slice) { return from[slice * per_slice]; });
+    return part_of_sum(batch ? a.slices : 0, part, from, first_sum(s, s.branch_count));
   }
   if (g.bias.data) {
     if (e < channels) {
       *to = g.bias;
       *offset = e * to->stride[0];
-      return part_of_sum(a.bias_terms, part, [&](int64_t n) { return g.channel_sums[n * channels + e]; });
+      return part_of_sum(a.bias_terms, part, g.channel_sums + e, channels);
     }
     e -= channels;
   }
@@ -88,7 +106,7 @@ MFEF_DEVICE float part_of_output(const BlockArgs& a, int64_t e, int part, Parame
     if (e < channels) {
       *to = g.fc2_bias;
       *offset = e * to->stride[0];
-      return 2.0f * part_of_sum(batch, part, [&](int64_t n) { return g.logit[n * channels + e]; });
+      return 2.0f * part_of_sum(batch, part, g.logit + e, channels);
     }
     e -= channels;
   }
@@ -97,8 +115,7 @@ MFEF_DEVICE float part_of_output(const BlockArgs& a, int64_t e, int part, Parame
   *to = g.spatial_weight;
   *offset = map * to->stride[1] + y * to->stride[2] + x * to->stride[3];
   if (kx < 0 || kx >= k || ky < 0 || ky >= k) return 0.0f;
-  const float* from = g.spatial + (map * k + ky) * k + kx;
-  return part_of_sum(a.blocks, part, [&](int64_t block) { return from[block * 2 * k * k]; });
+  return part_of_sum(a.blocks, part, g.spatial + (map * k + ky) * k + kx, 2 * k * k);
 }
 
 struct Sums {

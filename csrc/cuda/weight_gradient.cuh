@@ -1,4 +1,5 @@
-// Gradients of the convolutions' weights, as sums over slices of the batch.
+// Gradients of the convolutions' weights, as sums over slices of the batch; or, for the backward, over the images of a
+// thread block (sum_weight_gradients).
 //
 // A thread block is one tile (see Tile: some weights of one branch) of one slice. Images of the slice come to shared
 // memory one by one, only the channels that the tile needs. A thread owns one output channel, one input channel and up
