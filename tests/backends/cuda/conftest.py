@@ -74,6 +74,7 @@ class Host:
         self._multiply.argtypes += [ctypes.c_int]
         self._settings = loaded.mfef_cuda_host_settings
         self._settings.argtypes = [ctypes.c_int64, ctypes.c_bool, ctypes.c_int, ctypes.c_bool]
+        self._settings.argtypes += [ctypes.c_int64]
         self._scratch = loaded.mfef_cuda_host_scratch
         self._scratch.restype = ctypes.c_int64
         self._scratch.argtypes = []
@@ -85,10 +86,12 @@ class Host:
         backwards: bool = False,
         adding: int = NEAREST,
         one_slice: bool = False,
+        apart: bool = False,
     ) -> None:
         """Bytes of shared memory of a thread block; whether its threads run in descending order;
-        how products are added up; whether weight gradients have all of the batch in one slice."""
-        self._settings(shared_limit, backwards, adding, one_slice)
+        how products are added up; whether weight gradients have all of the batch in one slice;
+        whether those of small maps are always a launch of their own."""
+        self._settings(shared_limit, backwards, adding, one_slice, 0 if apart else -1)
 
     def scratch(self) -> int:
         """Bytes that the calls since the last question had beside their tensors."""
