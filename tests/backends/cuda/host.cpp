@@ -1,6 +1,6 @@
 // The CUDA backend compiled by the C++ compiler: every thread block of a kernel runs on the host, phase by phase, a
 // loop over its threads between barriers. Registers the same operators for CPU tensors, in the namespace
-// mfef_cuda_host whose schemas the test defines. conftest.py compiles and loads this.
+// mfef_cuda_host whose schemas the test defines. host.py compiles and loads this.
 //
 // Shared memory is full of NaN when a thread block starts and has a guard behind it. Threads run in ascending or in
 // descending order: where that changes a bit, threads of one phase depend on one another, which is a race. A weight
