@@ -160,6 +160,7 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
     plan["pieces"] = p.maps.pieces.count();
     plan["piece"] = std::make_tuple(p.maps.pieces.rows, p.maps.pieces.columns);
     plan["threads"] = kConvolutionThreads;
+    plan["weight_gradient_buffers"] = p.maps.matrix_buffers;
   } else {
     plan["images"] = p.images;
     plan["blocks"] = (batch + p.images - 1) / p.images;

@@ -272,28 +272,54 @@ struct LargeMatrixTiles {
     return MatrixPart::suit(s, Way(b, false)) ? LargeMatrixTiles(b).tiles : 0;
   }
 
-  // Words from pixel to pixel in shared memory. In TF32 lanes read 4 pixels by 8 channels: an odd multiple of 8 words
-  // apart, so that those lie in different banks.
+  // Words from pixel to pixel in shared memory. Of what is read word by word in TF32, 4 pixels by 8 channels, an odd
+  // multiple of 8, so that those lie in different banks.
   MFEF_HD static int pixel_step(bool tf32, int channels) {
     return tf32 ? (channels / 8 | 1) * 8 : MatrixPart::row_step(channels / 2);
   }
-  MFEF_HD static int dy_step(bool tf32) { return pixel_step(tf32, kDests); }
   MFEF_HD int x_step(bool tf32) const { return pixel_step(tf32, tile_slots * kSlot); }
+  // dy may be in float32 also in 16 bits, whose words are two pixels: 20 suits them, and matrices.
+  MFEF_HD static int dy_step(bool tf32) { return tf32 ? pixel_step(true, kDests) : MatrixPart::row_step(kDests); }
   MFEF_HD static int64_t dy_words(bool tf32, const Cover& piece) {
     return int64_t(piece.rows) * piece.columns * dy_step(tf32);
   }
+  // Of a piece, in all.
+  MFEF_HD int64_t words(bool tf32, const Cover& piece, int k) const {
+    return dy_words(tf32, piece) + int64_t(piece.rows + k - 1) * (piece.columns + k - 1) * x_step(tf32);
+  }
 
-  static int64_t bytes(const Sizes& s, const Cover& piece) {
+  static int64_t bytes(const Sizes& s, const Cover& piece, int buffers) {
     int64_t largest = 0;
     for (int b = 0; b < s.branch_count; ++b) {
-      if (!count(s, b)) continue;
-      const int k = s.branches[b].k;
-      const int64_t x =
-          int64_t(piece.rows + k - 1) * (piece.columns + k - 1) * LargeMatrixTiles(s.branches[b]).x_step(s.tf32);
-      const int64_t words = dy_words(s.tf32, piece) + x;
-      largest = largest > words ? largest : words;
+      const int64_t of = count(s, b) ? LargeMatrixTiles(s.branches[b]).words(s.tf32, piece, s.branches[b].k) : 0;
+      largest = of > largest ? of : largest;
     }
-    return 4 * largest;
+    return 4 * buffers * largest;
+  }
+
+  // What the tiles of a slice of `pieces` take, each a thread block that shares a multiprocessor with two others, in
+  // cycles: the longest of its own loads and products, one after the other or at once, and of all three's products.
+  // Estimates: waiting for memory, a barrier, bytes per cycle of a third of what comes from L2; the latency of an
+  // item's operands and products, a product.
+  static int64_t cycles(const Sizes& s, const Cover& piece, int64_t pieces, int buffers) {
+    constexpr int64_t kWait = 700, kBarrier = 200, kBytes = 21, kItem = 70, kProduct = 2, kBlocks = 3;
+    int64_t sum = 0;
+    for (int b = 0; b < s.branch_count; ++b) {
+      if (!count(s, b)) continue;
+      const LargeMatrixTiles shape(s.branches[b]);
+      const int k = s.branches[b].k, element = s.tf32 ? 4 : 2, pixels = piece.rows * piece.columns;
+      const int items = shape.tile_slots * shape.part_items, spans = pixels * element / 4 / kSpan;
+      const int halo = (piece.rows + k - 1) * (piece.columns + k - 1);
+      const int64_t bytes = 4 * kDests * int64_t(pixels) + element * kSlot * int64_t(halo) * shape.tile_slots;
+      const int64_t load = bytes / kBytes + kWait;
+      const int64_t multiply = spans * (1 + ceil_div(items, kItems / kWarpItems)) * kItem;
+      const int64_t longer = load > multiply ? load : multiply;
+      const int64_t own = buffers == 2 ? load + (pieces - 1) * longer + multiply + (pieces + 1) * kBarrier
+                                       : pieces * (load + multiply + 2 * kBarrier);
+      const int64_t all = pieces * kBlocks * kProduct * spans * items * kTaps;
+      sum += shape.tiles * (own > all ? own : all);
+    }
+    return sum;
   }
 };
 
@@ -319,10 +345,10 @@ struct LargePlan {
   Cover tiles;          // of the convolution, with the statistics of each
   Cover pieces;         // of the attention
   Cover weight_pieces;  // of the weight gradient
-  // Of that on tensor cores: its pieces, how many a slice has, tiles of weights, bytes.
+  // Of that on tensor cores: its pieces, how many a slice has and shared memory at a time, tiles of weights, bytes.
   Cover matrix_pieces;
   int64_t matrix_slice, shared_matrix_weights;
-  int matrix_tiles;
+  int matrix_buffers, matrix_tiles;
   Units units, units_backward;
   int reduce_parts;                                   // threads that add up the statistics of a channel
   int64_t shared, shared_backward, shared_weights;    // bytes: convolution, data gradient, weight gradient

@@ -86,11 +86,17 @@ MFEF_HD uint32_t tf32_word(float value) {
 #endif
 }
 
-// A word of kPerWord values, the first in its low bits.
+// A word of kPerWord values, the first in its low bits; a float as it is.
 template <class T>
 MFEF_DEVICE uint32_t word_of(const float (&value)[kPerWord<T>]) {
-  if constexpr (kPerWord<T> == 1) {
+  if constexpr (std::is_same_v<T, Tf32>) {
     return tf32_word(value[0]);
+  } else if constexpr (kPerWord<T> == 1) {
+#ifdef __CUDA_ARCH__
+    return __float_as_uint(value[0]);
+#else
+    return std::bit_cast<uint32_t>(value[0]);
+#endif
   } else {
     return uint32_t(T(value[0]).x) | uint32_t(T(value[1]).x) << 16;
   }

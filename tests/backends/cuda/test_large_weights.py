@@ -1,5 +1,6 @@
-"""The weight gradient of large maps on tensor cores: long sums, and TF32."""
+"""The weight gradient of large maps on tensor cores: long sums, pieces in turn, and TF32."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,47 @@ def test_long_sums_that_tensor_cores_cut(host, adding, shape):
         eager = largest(weight_gradient(x, grad, weight, 1, "reference").double() - wanted)
         errors.add(["weight"], [got], [wanted], [eager])
     errors.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "buffers"), [((40, 8, 5, 17), 1), ((3, 32, 24, 40), 2)], ids=["one", "two"]
+)
+def test_pieces_in_turn(host, dtype, shape, buffers):
+    """A slice of all pieces, loaded and multiplied in turn or at once: integers, whose sums are
+    exact, from both layouts, one of which is copied in the background, in either order of
+    threads."""
+    torch.manual_seed(0)
+    x, grad = torch.randint(-2, 3, (2, *shape)).to(dtype)
+    weight, groups = torch.zeros(shape[1], shape[1], 3, 3, dtype=dtype), [1]
+    leaf = weight.double().requires_grad_()
+    out = reference.multi_scale_conv2d(x.double(), [leaf], groups)
+    wanted = torch.autograd.grad(out, leaf, grad.double())[0].to(dtype)
+    problem = describe_multi_scale_conv2d(x, [weight], groups, True, None)
+    plan = _C.cuda_plan(**problem.sizes(), tf32=True, shared_limit=H200)
+    assert plan["weight_gradient_buffers"] == buffers
+    for layout, backwards in itertools.product(LAYOUTS, (False, True)):
+        host.set(backwards=backwards, one_slice=True)
+        maps = (t.contiguous(memory_format=layout) for t in (grad, x))
+        _, (got,), _ = torch.ops.mfef_cuda_host.multi_scale_conv2d_backward(
+            *maps, [weight], groups, True, None, False, True, True
+        )
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layouts_give_the_blocks_weights_the_same_bits(device, dtype):
+    """The attention leaves the gradient of y in float32, in the layout of y: copied from one and
+    gathered from the other, it is rounded once."""
+    case = make_case((2, 64, 11, 20), dtype=dtype, kernel_sizes=(3, 5), groups=(1, 2))
+    low = case.cast(dtype, device)
+    found = []
+    for layout in LAYOUTS:
+        x, grad = (t.detach().contiguous(memory_format=layout) for t in (low.x, low.grad))
+        out = functional.mfef_block(x, low.weights, low.groups, *low.attention, backend="cuda")
+        found.append(torch.autograd.grad(out, low.weights, grad))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def rounded(t):
