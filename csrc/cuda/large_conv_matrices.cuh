@@ -26,15 +26,16 @@ struct LargeMatrixTask {
   Unit unit;
   Rectangle at;  // the tile
   int64_t image;
-  int branch;
+  int branch, next;
   Way way;
   MatrixPart part;
   MatrixRounds rounds;
   int height;   // of the map
   int out, in;  // where the part begins among the weights of the branch
 
-  MFEF_DEVICE void take_branch(const BlockArgs& a, int b) {
+  MFEF_DEVICE void take_branch(const BlockArgs& a) {
     const bool backward = a.large.backward;
+    const int b = next++;
     branch = b;
     height = a.sizes.height;
     rounds = a.large.units.rounds(b);
@@ -54,8 +55,6 @@ struct LargeMatrixTask {
     return phase < rounds.count(way) ? phase : -1;
   }
   MFEF_DEVICE int multiplied(int phase) const { return overlaps() ? phase - 1 : phase % 2 ? phase / 2 : -1; }
-  // The branch that adds to the same sums after this one.
-  MFEF_DEVICE int next() const { return branch + 1 < unit.end ? branch + 1 : -1; }
 };
 static_assert(sizeof(LargeMatrixTask) <= 4 * MatrixPart::kTask);
 
@@ -162,13 +161,8 @@ MFEF_DEVICE void load_matrix_weights(const Parameter& weights, const LargeMatrix
                               }
                               if constexpr (std::is_same_v<T, float>) {
                                 MFEF_UNROLL
-                                for (int j = 0; j < kVector; ++j, from += of_source) {
-                                  if (j < left) {
-                                    copies.copy_4_bytes(to + j, from);
-                                  } else {
-                                    to[j] = 0;
-                                  }
-                                }
+                                for (int j = 0; j < 4; ++j, from += of_source)
+                                  copies.copy_4_bytes(to + j, from, j < left);
                               } else {
                                 uint32_t words[4] = {};
                                 MFEF_UNROLL
@@ -369,15 +363,16 @@ MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& bloc
     shared.unit = of.unit;
     shared.at = of.region.at;
     shared.image = of.region.image;
+    shared.next = of.unit.branch;
   });
   // In pyramid mode all branches add to the same sums, one after another; phase -1 is the first of each.
-  int branch = of.unit.branch, phases = 0;
+  int branches = of.unit.end - of.unit.branch, phases = 0;
   MFEF_ROLLED
-  for (int phase = -1; branch >= 0;) {
+  for (int phase = -1; branches > 0;) {
     block.warps([&](const Warp& warp) {
       if (phase < 0) {
         warp.lanes([&](int thread) {
-          if (thread == 0) shared.take_branch(a, branch);
+          if (thread == 0) shared.take_branch(a);
         });
         return;
       }
@@ -398,10 +393,9 @@ MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& bloc
       }
     });
     if (phase < 0) phases = shared.phases();
-    if (++phase == phases) {
-      branch = branch + 1 < of.unit.end ? branch + 1 : -1;
-      phase = -1;
-    }
+    if (++phase < phases) continue;
+    phase = -1;
+    --branches;
   }
   block.warps([&](const Warp& warp) {
     const LargeMatrixTask task = shared;

@@ -36,10 +36,11 @@ struct Copies {
                  : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
                  : "memory");
   }
-  __device__ __forceinline__ void copy_4_bytes(uint32_t* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+  // Zeros, and nothing is read, where there is nothing.
+  __device__ __forceinline__ void copy_4_bytes(uint32_t* to, const void* from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                  :
-                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 4 : 0)
                  : "memory");
   }
   __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -62,7 +63,10 @@ struct Copies {
 
   ~Copies() { assert(issued.empty() && groups.empty()); }
   void copy_16_bytes(uint32_t* to, const void* from) { copy(to, from, 4); }
-  void copy_4_bytes(uint32_t* to, const void* from) { copy(to, from, 1); }
+  void copy_4_bytes(uint32_t* to, const void* from, bool there) {
+    static const uint32_t zero = 0;
+    copy(to, there ? from : &zero, 1);
+  }
   void copy(uint32_t* to, const void* from, int words) {
     for (int i = 0; i < words; ++i) to[i] = 0x7fff7fff;
     issued.push_back({to, from, words});
@@ -134,13 +138,8 @@ MFEF_DEVICE void load_pixels_from(const Map& map, const Sizes& s, const Region& 
                                }
                                if constexpr (std::is_same_v<T, float>) {
                                  MFEF_UNROLL
-                                 for (int i = 0; i < 4; ++i, from += map.stride[1]) {
-                                   if (i < left) {
-                                     copies.copy_4_bytes(to + i, from);
-                                   } else {
-                                     to[i] = 0;
-                                   }
-                                 }
+                                 for (int i = 0; i < 4; ++i, from += map.stride[1])
+                                   copies.copy_4_bytes(to + i, from, i < left);
                                  return;
                                } else if (aligned) {
                                  const auto value = *reinterpret_cast<const Vector<From, kVector>*>(from);
