@@ -11,6 +11,7 @@ from mfef_ext.problem import describe_multi_scale_conv2d
 from tests.accuracy import Errors, largest, make_case
 from tests.backends.cuda.conftest import ALIGNED, H200, NEAREST, TRUNCATED
 from tests.backends.cuda.test_mma import tf32 as to_tf32
+from tests.backends.cuda.test_plan import problem
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -58,8 +59,8 @@ def test_pieces_in_turn(host, dtype, shape, buffers):
     leaf = weight.double().requires_grad_()
     out = reference.multi_scale_conv2d(x.double(), [leaf], groups)
     wanted = torch.autograd.grad(out, leaf, grad.double())[0].to(dtype)
-    problem = describe_multi_scale_conv2d(x, [weight], groups, True, None)
-    plan = _C.cuda_plan(**problem.sizes(), tf32=True, shared_limit=H200)
+    described = describe_multi_scale_conv2d(x, [weight], groups, True, None)
+    plan = _C.cuda_plan(**described.sizes(), tf32=True, shared_limit=H200)
     assert plan["weight_gradient_buffers"] == buffers
     for layout, backwards in itertools.product(LAYOUTS, (False, True)):
         host.set(backwards=backwards, one_slice=True)
@@ -68,6 +69,19 @@ def test_pieces_in_turn(host, dtype, shape, buffers):
             *maps, [weight], groups, True, None, False, True, True
         )
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("shape", [(32, 64, 56), (32, 128, 28), (32, 256, 14), (32, 512, 7)])
+@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_imagenets_pieces_are_loaded_in_the_background(shape, allow, dtype):
+    """With every branch's share of shared memory, where tensor cores have a branch at all."""
+    sizes = problem(*shape, dtype=dtype).sizes()
+    plan = _C.cuda_plan(**sizes, tf32=allow, shared_limit=H200)
+    on_tensor_cores = allow or dtype != torch.float32
+    assert plan["weight_gradient_buffers"] == 2 * on_tensor_cores
+    assert bool(plan["weight_gradient_tensor_core_branches"]) == on_tensor_cores
+    assert 0 < plan["weight_gradient_shared_bytes"] <= 74 * 1024
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -119,8 +133,8 @@ def test_tf32(device, layout, shape, options, branches):
         case = make_case(shape, dtype=torch.float32, seed=seed, **options)
         low = replace(case, x=rounded(case.x), grad=rounded(case.grad))
         at = case.cast(torch.float32, device)
-        problem = describe_multi_scale_conv2d(at.x, at.weights, at.groups, at.split, None)
-        plan = _C.cuda_plan(**problem.sizes(), tf32=True, shared_limit=H200)
+        described = describe_multi_scale_conv2d(at.x, at.weights, at.groups, at.split, None)
+        plan = _C.cuda_plan(**described.sizes(), tf32=True, shared_limit=H200)
         assert plan["plan"] == "large-map"
         assert plan["weight_gradient_tensor_core_branches"] == branches
         x, grad = (t.detach().contiguous(memory_format=layout) for t in (at.x, at.grad))
