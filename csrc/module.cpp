@@ -137,7 +137,13 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
       return (backward ? p.maps.units_backward : p.maps.units).rows[b] > 0;
     });
     if (p.large) {
-      plan[(direction + "units").c_str()] = (backward ? p.maps.units_backward : p.maps.units).count;
+      const Units& of = backward ? p.maps.units_backward : p.maps.units;
+      std::vector<std::tuple<int, int, int>> rounds;
+      for (int b = 0; b < s.branch_count; ++b) {
+        if (of.rows[b]) rounds.emplace_back(of.stage[b], of.rows[b], of.buffers[b]);
+      }
+      plan[(direction + "tensor_core_rounds").c_str()] = rounds;
+      plan[(direction + "units").c_str()] = of.count;
       plan[(direction + "shared_bytes").c_str()] =
           backward ? std::max(p.maps.shared_backward, p.maps.shared_matrices_backward)
                    : std::max(p.maps.shared, p.maps.shared_matrices);
@@ -155,6 +161,7 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
     plan["pieces"] = p.maps.pieces.count();
     plan["piece"] = std::make_tuple(p.maps.pieces.rows, p.maps.pieces.columns);
     plan["threads"] = kConvolutionThreads;
+    plan["weight_gradient_buffers"] = p.maps.matrix_buffers;
   } else {
     plan["images"] = p.images;
     plan["blocks"] = (batch + p.images - 1) / p.images;

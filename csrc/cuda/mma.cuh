@@ -61,7 +61,16 @@ template <int kWords>
 using FragmentB = Fragment<kWords / 4>;
 struct Accumulator {
   float value[4];
+
+  MFEF_DEVICE void add(const Accumulator& other) {
+    MFEF_UNROLL
+    for (int i = 0; i < 4; ++i) value[i] += other.value[i];
+  }
 };
+
+// Products that one sum takes before it is added to another where there are many. Tensor cores do not round, they cut
+// towards zero: a long chain would end too near it, by half a last place per product of matrices.
+constexpr int kMatrixChain = 128;
 
 // --- operands -----------------------------------------------------------------------------------
 
@@ -77,11 +86,17 @@ MFEF_HD uint32_t tf32_word(float value) {
 #endif
 }
 
-// A word of kPerWord values, the first in its low bits.
+// A word of kPerWord values, the first in its low bits; a float as it is.
 template <class T>
 MFEF_DEVICE uint32_t word_of(const float (&value)[kPerWord<T>]) {
-  if constexpr (kPerWord<T> == 1) {
+  if constexpr (std::is_same_v<T, Tf32>) {
     return tf32_word(value[0]);
+  } else if constexpr (kPerWord<T> == 1) {
+#ifdef __CUDA_ARCH__
+    return __float_as_uint(value[0]);
+#else
+    return std::bit_cast<uint32_t>(value[0]);
+#endif
   } else {
     return uint32_t(T(value[0]).x) | uint32_t(T(value[1]).x) << 16;
   }

@@ -226,6 +226,7 @@ class Call {
       l.weight_pieces = plan_.maps.weight_pieces;
       l.matrix_pieces = plan_.maps.matrix_pieces;
       l.matrix_tiles = plan_.maps.matrix_tiles;
+      l.matrix_buffers = plan_.maps.matrix_buffers;
       l.matrix_slice = plan_.maps.matrix_slice;
       l.reduce_parts = plan_.maps.reduce_parts;
       args.blocks = args.sizes.batch * l.pieces.count();

@@ -444,18 +444,43 @@ inline int64_t weight_piece_bytes(const Sizes& s, int tiles, const Cover& piece)
   return 4 * floats;
 }
 
-// Makes pieces smaller until bytes(pieces) are at most `limit`, or they are a span of one row (of two, if `even`).
+// Makes pieces smaller until bytes(pieces) are at most `limit`, or they are a span of one row.
 template <class Bytes>
-inline int64_t shrink(const Sizes& s, int64_t limit, bool even, const Bytes& bytes, Cover* pieces) {
-  const int least_rows = even ? 2 : 1;
+inline int64_t shrink(const Sizes& s, int64_t limit, const Bytes& bytes, Cover* pieces) {
   int64_t taken = bytes(*pieces);
-  while (taken > limit && pieces->rows * pieces->columns > least_rows * kSpan) {
-    const bool flat = pieces->rows <= most(4, least_rows) && pieces->columns > kSpan;
-    const int rows = ceil_div(pieces->rows, 2 * least_rows) * least_rows;
-    *pieces = flat ? Cover::of(s, pieces->rows, pieces->columns - kSpan) : Cover::of(s, rows, pieces->columns);
+  while (taken > limit && pieces->rows * pieces->columns > kSpan) {
+    const bool flat = pieces->rows <= 4 && pieces->columns > kSpan;
+    *pieces = flat ? Cover::of(s, pieces->rows, pieces->columns - kSpan)
+                   : Cover::of(s, ceil_div(pieces->rows, 2), pieces->columns);
     taken = bytes(*pieces);
   }
   return taken;
+}
+
+// Cuts tiles into the pieces of the weight gradient on tensor cores, pairs of rows of spans, one or two at a time in
+// shared memory: of those that fit the fastest in so many slices. Leaves the least bytes where none fit.
+inline void choose_matrix_pieces(const Sizes& s, int slices, LargePlan* maps) {
+  LargePlan& m = *maps;
+  int64_t fewest = 0;
+  for (const int buffers : {1, 2}) {
+    for (int columns = m.tiles.columns; columns > 0; columns -= kSpan) {
+      for (int rows = m.tiles.rows; rows > 0; rows -= 2) {
+        // Smaller pieces that are as many: not these.
+        if (rows > 2 && ceil_div(m.tiles.rows, rows) == ceil_div(m.tiles.rows, rows - 2)) continue;
+        const Cover pieces = Cover::of(s, rows, columns);
+        const int64_t bytes = LargeMatrixTiles::bytes(s, pieces, buffers);
+        if (!fewest) m.shared_matrix_weights = bytes;
+        if (bytes > kLargeShared) continue;
+        const int64_t of_slice = (s.batch * pieces.count() + slices - 1) / slices;
+        const int64_t cycles = LargeMatrixTiles::cycles(s, pieces, of_slice > 1 ? of_slice : 1, buffers);
+        if (fewest && cycles >= fewest) continue;
+        fewest = cycles;
+        m.matrix_pieces = pieces;
+        m.matrix_buffers = buffers;
+        m.shared_matrix_weights = bytes;
+      }
+    }
+  }
 }
 
 // Adds the launches of the large-map kernels to a plan; leaves a reason where there are none.
@@ -510,14 +535,13 @@ inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
   m.matrix_tiles = over_branches(s, [&](int b) { return LargeMatrixTiles::count(s, b); });
   if (p.tiles + m.matrix_tiles) {
     m.weight_pieces = m.matrix_pieces = m.tiles;
-    m.shared_weights = shrink(
-        s, kLargeShared, false, [&](const Cover& of) { return weight_piece_bytes(s, p.tiles, of); }, &m.weight_pieces);
-    m.shared_matrix_weights = shrink(
-        s, kLargeShared, true, [&](const Cover& of) { return LargeMatrixTiles::bytes(s, of); }, &m.matrix_pieces);
-    if (takes("the weight gradient", most(int(m.shared_weights), int(m.shared_matrix_weights)))) return;
+    m.shared_weights =
+        shrink(s, kLargeShared, [&](const Cover& of) { return weight_piece_bytes(s, p.tiles, of); }, &m.weight_pieces);
     const int64_t wanted = most(least(kLargeBlocks / (p.tiles + m.matrix_tiles), kMostLargeSlices), 4);
-    const int64_t pieces = s.batch * (p.tiles ? m.weight_pieces : m.matrix_pieces).count();
+    const int64_t pieces = s.batch * (p.tiles ? m.weight_pieces : m.tiles).count();
     p.slices = int(pieces < wanted ? (pieces > 0 ? pieces : 1) : wanted);
+    if (m.matrix_tiles) choose_matrix_pieces(s, p.slices, &m);
+    if (takes("the weight gradient", most(int(m.shared_weights), int(m.shared_matrix_weights)))) return;
     p.slice_images = (s.batch * m.weight_pieces.count() + p.slices - 1) / p.slices;
     m.matrix_slice = (s.batch * m.matrix_pieces.count() + p.slices - 1) / p.slices;
   }
@@ -626,7 +650,7 @@ struct Scratch {
 // but what has an Element; null data: not there or not wanted.
 struct LargeArgs {
   Cover tiles, pieces, weight_pieces, matrix_pieces;
-  int matrix_tiles;
+  int matrix_tiles, matrix_buffers;
   int64_t matrix_slice;
   int reduce_parts;
   Units units;  // of this launch's direction
