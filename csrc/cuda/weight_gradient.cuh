@@ -51,21 +51,23 @@ struct TileSums {
 };
 
 // Adds the products of `height` rows of kRow pixels of dy with x in shared memory. x has `x_rows` rows and kBeside
-// (none, or k / 2) more pixels on each side, above and to the left too. A chain ends after `flush` rows.
+// (none, or k / 2) more pixels on each side, above and to the left too. A chain ends after about `flush` rows.
 template <int K, int kRow, int kBeside>
 MFEF_DEVICE void add_products(const float* x, int x_pitch, int x_rows, const float* dy, int dy_pitch, int height,
                               int flush, int ky, TileSums& sums) {
   constexpr int kHalf = K / 2, kRows = K < kTileRows ? K : kTileRows;
   constexpr int kLoaded = kBeside ? (kRow + 2 * kBeside + 3) / 4 * 4 : kRow;
   static_assert(kBeside == 0 || kBeside == kHalf);
-  // Row r of x meets row newest(r) - t of dy at the row of taps ky + t: d[t].
+  // Row r of x meets row newest(r) - t of dy at the row of taps ky + t. The latest kRows rows of dy take turns in d: of
+  // the row that is `turn` after one where d begins, in d[(turn - t) % kRows].
   auto newest = [&](int r) { return r - kBeside + kHalf - ky; };
-  const int begin = kBeside ? ky : 0, end = kBeside ? least(x_rows, height + ky + kRows - 1) : x_rows;
+  const int begin = most(0, -newest(0)), end = least(x_rows, begin + height + kRows - 1 - most(0, newest(0)));
+  flush = most(flush / kRows, 1) * kRows;
   float d[kRows][kRow] = {}, row[kLoaded];
   MFEF_UNROLL
   for (int t = 1; t < kRows; ++t) {
     const int h = newest(begin) - t;
-    if (h >= 0 && h < height) load_row<kRow>(dy + h * dy_pitch, d[t]);
+    if (h >= 0 && h < height) load_row<kRow>(dy + h * dy_pitch, d[kRows - t]);
   }
   MFEF_ROLLED
   for (int first = begin; first < end; first += flush) {
@@ -75,26 +77,27 @@ MFEF_DEVICE void add_products(const float* x, int x_pitch, int x_rows, const flo
       for (int kx = 0; kx < K; ++kx) sums.acc[t][kx] = 0.0f;
     }
     MFEF_ROLLED
-    for (int r = first; r < least(first + flush, end); ++r) {
-      load_row<kLoaded>(x + r * x_pitch, row);
-      if (newest(r) >= 0 && newest(r) < height) load_row<kRow>(dy + newest(r) * dy_pitch, d[0]);
+    for (int top = first; top < least(first + flush, end); top += kRows) {
       MFEF_UNROLL
-      for (int t = 0; t < kRows; ++t) {
-        const int h = newest(r) - t;
-        if (h < 0 || h >= height || ky + t >= K) continue;
+      for (int turn = 0; turn < kRows; ++turn) {
+        const int r = top + turn;
+        if (r >= end) continue;
+        load_row<kLoaded>(x + r * x_pitch, row);
+        if (newest(r) >= 0 && newest(r) < height) load_row<kRow>(dy + newest(r) * dy_pitch, d[turn]);
         MFEF_UNROLL
-        for (int kx = 0; kx < K; ++kx) {
+        for (int t = 0; t < kRows; ++t) {
+          const int h = newest(r) - t;
+          if (h < 0 || h >= height || ky + t >= K) continue;
+          const float (&of)[kRow] = d[(turn - t + kRows) % kRows];
           MFEF_UNROLL
-          for (int p = 0; p < kRow; ++p) {
-            const int at = p + kx - kHalf + kBeside;
-            if (at >= 0 && at < kRow + 2 * kBeside) sums.acc[t][kx] = fmaf(row[at], d[t][p], sums.acc[t][kx]);
+          for (int kx = 0; kx < K; ++kx) {
+            MFEF_UNROLL
+            for (int p = 0; p < kRow; ++p) {
+              const int at = p + kx - kHalf + kBeside;
+              if (at >= 0 && at < kRow + 2 * kBeside) sums.acc[t][kx] = fmaf(row[at], of[p], sums.acc[t][kx]);
+            }
           }
         }
-      }
-      MFEF_UNROLL
-      for (int t = kRows - 1; t > 0; --t) {
-        MFEF_UNROLL
-        for (int p = 0; p < kRow; ++p) d[t][p] = d[t - 1][p];
       }
     }
     MFEF_UNROLL
