@@ -141,14 +141,14 @@ MFEF_DEVICE void load_transposed(const Warp& warp, const To& to, const Row& row)
 // --- products -----------------------------------------------------------------------------------
 
 #ifdef __CUDACC__
-#define MFEF_MMA(SHAPE)                                                                            \
-  asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
-      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]))
-#define MFEF_HALF_MMA(SHAPE)                                                           \
-  asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
-      : "r"(a.word[0]), "r"(a.word[1]), "r"(b.word[0]))
+#define MFEF_MMA(SHAPE)                                                                                     \
+  asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
+               : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]))
+#define MFEF_HALF_MMA(SHAPE)                                                                    \
+  asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
+               : "r"(a.word[0]), "r"(a.word[1]), "r"(b.word[0]))
 
 template <class T, int kWords>
 MFEF_DEVICE void multiply_add_of_lane(float (&c)[4], const FragmentA<kWords>& a, const FragmentB<kWords>& b) {
