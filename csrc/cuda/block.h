@@ -123,9 +123,11 @@ struct MatrixWay {
   // What a stage is cut by: the taps above one another of 8 source channels, in the order (channels, kx).
   MFEF_HD int columns() const { return sources / 8 * k; }
   MFEF_HD int tiles() const { return groups * (dests / 8); }  // of 8 destination channels
-  // Words from tap to tap of the weights in shared memory, [column][ky][dest][source]; odd, since they are written
-  // along the taps. What tensor cores read of a tap are 32 neighbours.
-  MFEF_HD int tap_step() const { return tiles() * 32 + 1; }
+  // Words from tap to tap and from column to column of the weights in shared memory, [column][ky][dest][source]. What
+  // tensor cores read of a tap are 32 neighbours; neighbours that write are at neighbouring taps, or sources of one,
+  // and by these steps fewest of them write to the same bank.
+  MFEF_HD int tap_step() const { return tiles() * 32 + (k == 3 ? 3 : 1); }
+  MFEF_HD int column_step() const { return k * tap_step() + (k >= 7 ? 16 : 0); }
 
   // Channels of the sources' copy that the branches before `branch` have; all of them: `branch_count`.
   MFEF_HD static int first(const Sizes& s, bool backward, int branch) {

@@ -73,7 +73,7 @@ template <class T, int K>
 MFEF_DEVICE void multiply_columns(const Warp& warp, const MatrixTask& task, const uint32_t* source,
                                   const uint32_t* weights, float* dest, int channels) {
   constexpr int kHalf = K / 2, kTiles = kSide / 2;
-  const int tap_step = task.way.tap_step(), row_step = kSide * task.pixel_step;
+  const int tap_step = task.way.tap_step(), column_step = task.way.column_step(), row_step = kSide * task.pixel_step;
   Warp::Registers<Fragment<kSide>> rows;
   Warp::Registers<FragmentB<8>> taps;
   Warp::Registers<Accumulator> sums[kTiles];
@@ -102,7 +102,7 @@ MFEF_DEVICE void multiply_columns(const Warp& warp, const MatrixTask& task, cons
   MFEF_ROLLED
   for (int column = task.first; column < task.end; ++column) {
     const int chunk = column / K, kx = column - chunk * K;
-    const uint32_t* of = weights + (column - task.first) * K * tap_step;
+    const uint32_t* of = weights + (column - task.first) * column_step;
     warp.lanes([&](int thread) {
       const int lane = thread % kWarp, x = lane / 4 + kx - kHalf;
       const uint32_t* from = source + x * task.pixel_step + chunk * 4 + lane % 4;
@@ -191,45 +191,63 @@ MFEF_DEVICE void convolve_by_matrices(const BlockArgs& a, const Warp& warp, bool
                          });
 }
 
-// The weights of one branch in a stage to shared memory: a thread has a tap of one input channel, so that neighbours
-// read neighbours in memory, of every kLoadParts-th output channel.
+// The weights of one branch in a stage to shared memory. A thread has a tap of a word of sources, backward of a
+// destination channel: neighbours read neighbours in memory, taps or, channels_last, channels. It goes through the
+// destination channels, backward through the words of sources, kAtOnce of them under way.
+template <int K>
 MFEF_DEVICE void load_columns(const Branch& b, const Parameter& weights, bool backward, int first, int end,
                               uint32_t* to, int thread, int threads) {
-  constexpr int kLoadParts = 8;
+  constexpr int kParts = 4, kAtOnce = 4, kTaps = K * K;
   const MatrixWay way(b, backward);
-  const int k = b.k, taps = k * k, inputs = b.in_per_group(), outputs = b.out_per_group();
-  const int tap_step = 2 * way.tap_step(), skip = (b.full_k - k) / 2, positions = inputs * taps;
+  const int tap_step = way.tap_step(), column_step = way.column_step(), skip = (b.full_k - K) / 2;
   const int64_t so = weights.stride[0], si = weights.stride[1], sy = weights.stride[2], sx = weights.stride[3];
-  const Quotient by_positions(positions), by_taps(taps), by_k(k);
-  auto* words = reinterpret_cast<uint16_t*>(to);
+  const int64_t word_step = 2 * (backward ? so : si), dest_step = backward ? si : so;
   const auto* data = static_cast<const uint16_t*>(weights.data) + skip * (sy + sx);
-  // Stores the weight of a source and a destination channel of a group, both filled up, if it is of this stage.
-  auto store = [&](int source, int ky, int kx, int dest, const uint16_t& weight) {
-    const int column = source / 8 * k + kx;
-    if (column < first || column >= end) return;
-    words[((column - first) * k + ky) * tap_step + dest * 8 + source % 8] = weight;
-  };
-  for (int e = thread; e < positions * kLoadParts; e += threads) {
-    const int part = by_positions(e), position = e - part * positions, in = by_taps(position);
-    const int tap = position - in * taps, ky = by_k(tap), kx = tap - ky * k;
-    const uint16_t* from = data + in * si + ky * sy + kx * sx;
-    for (int group = 0; group < way.groups; ++group) {
-      const int dest = group * way.dests;
-      for (int out = part; out < outputs; out += kLoadParts) {
-        const uint16_t& weight = from[(group * outputs + out) * so];
-        if (backward) {
-          store(out, k - 1 - ky, k - 1 - kx, dest + in, weight);
-        } else {
-          store(in, ky, kx, dest + out, weight);
+  // Words of sources of a group that have columns in the stage; of those up to sources and half of them exist.
+  const int first_word = first / K * 4, words = (end - 1) / K * 4 + 4 - first_word;
+  const int across = backward ? way.dest_per_group : words;
+  const int group_parts = least(way.groups, kParts), along_parts = kParts / group_parts, positions = across * kTaps;
+  const int64_t group_step = group_parts * (backward ? way.source_per_group : way.dest_per_group) * so;
+  const int64_t along_step = along_parts * (backward ? word_step : dest_step);
+  const Quotient by_across(across), by_positions(positions), by_group_parts(group_parts);
+  for (int e = thread; e < positions * group_parts * along_parts; e += threads) {
+    const int part = by_positions(e), position = e - part * positions;
+    const int tap = si == 1 ? by_across(position) : position % kTaps;
+    const int own = si == 1 ? position - tap * across : position / kTaps;
+    const int ky = tap / K, kx = tap - ky * K, row = backward ? K - 1 - ky : ky, column = backward ? K - 1 - kx : kx;
+    // Of the first and the last 8 sources a stage may have some columns only.
+    const int begin = first / K * K + column < first ? 4 : 0,
+              until = words - ((end - 1) / K * K + column < end ? 0 : 4);
+    // What the thread goes through, and of it what low and high halves of words are there for: zeros fill up groups.
+    const int along = backward ? until : own >= begin && own < until ? way.dest_per_group : 0;
+    const int halves = way.source_per_group - 2 * (first_word + (backward ? 0 : own));
+    const int lows = backward ? least(along, (halves + 1) / 2) : halves > 0 ? along : 0;
+    const int highs = backward ? least(along, halves / 2) : halves > 1 ? along : 0;
+    const int along_part = by_group_parts(part), group_part = part - along_part * group_parts;
+    const int start = along_part + (backward ? begin : 0);
+    const uint16_t* of_group = data + ky * sy + kx * sx + group_part * (group_step / group_parts) +
+                               (first_word + (backward ? start : own)) * word_step +
+                               (backward ? own : start) * dest_step;
+    uint32_t* of_row = to + (column - first % K) * column_step + row * tap_step + group_part * way.dests * 4;
+    for (int group = group_part; group < way.groups; group += group_parts) {
+      const uint16_t* from = of_group;
+      for (int at = start; at < along; at += kAtOnce * along_parts) {
+        uint16_t low[kAtOnce], high[kAtOnce];
+        MFEF_UNROLL
+        for (int i = 0; i < kAtOnce; ++i, from += along_step) {
+          low[i] = at + i * along_parts < lows ? from[0] : uint16_t(0);
+          high[i] = at + i * along_parts < highs ? from[word_step / 2] : uint16_t(0);
+        }
+        MFEF_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int other = at + i * along_parts, word = backward ? other : own, dest = backward ? own : other;
+          if (other >= along) continue;
+          of_row[word / 4 * (K * column_step) + dest * 4 + word % 4] = uint32_t(low[i]) | uint32_t(high[i]) << 16;
         }
       }
+      of_group += group_step;
+      of_row += group_parts * way.dests * 4;
     }
-  }
-  // What fills up the sources.
-  const int fill = way.sources - way.source_per_group, dests = way.groups * way.dests;
-  for (int e = thread; e < fill * taps * dests; e += threads) {
-    const int source = e / (taps * dests), rest = e - source * (taps * dests), tap = rest / dests;
-    store(way.source_per_group + source, tap / k, tap % k, rest - tap * dests, 0);
   }
 }
 
@@ -242,7 +260,16 @@ MFEF_DEVICE void load_weights(const BlockArgs& a, bool backward, int stage, floa
     if constexpr (kMatrices) {
       if (by_matrices(s, b)) {
         auto* words = reinterpret_cast<uint32_t*>(at);
-        return load_columns(b, a.conv_weights[i], backward, first, end, words, thread, threads);
+        switch (b.k) {
+          case 3:
+            return load_columns<3>(b, a.conv_weights[i], backward, first, end, words, thread, threads);
+          case 5:
+            return load_columns<5>(b, a.conv_weights[i], backward, first, end, words, thread, threads);
+          case 7:
+            return load_columns<7>(b, a.conv_weights[i], backward, first, end, words, thread, threads);
+          case 9:
+            return load_columns<9>(b, a.conv_weights[i], backward, first, end, words, thread, threads);
+        }
       }
     }
     load_branch_weights(Way(b, backward), b.full_k, a.conv_weights[i], 0, 0, a.element, backward, first, end, at,

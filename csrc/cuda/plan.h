@@ -64,7 +64,7 @@ struct Stages {
 // Floats of the weights of `count` of what a stage has of branch b.
 MFEF_HD int64_t stage_floats(const Sizes& s, bool backward, int b, int count) {
   const Way way(s.branches[b], backward);
-  if (by_matrices(s, s.branches[b])) return int64_t(count) * way.k * MatrixWay(s.branches[b], backward).tap_step();
+  if (by_matrices(s, s.branches[b])) return int64_t(count) * MatrixWay(s.branches[b], backward).column_step();
   return int64_t(count) * way.k * way.k * way.weight_step();
 }
 
