@@ -12,6 +12,7 @@ will.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import suites
@@ -25,7 +26,7 @@ MULTIPROCESSORS = 132
 CLOCK = 1.98e9  # Hz, the highest of the data sheet
 FMAS = 128  # of a multiprocessor per cycle
 # Multiply-adds of tensor cores in 16 bits: half the data sheet's, since the instruction that the
-# kernels use (mma.sync) is known to reach little more.
+# kernels use (mma.sync) is known to reach little more. In TF32 they are half as many.
 TENSOR_FMAS = 1024
 COPY = 4.3e12  # bytes/s read and written, measured on an H200 (decisions.md)
 SHARED = 228 * 1024  # of a multiprocessor; a thread block takes RESERVED more than it asks for
@@ -69,8 +70,8 @@ def matrix_products(out_channels: int, in_channels: int, k: int, groups: int) ->
     return forward, weights
 
 
-def predict(case: suites.Case) -> Prediction:
-    """Both directions of a case's shape and dtype."""
+def predict(case: suites.Case, tf32: bool = False) -> Prediction:
+    """Both directions of a case's shape and dtype; ``tf32``: PyTorch's switch."""
     dtype = suites.DTYPES[case.dtype]
     block = MFEFBlock(case.channels, groups=case.groups, device="meta", dtype=dtype)
     a = block.attention
@@ -79,7 +80,7 @@ def predict(case: suites.Case) -> Prediction:
         x, list(block.conv.weights), block.conv.groups, a.fc1_weight, a.fc1_bias, a.fc2_weight,
         a.fc2_bias, a.spatial_weight, True,
     )  # fmt: skip
-    plan = cuda.plan(problem, SHARED_LIMIT)
+    plan = cuda.plan(replace(problem, tf32=tf32), SHARED_LIMIT)
     large = plan["plan"] == "large-map"
     images = 1 if large else int(str(plan["images"]))
     blocks = -(-case.batch // images)
@@ -103,7 +104,7 @@ def predict(case: suites.Case) -> Prediction:
                     products += filled[name == "weight_gradient"]
         direct = work.real_ops / 2 / case.batch - left_out
         fma[direction] = direct * busiest / FMAS / CLOCK * 1e6
-        tensor[direction] = products * busiest / TENSOR_FMAS / CLOCK * 1e6
+        tensor[direction] = products * busiest / TENSOR_FMAS * (1 + tf32) / CLOCK * 1e6
         if large:
             passes = FORWARD_PASSES + BACKWARD_PASSES * both
             moved = (passes * element + 4 * BACKWARD_FLOAT_PASSES * both) * x.numel()
@@ -142,6 +143,14 @@ def floors(of: dict[str, float]) -> str:
     return " / ".join(f"{of[d]:.1f}" for d in suites.DIRECTIONS)
 
 
+def predictions(suite: str) -> Iterator[tuple[suites.Case, str, Prediction]]:
+    """Every shape of a suite in every arithmetic, with its name."""
+    for case in suites.select((suite,), directions=(suites.FORWARD,)):
+        yield case, case.dtype, predict(case)
+        if case.dtype == "float32":
+            yield case, "TF32", predict(case, tf32=True)
+
+
 def small_rows() -> list[str]:
     """The table of the maps that fit on the chip, line by line."""
     lines = [
@@ -150,11 +159,10 @@ def small_rows() -> list[str]:
         "| memory floor, us |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for case in suites.select(("paper",), directions=(suites.FORWARD,)):
-        found = predict(case)
+    for case, arithmetic, found in predictions("paper"):
         plan = found.plan
         lines.append(
-            f"| {case.shape} | {case.dtype} | {plan['blocks']} x {plan['threads']} "
+            f"| {case.shape} | {arithmetic} | {plan['blocks']} x {plan['threads']} "
             f"| {pair(plan, 'shared_bytes', 1024)} | {found.resident} | {pair(plan, 'stages')} "
             f"| {launches(plan)} | {found.weights / 1e6:.1f} "
             f"| {floors(found.fma_floor)} | {floors(found.tensor_floor)} "
@@ -171,15 +179,14 @@ def large_rows() -> list[str]:
         "| memory, us |",
         "|---|---|---|---:|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
-    for case in suites.select(("imagenet",), directions=(suites.FORWARD,)):
-        found = predict(case)
+    for case, arithmetic, found in predictions("imagenet"):
         plan = found.plan
         branches = tensor_core_branches(plan, suites.FORWARD)
         for name in ("backward", "weight_gradient"):
             assert branches == tensor_core_branches(plan, name)
         tile, piece = (str(plan[name]).strip("()").replace(", ", "x") for name in ("tile", "piece"))
         lines.append(
-            f"| {case.shape} | {case.dtype} | {tile} | {plan['tiles']} x {pair(plan, 'units')} "
+            f"| {case.shape} | {arithmetic} | {tile} | {plan['tiles']} x {pair(plan, 'units')} "
             f"| {piece} | {plan['pieces']} | {pair(plan, 'shared_bytes', 1024)} | {found.resident} "
             f"| {', '.join(map(str, branches)) or '-'} "
             f"| {launches(plan)} | {pair(plan, 'scratch_bytes', 10**6)} "

@@ -86,7 +86,7 @@ py::dict cpu_plan(int64_t batch, int64_t channels, int64_t height, int64_t width
 // cpu_plan; here "reason" says why not where "fits" is false, and then there is no more.
 py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t width,
                    const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>& branches, bool split,
-                   int64_t hidden, int64_t spatial_k, const std::string& dtype, int64_t shared_limit) {
+                   int64_t hidden, int64_t spatial_k, const std::string& dtype, bool tf32, int64_t shared_limit) {
   using namespace mfef::cuda;
   // What no thread block could hold must not wrap around before the planner refuses it.
   if (channels >= int64_t(1) << 30 || hidden >= int64_t(1) << 30) throw std::invalid_argument("too many channels");
@@ -94,6 +94,7 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
   s.element = dtype == "bfloat16"  ? mfef::cuda::Element::kBFloat16
               : dtype == "float16" ? mfef::cuda::Element::kHalf
                                    : mfef::cuda::Element::kFloat;
+  s.tf32 = tf32 && s.element == mfef::cuda::Element::kFloat;
   s.batch = batch;
   s.in = s.out = int(channels);
   s.height = int(height);
@@ -178,7 +179,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("dtype"));
   m.def("cuda_plan", &cuda_plan, py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"),
         py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("dtype"),
-        py::arg("shared_limit"));
+        py::arg("tf32"), py::arg("shared_limit"));
   m.def(
       "poison_buffers", [](bool on) { mfef::cpu::poison_buffers = on; }, py::arg("on"),
       "For tests: fills every buffer of the kernels with NaN before use.");

@@ -26,6 +26,7 @@ def cuda_plan(
     hidden: int,
     spatial_k: int,
     dtype: str,
+    tf32: bool,
     shared_limit: int,
 ) -> dict: ...
 def fma_chain(iterations: int) -> int: ...

@@ -76,18 +76,20 @@ def _same_device(x: Tensor, *others: Tensor) -> None:
 
 
 # --- fakes ------------------------------------------------------------------------------------
+#
+# The dispatcher leaves out arguments at the end that have their default value: `allow_tf32`.
 
 
 # The fakes refuse what the kernels refuse: a call with one meta tensor among CPU tensors ends here.
 
 
-def _fake_multi_scale_conv2d(x, weights, groups, split, bias):
+def _fake_multi_scale_conv2d(x, weights, groups, split, bias, allow_tf32=False):
     problem.describe_multi_scale_conv2d(x, weights, groups, split, bias)
     return _map_like(x, sum(w.shape[0] for w in weights))
 
 
 def _fake_multi_scale_conv2d_backward(
-    grad, x, weights, groups, split, bias, need_x, need_parameters
+    grad, x, weights, groups, split, bias, need_x, need_parameters, allow_tf32=False
 ):
     problem.describe_multi_scale_conv2d(x, weights, groups, split, bias)
     _same_device(x, grad)
@@ -116,7 +118,7 @@ def _fake_dual_attention_backward(
     return (grad_y, *_attention_grads(y, (w1, b1, w2, b2, ws), need_parameters))
 
 
-def _fake_mfef_block(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save):
+def _fake_mfef_block(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save, allow_tf32=False):
     problem.describe_mfef_block(x, conv_weights, groups, w1, b1, w2, b2, ws, split)
     channels = sum(w.shape[0] for w in conv_weights)
     y = _map_like(x, channels) if save else _nothing(x)
@@ -125,7 +127,7 @@ def _fake_mfef_block(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save):
 
 def _fake_mfef_block_backward(
     grad, x, conv_weights, groups, split, w1, b1, w2, b2, ws,
-    y, mean, max, max_index, s, c_index, need_x, need_parameters,
+    y, mean, max, max_index, s, c_index, need_x, need_parameters, allow_tf32=False,
 ):  # fmt: skip
     problem.describe_mfef_block(x, conv_weights, groups, w1, b1, w2, b2, ws, split)
     _same_device(x, grad, y, mean, max, max_index, s, c_index)
@@ -289,21 +291,22 @@ class _Pair:
 
 class _MultiScaleConv2d(Function):
     @staticmethod
-    def forward(ctx, pair, keyset, groups, split, x, bias, *weights):
+    def forward(ctx, pair, keyset, groups, split, allow_tf32, x, bias, *weights):
         ctx.pair, ctx.op = pair, pair.op
-        ctx.options = groups, split
+        ctx.options, ctx.allow_tf32 = (groups, split), allow_tf32
         ctx.save_for_backward(x, bias, *weights)
-        return pair.below_autograd(keyset, x, weights, groups, split, bias)
+        return pair.below_autograd(keyset, x, weights, groups, split, bias, allow_tf32)
 
     @staticmethod
     def backward(ctx, grad):
         x, bias, *weights = ctx.saved_tensors
-        need_x, need_parameters = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
+        need_x, need_parameters = ctx.needs_input_grad[5], any(ctx.needs_input_grad[6:])
         grad_x, grad_weights, grad_bias = ctx.pair.call_backward(
             (grad, x, bias, *weights),
-            grad, x, weights, *ctx.options, bias, need_x, need_parameters,
+            grad, x, weights, *ctx.options, bias, need_x, need_parameters, ctx.allow_tf32,
         )  # fmt: skip
         return (
+            None,
             None,
             None,
             None,
@@ -314,10 +317,11 @@ class _MultiScaleConv2d(Function):
         )
 
 
-def _multi_scale_conv2d(pair, keyset, x, weights, groups, split, bias):
+def _multi_scale_conv2d(pair, keyset, x, weights, groups, split, bias, allow_tf32=False):
     if _records((x, *weights, bias)):
-        return _apply(_MultiScaleConv2d, pair, keyset, groups, split, x, bias, *weights)
-    return pair.below_autograd(keyset, x, weights, groups, split, bias)
+        options = groups, split, allow_tf32
+        return _apply(_MultiScaleConv2d, pair, keyset, *options, x, bias, *weights)
+    return pair.below_autograd(keyset, x, weights, groups, split, bias, allow_tf32)
 
 
 def _parameter_grads(grads, parameters, need):
@@ -366,13 +370,15 @@ def _dual_attention(pair, keyset, y, *rest):
 
 class _MfefBlock(Function):
     @staticmethod
-    def forward(ctx, pair, keyset, groups, split, saved, x, w1, b1, w2, b2, ws, *weights):
+    def forward(
+        ctx, pair, keyset, groups, split, allow_tf32, saved, x, w1, b1, w2, b2, ws, *weights
+    ):
         ctx.pair, ctx.op = pair, pair.op
         out, *others = pair.below_autograd(
-            keyset, x, weights, groups, split, w1, b1, w2, b2, ws, True
+            keyset, x, weights, groups, split, w1, b1, w2, b2, ws, True, allow_tf32
         )
         saved.extend(others)
-        ctx.options = groups, split
+        ctx.options, ctx.allow_tf32 = (groups, split), allow_tf32
         ctx.save_for_backward(x, w1, b1, w2, b2, ws, *saved, *weights)
         ctx.set_materialize_grads(False)
         return out
@@ -383,12 +389,14 @@ class _MfefBlock(Function):
             return (None,) * len(ctx.needs_input_grad)
         x, *rest = ctx.saved_tensors
         parameters, saved, weights = rest[:5], rest[5:11], rest[11:]
-        need_x, need_parameters = ctx.needs_input_grad[5], any(ctx.needs_input_grad[6:])
+        need_x, need_parameters = ctx.needs_input_grad[6], any(ctx.needs_input_grad[7:])
         grad_x, grad_weights, *grads = ctx.pair.call_backward(
             (grad, x, *rest),
             grad, x, weights, *ctx.options, *parameters, *saved, need_x, need_parameters,
+            ctx.allow_tf32,
         )  # fmt: skip
         return (
+            None,
             None,
             None,
             None,
@@ -400,13 +408,16 @@ class _MfefBlock(Function):
         )
 
 
-def _mfef_block(pair, keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save):
+def _mfef_block(
+    pair, keyset, x, weights, groups, split, w1, b1, w2, b2, ws, save, allow_tf32=False
+):
     parameters = w1, b1, w2, b2, ws
+    options = groups, split
     if _records((x, *parameters, *weights)):
         saved: list[Tensor] = []
-        out = _apply(_MfefBlock, pair, keyset, groups, split, saved, x, *parameters, *weights)
-        return (out, *saved)
-    return pair.below_autograd(keyset, x, weights, groups, split, *parameters, save)
+        arguments = *options, allow_tf32, saved, x, *parameters, *weights
+        return (_apply(_MfefBlock, pair, keyset, *arguments), *saved)
+    return pair.below_autograd(keyset, x, weights, *options, *parameters, save, allow_tf32)
 
 
 _AUTOGRAD: dict[str, Callable] = {
@@ -529,7 +540,7 @@ def register(namespace: str, kernels: Mapping[str, Callable] | None = None) -> d
     def multi_scale_conv2d(x, weights, groups, split=True, bias=None) -> Tensor:
         weights = list(weights)
         tensors = (x, *weights, bias)
-        return conv.call(tensors, x, weights, list(groups), split, bias)
+        return conv.call(tensors, x, weights, list(groups), split, bias, problem.allow_tf32())
 
     def dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight) -> Tensor:
         tensors = (y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
@@ -542,7 +553,9 @@ def register(namespace: str, kernels: Mapping[str, Callable] | None = None) -> d
         weights = list(conv_weights)
         parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
         tensors = (x, *parameters, *weights)
-        return block.call(tensors, x, weights, list(groups), split, *parameters, False)[0]
+        options = list(groups), split
+        allow_tf32 = problem.allow_tf32()
+        return block.call(tensors, x, weights, *options, *parameters, False, allow_tf32)[0]
 
     return {
         "multi_scale_conv2d": multi_scale_conv2d,

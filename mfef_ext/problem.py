@@ -47,6 +47,7 @@ class Problem:
     split: bool = True
     hidden: int = 0
     spatial_kernel_size: int = 0
+    tf32: bool = False  # float32 that convolutions on a GPU may round to TF32: see allow_tf32
 
     @property
     def out_channels(self) -> int:
@@ -137,7 +138,7 @@ def signature(
     groups: Sequence[int],
     split: bool,
 ) -> object:
-    """All that ``describe_*`` reads of its arguments: equal signatures pose equal problems.
+    """All that ``describe_*`` reads: where signatures are equal, so are the problems.
 
     ``tensors`` are the operator's input and then the others outside of ``weights``, None where one
     is not given. Returns something without tensors in it, hashable if the groups are; or None for
@@ -157,6 +158,7 @@ def signature(
         kinds,  # 1 == 1.0 == True, and only the first is accepted
         split,
         _autocast_dtype(x),
+        allow_tf32(),
     )
 
 
@@ -300,6 +302,24 @@ def _effective_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
 
 
+def allow_tf32() -> bool:
+    """Whether convolutions of float32 on a GPU may round what they multiply to TF32 (10 bits).
+
+    That is PyTorch's switch for cuDNN's convolutions: ``torch.backends.cudnn.conv.fp32_precision``,
+    and by its older name ``torch.backends.cudnn.allow_tf32``, which cannot be asked after the new
+    one was set. A compiled program keeps what it said when it was compiled.
+    """
+    return torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
+
+
+# What torch.compiler.assume_constant_result does: it would import Dynamo, which takes a second.
+allow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _tf32(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and allow_tf32()
+
+
 def describe_multi_scale_conv2d(
     x: Tensor, weights: Sequence[Tensor], groups: Sequence[int], split: bool, bias: Tensor | None
 ) -> Problem:
@@ -311,7 +331,10 @@ def describe_multi_scale_conv2d(
         total = sum(b.out_channels for b in branches)
         _check_shape("bias", bias, (total,), "one entry per output channel")
     n, c, h, w = x.shape
-    return Problem("multi_scale_conv2d", n, c, h, w, _effective_dtype(x), x.device, branches, split)
+    dtype = _effective_dtype(x)
+    return Problem(
+        "multi_scale_conv2d", n, c, h, w, dtype, x.device, branches, split, tf32=_tf32(dtype)
+    )
 
 
 def describe_dual_attention(
@@ -360,8 +383,9 @@ def describe_mfef_block(
         x, channels, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight
     )
     n, c, h, w = x.shape
+    dtype = _effective_dtype(x)
     return Problem(
-        "mfef_block", n, c, h, w, _effective_dtype(x), x.device, branches, split, hidden, k
+        "mfef_block", n, c, h, w, dtype, x.device, branches, split, hidden, k, _tf32(dtype)
     )
 
 

@@ -105,7 +105,7 @@ part doctor 15 "$PYTHON" -c "from mfef_ext.inspection import doctor; print(docto
 
 pytest=("$PYTHON" -m pytest -p no:cacheprovider -m gpu "${GPU_TESTS[@]}")
 # Compilers, graphs and tensors of gigabytes by themselves: they must not take the others' time.
-used=tests/backends/triton/test_gpu.py
+used=tests/backends/test_gpu.py
 part tests 100 "${pytest[@]}" --ignore "$used" --junitxml "$out/tests.xml"
 
 # --- benchmark of the kernels -----------------------------------------------------------------

@@ -10,12 +10,14 @@ from mfef_ext.modules import MFEFBlock
 
 
 def operators(program):
-    """(operator, its last argument) of what is this package's in an exported program."""
-    return [
-        (node.target, node.args[-1])
-        for node in program.graph.nodes
-        if str(node.target).startswith("mfef.")
-    ]
+    """(operator, what it saves for backward) of what is this package's in an exported program."""
+    found = []
+    for node in program.graph.nodes:
+        if str(node.target).startswith("mfef."):
+            names = [a.name for a in node.target._schema.arguments]
+            arguments = dict(zip(names, node.args, strict=False))
+            found.append((node.target, arguments.get("save")))
+    return found
 
 
 @pytest.mark.parametrize("mode", ["split", "pyramid", "hierarchical"])

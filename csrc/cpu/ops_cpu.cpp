@@ -375,7 +375,7 @@ void write_weight_grads(Call& call, const std::vector<Tensor>& grads) {
 // --- operators -------------------------------------------------------------------------------
 
 Tensor multi_scale_conv2d(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& groups,
-                          bool split, const std::optional<Tensor>& bias) {
+                          bool split, const std::optional<Tensor>& bias, bool /*allow_tf32*/) {
   int64_t out;
   const MapSize size = check_map("x", x);
   const auto branches = check_branches(x, weights, groups, split, kMaxBranches, &out);
@@ -394,7 +394,7 @@ Tensor multi_scale_conv2d(const Tensor& x, const std::vector<Tensor>& weights, c
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor> multi_scale_conv2d_backward(
     const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& groups,
-    bool split, const std::optional<Tensor>& bias, bool need_x, bool need_parameters) {
+    bool split, const std::optional<Tensor>& bias, bool need_x, bool need_parameters, bool /*allow_tf32*/) {
   int64_t out;
   const MapSize size = check_map("x", x);
   const auto branches = check_branches(x, weights, groups, split, kMaxBranches, &out);
@@ -466,7 +466,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention_backwa
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block(
     const Tensor& x, const std::vector<Tensor>& conv_weights, const std::vector<int64_t>& groups, bool split,
     const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
-    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, bool save) {
+    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, bool save, bool /*allow_tf32*/) {
   int64_t out;
   const MapSize size = check_map("x", x);
   const auto branches = check_branches(x, conv_weights, groups, split, kMaxBranches, &out);
@@ -492,7 +492,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> 
     bool split, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
     const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, const Tensor& y, const Tensor& mean,
     const Tensor& max, const Tensor& max_index, const Tensor& spatial_gate, const Tensor& channel_index, bool need_x,
-    bool need_parameters) {
+    bool need_parameters, bool /*allow_tf32*/) {
   int64_t out;
   const MapSize size = check_map("x", x);
   const auto branches = check_branches(x, conv_weights, groups, split, kMaxBranches, &out);

@@ -44,6 +44,7 @@ struct Branch {
 // What the planner reads.
 struct Sizes {
   Element element;
+  bool tf32;  // float32 that convolutions may round to TF32 before they multiply
   int64_t batch;
   int in, out, height, width;
   bool split;

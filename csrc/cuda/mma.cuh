@@ -27,6 +27,22 @@ struct Tf32 {};
 template <class T>
 constexpr int kPerWord = sizeof(T) == 2 ? 2 : 1;
 
+// What is in memory of an operand T.
+template <class T>
+using Stored = std::conditional_t<std::is_same_v<T, Tf32>, float, T>;
+
+// f(T()) with the operand that tensor cores take for elements.
+template <class F>
+MFEF_DEVICE void with_operand(Element element, const F& f) {
+  with_element(element, [&](auto zero) {
+    if constexpr (std::is_same_v<decltype(zero), float>) {
+      f(Tf32());
+    } else {
+      f(zero);
+    }
+  });
+}
+
 struct Place {
   int row, column;  // in an operand: the column is a word
 };

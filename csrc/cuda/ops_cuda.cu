@@ -102,11 +102,12 @@ class Call {
   }
 
   void convolution(const std::vector<BranchSize>& branches, const std::vector<Tensor>& weights, bool split,
-                   int64_t out_channels) {
+                   int64_t out_channels, bool allow_tf32) {
     Sizes& s = args.sizes;
     STD_TORCH_CHECK(out_channels < int64_t(1) << 30, "mfef: the CUDA kernels take fewer than 2^30 channels, got ",
                     out_channels);
     s.split = split;
+    s.tf32 = allow_tf32 && s.element == Element::kFloat;
     s.out = int(out_channels);
     int in = 0, out = 0;
     for (size_t i = 0; i < branches.size(); ++i) {
@@ -343,13 +344,13 @@ void check_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t chan
 }
 
 Tensor multi_scale_conv2d(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& groups,
-                          bool split, const std::optional<Tensor>& bias) {
+                          bool split, const std::optional<Tensor>& bias, bool allow_tf32) {
   int64_t out;
   const MapSize size = check_map("x", x);
   const auto branches = check_branches(x, weights, groups, split, kMaxBranches, &out);
   check_bias(bias, x, out);
   Call call(x, size);
-  call.convolution(branches, weights, split, out);
+  call.convolution(branches, weights, split, out, allow_tf32);
   call.args.bias = parameter(bias);
   Tensor result = empty_map_like(x, out);
   call.args.result = map_of(result);
@@ -359,14 +360,14 @@ Tensor multi_scale_conv2d(const Tensor& x, const std::vector<Tensor>& weights, c
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor> multi_scale_conv2d_backward(
     const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& groups,
-    bool split, const std::optional<Tensor>& bias, bool need_x, bool need_parameters) {
+    bool split, const std::optional<Tensor>& bias, bool need_x, bool need_parameters, bool allow_tf32) {
   int64_t out;
   const MapSize size = check_map("x", x);
   const auto branches = check_branches(x, weights, groups, split, kMaxBranches, &out);
   check_bias(bias, x, out);
   check_grad(grad, x, size, out);
   Call call(x, size);
-  call.convolution(branches, weights, split, out);
+  call.convolution(branches, weights, split, out, allow_tf32);
   Tensor grad_x = need_x ? empty_map_like(x, size.c) : nothing(x);
   Tensor grad_bias = need_parameters ? like_or_nothing(bias, x) : nothing(x);
   std::vector<Tensor> grads = weight_grads(weights, need_parameters);
@@ -423,14 +424,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention_backwa
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block(
     const Tensor& x, const std::vector<Tensor>& conv_weights, const std::vector<int64_t>& groups, bool split,
     const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
-    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, bool save) {
+    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, bool save, bool allow_tf32) {
   int64_t out;
   const MapSize size = check_map("x", x);
   const auto branches = check_branches(x, conv_weights, groups, split, kMaxBranches, &out);
   const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
   p.check(x, out);
   Call call(x, size);
-  call.convolution(branches, conv_weights, split, out);
+  call.convolution(branches, conv_weights, split, out, allow_tf32);
   call.attention(p);
   Tensor result = empty_map_like(x, out);
   Tensor y = save ? empty_map_like(x, out) : nothing(x);
@@ -447,7 +448,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> 
     bool split, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
     const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, const Tensor& y, const Tensor& mean,
     const Tensor& max, const Tensor& max_index, const Tensor& spatial_gate, const Tensor& channel_index, bool need_x,
-    bool need_parameters) {
+    bool need_parameters, bool allow_tf32) {
   int64_t out;
   const MapSize size = check_map("x", x);
   const auto branches = check_branches(x, conv_weights, groups, split, kMaxBranches, &out);
@@ -459,7 +460,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> 
   const Saved s(mean, max, max_index, spatial_gate, channel_index);
   s.check(x, size, out, ScalarType::Float);
   Call call(x, size);
-  call.convolution(branches, conv_weights, split, out);
+  call.convolution(branches, conv_weights, split, out, allow_tf32);
   call.attention(p);
   call.saved(s);
   Tensor grad_x = need_x ? empty_map_like(x, size.c) : nothing(x);

@@ -34,7 +34,7 @@ def plan(problem: Problem, limit: int | None = None) -> dict[str, object]:
     that tensor cores compute).
     """
     limit = shared_limit(problem.device) if limit is None else limit
-    return _C.cuda_plan(**problem.sizes(), shared_limit=limit)
+    return _C.cuda_plan(**problem.sizes(), tf32=problem.tf32, shared_limit=limit)
 
 
 def _fits(problem: Problem) -> bool:

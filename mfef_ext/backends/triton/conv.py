@@ -847,11 +847,11 @@ def _shapes(weights: _Weights) -> tuple[tuple[int, ...], ...]:
     return tuple([shape for shape, _ in weights])
 
 
-def _arithmetic(dtype: torch.dtype) -> str:
+def _arithmetic(dtype: torch.dtype, allow_tf32: bool) -> str:
     """How products are computed: see CONVOLUTION."""
     if dtype != torch.float32:
         return "half"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if allow_tf32 else "ieee"
 
 
 def _precision(products: str) -> str:
@@ -1052,6 +1052,7 @@ def forward(
     groups: Sequence[int],
     split: bool,
     bias: Tensor | None,
+    allow_tf32: bool,
     statistics: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution, and what global pooling needs to know of its result.
@@ -1066,7 +1067,7 @@ def forward(
         bias = bias.contiguous()
     call = _convolution(
         shape, strides, shape, strides, x.device, dtype, _key(weights), tuple(groups), split,
-        False, bias is not None, statistics, _arithmetic(dtype),
+        False, bias is not None, statistics, _arithmetic(dtype, allow_tf32),
         torch.are_deterministic_algorithms_enabled(), usual(dtype, x, bias, *weights),
     )  # fmt: skip
     return run(call, x, weights, bias, statistics)
@@ -1085,13 +1086,18 @@ def run(
 
 
 def data_gradient(
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], groups: Sequence[int], split: bool
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    split: bool,
+    allow_tf32: bool,
 ) -> Tensor:
     """The gradient with respect to x (N, C, H, W), in its layout; grad: (N, Cout, H, W)."""
     dtype = x.dtype
     call = _convolution(
         grad.shape, grad.stride(), x.shape, x.stride(), x.device, dtype, _key(weights),
-        tuple(groups), split, True, False, False, _arithmetic(dtype),
+        tuple(groups), split, True, False, False, _arithmetic(dtype, allow_tf32),
         torch.are_deterministic_algorithms_enabled(), usual(dtype, grad, *weights),
     )  # fmt: skip
     grad_x = x.new_empty_strided(*call.result)
@@ -1100,13 +1106,18 @@ def data_gradient(
 
 
 def weight_gradient(
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], groups: Sequence[int], split: bool
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    split: bool,
+    allow_tf32: bool,
 ) -> list[Tensor]:
     """The gradients of the weights, in their dtype and strides; grad: (N, Cout, H, W)."""
     dtype = x.dtype
     call = _weight_gradient(
         grad.stride(), x.shape, x.stride(), x.device, dtype, _key(weights), tuple(groups), split,
-        _arithmetic(dtype), torch.are_deterministic_algorithms_enabled(),
+        _arithmetic(dtype, allow_tf32), torch.are_deterministic_algorithms_enabled(),
         usual(dtype, grad, x, *weights),
     )  # fmt: skip
     results = [torch.empty_like(w) for w in weights]

@@ -27,9 +27,9 @@ def _nothing(x: Tensor) -> Tensor:
     return x.new_empty((0,))
 
 
-def _multi_scale_conv2d(x, weights, groups, split, bias) -> Tensor:
+def _multi_scale_conv2d(x, weights, groups, split, bias, allow_tf32=False) -> Tensor:
     with device_of(x):
-        return conv.forward(x, weights, groups, split, bias, False)[0]
+        return conv.forward(x, weights, groups, split, bias, allow_tf32, False)[0]
 
 
 def _conv_gradients(
@@ -38,17 +38,23 @@ def _conv_gradients(
     weights: Sequence[Tensor],
     groups: Sequence[int],
     split: bool,
+    allow_tf32: bool,
     need_x: bool,
     need_parameters: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    grad_x = conv.data_gradient(grad, x, weights, groups, split) if need_x else _nothing(x)
-    grads = conv.weight_gradient(grad, x, weights, groups, split) if need_parameters else []
+    arguments = grad, x, weights, groups, split, allow_tf32
+    grad_x = conv.data_gradient(*arguments) if need_x else _nothing(x)
+    grads = conv.weight_gradient(*arguments) if need_parameters else []
     return grad_x, grads
 
 
-def _multi_scale_conv2d_backward(grad, x, weights, groups, split, bias, need_x, need_parameters):
+def _multi_scale_conv2d_backward(
+    grad, x, weights, groups, split, bias, need_x, need_parameters, allow_tf32=False
+):
     with device_of(x):
-        gradients = _conv_gradients(grad, x, weights, groups, split, need_x, need_parameters)
+        gradients = _conv_gradients(
+            grad, x, weights, groups, split, allow_tf32, need_x, need_parameters
+        )
         has_bias = need_parameters and bias is not None
         return (*gradients, conv.bias_gradient(grad) if has_bias else _nothing(x))
 
@@ -103,12 +109,12 @@ def _block_call(
     )
 
 
-def _mfef_block(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save):
+def _mfef_block(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save, allow_tf32=False):
     parameters, dtype = (w1, b1, w2, b2, ws), x.dtype
     with device_of(x):
         call = _block_call(
             x.shape, x.stride(), x.device, dtype, conv._key(conv_weights), tuple(groups), split,
-            attention._key(*parameters), save, conv._arithmetic(dtype),
+            attention._key(*parameters), save, conv._arithmetic(dtype, allow_tf32),
             torch.are_deterministic_algorithms_enabled(),
             (usual(dtype, x, *conv_weights), usual(dtype, *parameters)),
         )  # fmt: skip
@@ -119,14 +125,16 @@ def _mfef_block(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save):
 
 def _mfef_block_backward(
     grad, x, conv_weights, groups, split, w1, b1, w2, b2, ws,
-    y, mean, max, max_index, spatial_gate, channel_index, need_x, need_parameters,
+    y, mean, max, max_index, spatial_gate, channel_index, need_x, need_parameters, allow_tf32=False,
 ):  # fmt: skip
     with device_of(x):
         grad_y, *grads = attention.backward(
             grad, y, w1, b1, w2, b2, ws, mean, max, max_index, spatial_gate, channel_index,
             need_x or need_parameters, need_parameters,
         )  # fmt: skip
-        gradients = _conv_gradients(grad_y, x, conv_weights, groups, split, need_x, need_parameters)
+        gradients = _conv_gradients(
+            grad_y, x, conv_weights, groups, split, allow_tf32, need_x, need_parameters
+        )
         return (*gradients, *grads)
 
 

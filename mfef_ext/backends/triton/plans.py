@@ -36,7 +36,7 @@ def launches(problem: Problem, channels_last: bool) -> dict[str, tuple[Launch, .
         ]
         weights = conv._key([torch.empty(shape, device="meta") for shape in shapes])
         groups = tuple([b.groups for b in problem.branches])
-        mode = conv._arithmetic(dtype), deterministic
+        mode = conv._arithmetic(dtype, problem.tf32), deterministic
         x, y = (x_shape, x_strides), (y_shape, y_strides)
         convolution = conv._convolution(
             *x, *x, device, dtype, weights, groups, problem.split, False, False, has_statistics,

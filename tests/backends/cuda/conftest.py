@@ -110,6 +110,18 @@ def host(host_library, monkeypatch):
     functional._passed.clear()
 
 
+@pytest.fixture(autouse=True)
+def ieee(monkeypatch):
+    """float32 is float32: neither the kernels nor eager PyTorch on a GPU round to TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def tf32(ieee, monkeypatch):
+    """Convolutions of float32 may round to TF32, by PyTorch's switch."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Where the tensors are for which ``backend="cuda"`` runs."""

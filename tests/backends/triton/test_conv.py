@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mfef_ext import ops, reference
+from mfef_ext.problem import allow_tf32
 from tests.accuracy import FEW, MIRRORS, factor, largest, unit_in_the_last_place
 from tests.drawing import DRAWN
 
@@ -103,8 +104,9 @@ def expected(case: Case) -> list[Tensor]:
 
 def computed(conv, case: Case) -> list[Tensor]:
     """The same by the kernels."""
-    y, _ = conv.forward(case.x, case.weights, case.groups, case.split, case.bias, False)
-    arguments = case.grad, case.x, case.weights, case.groups, case.split
+    tf32 = allow_tf32()
+    y, _ = conv.forward(case.x, case.weights, case.groups, case.split, case.bias, tf32, False)
+    arguments = case.grad, case.x, case.weights, case.groups, case.split, tf32
     weights = conv.weight_gradient(*arguments)
     return [y, conv.data_gradient(*arguments), conv.bias_gradient(case.grad), *weights]
 
@@ -303,9 +305,9 @@ def test_layouts_are_those_of_the_fakes(conv, device, shape, layout):
     x = torch.randn(shape, device=device).contiguous(memory_format=layout)
     for channels in (1, 3):
         weight = torch.randn(channels, shape[1], 3, 3, device=device)
-        y, _ = conv.forward(x, [weight], [1], True, None, False)
+        y, _ = conv.forward(x, [weight], [1], True, None, False, False)
         assert y.stride() == ops._map_like(x, channels).stride()
-        grad_x = conv.data_gradient(y, x, [weight], [1], True)
+        grad_x = conv.data_gradient(y, x, [weight], [1], True, False)
         assert grad_x.stride() == ops._map_like(x, shape[1]).stride()
 
 
@@ -324,7 +326,7 @@ def test_an_empty_batch(conv, device, split):
     y, grad_x, grad_bias, *grads = computed(conv, case)
     assert y.shape == case.grad.shape and grad_x.shape == case.x.shape
     assert not any(g.any() for g in (grad_bias, *grads))
-    _, per_tile = conv.forward(case.x, case.weights, case.groups, split, None, True)
+    _, per_tile = conv.forward(case.x, case.weights, case.groups, split, None, allow_tf32(), True)
     assert per_tile.shape == (0, 3, case.grad.shape[1], 1)
 
 
@@ -356,8 +358,10 @@ def test_statistics(conv, device, mode, shape):
     dtype, layout = mode
     case = make_case(*shape, [(3, 8, 9, 1), (3, 2, 2, 3)]).to(dtype, device)
     x = case.x.contiguous(memory_format=layout)
-    y, per_tile = conv.forward(x, case.weights, case.groups, True, case.bias, True)
-    plain, nothing = conv.forward(x, case.weights, case.groups, True, case.bias, False)
+    y, per_tile = conv.forward(x, case.weights, case.groups, True, case.bias, allow_tf32(), True)
+    plain, nothing = conv.forward(
+        x, case.weights, case.groups, True, case.bias, allow_tf32(), False
+    )
     assert nothing is None and torch.equal(y, plain)
     assert per_tile.dtype == torch.float32
     total, maximum, index = pooled(per_tile)
@@ -383,7 +387,7 @@ def test_statistics_of_ties_and_of_nan(conv, device):
     x[1, :, 0, 0] = float("inf")
     x[2] = -float("inf")
     weights = [torch.ones(1, 1, 1, 1, device=device), torch.ones(1, 1, 1, 1, device=device)]
-    y, per_tile = conv.forward(x, weights, [1, 1], True, None, True)
+    y, per_tile = conv.forward(x, weights, [1, 1], True, None, allow_tf32(), True)
     same_bits([torch.nan_to_num(y)], [torch.nan_to_num(x)])
     _, maximum, index = pooled(per_tile)
     assert index.tolist() == [[34, 34], [55, 55], [0, 0], [0, 0]]
@@ -415,7 +419,7 @@ def test_large_sums_of_float16_do_not_overflow(conv, device):
     x = torch.full((1, 16, 3, 3), 200.0, dtype=torch.float16, device=device)
     weight = torch.full((8, 16, 1, 1), 200.0, dtype=torch.float16, device=device)
     weight[:, ::2] = -200.0
-    y, per_tile = conv.forward(x, [weight], [1], True, None, True)
+    y, per_tile = conv.forward(x, [weight], [1], True, None, allow_tf32(), True)
     assert not y.any() and not per_tile[:, 0].any()
 
 

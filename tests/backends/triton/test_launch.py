@@ -103,7 +103,7 @@ with torch.no_grad():
     assert names() == IMAGE and again() == []
 
     weights, groups = list(block.conv.weights), list(block.conv.groups)
-    y, _ = conv.forward(x, weights, groups, True, None, False)
+    y, _ = conv.forward(x, weights, groups, True, None, False, False)
     assert names() == again() == ["_convolve"]  # no statistics
     assert not launch.usual(torch.float64, x.double(), *weights)
 
