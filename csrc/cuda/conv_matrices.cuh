@@ -194,30 +194,32 @@ MFEF_DEVICE void convolve_by_matrices(const BlockArgs& a, const Warp& warp, bool
 // The weights of one branch in a stage to shared memory. A thread has a tap of a word of sources, backward of a
 // destination channel: neighbours read neighbours in memory, taps or, channels_last, channels. It goes through the
 // destination channels, backward through the words of sources, kAtOnce of them under way.
-template <int K>
 MFEF_DEVICE void load_columns(const Branch& b, const Parameter& weights, bool backward, int first, int end,
                               uint32_t* to, int thread, int threads) {
-  constexpr int kParts = 4, kAtOnce = 4, kTaps = K * K;
+  constexpr int kParts = 4, kAtOnce = 4;
   const MatrixWay way(b, backward);
-  const int tap_step = way.tap_step(), column_step = way.column_step(), skip = (b.full_k - K) / 2;
+  const int k = way.k, tap_step = way.tap_step(), column_step = way.column_step(), skip = (b.full_k - k) / 2;
   const int64_t so = weights.stride[0], si = weights.stride[1], sy = weights.stride[2], sx = weights.stride[3];
   const int64_t word_step = 2 * (backward ? so : si), dest_step = backward ? si : so;
   const auto* data = static_cast<const uint16_t*>(weights.data) + skip * (sy + sx);
-  // Words of sources of a group that have columns in the stage; of those up to sources and half of them exist.
-  const int first_word = first / K * 4, words = (end - 1) / K * 4 + 4 - first_word;
-  const int across = backward ? way.dest_per_group : words;
-  const int group_parts = least(way.groups, kParts), along_parts = kParts / group_parts, positions = across * kTaps;
+  // Of a group the 8 sources that have columns in the stage, the first and the last maybe some columns only.
+  const int first_chunk = first / k, last_chunk = (end - 1) / k, first_kx = first - first_chunk * k;
+  const int end_kx = end - last_chunk * k, first_word = first_chunk * 4, words = (last_chunk + 1) * 4 - first_word;
+  const bool one = first_chunk == last_chunk;
+  const int left = one ? first_kx : 0, width = one ? end - first : k, taps = k * width;
+  const int across = backward ? way.dest_per_group : words, positions = across * taps;
+  const int group_parts = least(way.groups, kParts), along_parts = kParts / group_parts;
   const int64_t group_step = group_parts * (backward ? way.source_per_group : way.dest_per_group) * so;
   const int64_t along_step = along_parts * (backward ? word_step : dest_step);
-  const Quotient by_across(across), by_positions(positions), by_group_parts(group_parts);
+  const bool channels_last = si == 1;
+  const Quotient by_positions(positions), by_group_parts(group_parts), by_width(width);
+  const Quotient by_inner(channels_last ? across : taps);
   for (int e = thread; e < positions * group_parts * along_parts; e += threads) {
-    const int part = by_positions(e), position = e - part * positions;
-    const int tap = si == 1 ? by_across(position) : position % kTaps;
-    const int own = si == 1 ? position - tap * across : position / kTaps;
-    const int ky = tap / K, kx = tap - ky * K, row = backward ? K - 1 - ky : ky, column = backward ? K - 1 - kx : kx;
-    // Of the first and the last 8 sources a stage may have some columns only.
-    const int begin = first / K * K + column < first ? 4 : 0,
-              until = words - ((end - 1) / K * K + column < end ? 0 : 4);
+    const int part = by_positions(e), position = e - part * positions, outer = by_inner(position);
+    const int inner = position - outer * by_inner.divisor;
+    const int own = channels_last ? inner : outer, tap = channels_last ? outer : inner;
+    const int ky = by_width(tap), kx = left + tap - ky * width;
+    const int begin = kx < first_kx ? 4 : 0, until = kx < end_kx ? words : words - 4;
     // What the thread goes through, and of it what low and high halves of words are there for: zeros fill up groups.
     const int along = backward ? until : own >= begin && own < until ? way.dest_per_group : 0;
     const int halves = way.source_per_group - 2 * (first_word + (backward ? 0 : own));
@@ -225,10 +227,11 @@ MFEF_DEVICE void load_columns(const Branch& b, const Parameter& weights, bool ba
     const int highs = backward ? least(along, halves / 2) : halves > 1 ? along : 0;
     const int along_part = by_group_parts(part), group_part = part - along_part * group_parts;
     const int start = along_part + (backward ? begin : 0);
-    const uint16_t* of_group = data + ky * sy + kx * sx + group_part * (group_step / group_parts) +
+    const uint16_t* of_group = data + (backward ? (k - 1 - ky) * sy + (k - 1 - kx) * sx : ky * sy + kx * sx) +
+                               group_part * (group_step / group_parts) +
                                (first_word + (backward ? start : own)) * word_step +
                                (backward ? own : start) * dest_step;
-    uint32_t* of_row = to + (column - first % K) * column_step + row * tap_step + group_part * way.dests * 4;
+    uint32_t* of_row = to + (kx - first_kx) * column_step + ky * tap_step + group_part * way.dests * 4;
     for (int group = group_part; group < way.groups; group += group_parts) {
       const uint16_t* from = of_group;
       for (int at = start; at < along; at += kAtOnce * along_parts) {
@@ -242,7 +245,7 @@ MFEF_DEVICE void load_columns(const Branch& b, const Parameter& weights, bool ba
         for (int i = 0; i < kAtOnce; ++i) {
           const int other = at + i * along_parts, word = backward ? other : own, dest = backward ? own : other;
           if (other >= along) continue;
-          of_row[word / 4 * (K * column_step) + dest * 4 + word % 4] = uint32_t(low[i]) | uint32_t(high[i]) << 16;
+          of_row[word / 4 * (k * column_step) + dest * 4 + word % 4] = uint32_t(low[i]) | uint32_t(high[i]) << 16;
         }
       }
       of_group += group_step;
@@ -260,16 +263,7 @@ MFEF_DEVICE void load_weights(const BlockArgs& a, bool backward, int stage, floa
     if constexpr (kMatrices) {
       if (by_matrices(s, b)) {
         auto* words = reinterpret_cast<uint32_t*>(at);
-        switch (b.k) {
-          case 3:
-            return load_columns<3>(b, a.conv_weights[i], backward, first, end, words, thread, threads);
-          case 5:
-            return load_columns<5>(b, a.conv_weights[i], backward, first, end, words, thread, threads);
-          case 7:
-            return load_columns<7>(b, a.conv_weights[i], backward, first, end, words, thread, threads);
-          case 9:
-            return load_columns<9>(b, a.conv_weights[i], backward, first, end, words, thread, threads);
-        }
+        return load_columns(b, a.conv_weights[i], backward, first, end, words, thread, threads);
       }
     }
     load_branch_weights(Way(b, backward), b.full_k, a.conv_weights[i], 0, 0, a.element, backward, first, end, at,
