@@ -83,10 +83,12 @@ py::dict cpu_plan(int64_t batch, int64_t channels, int64_t height, int64_t width
 }
 
 // How CUDA would run a problem where a thread block may have `shared_limit` bytes of shared memory. Sizes as for
-// cpu_plan; here "reason" says why not where "fits" is false, and then there is no more.
+// cpu_plan; here "reason" says why not where "fits" is false, and then there is no more. The last three are what
+// scratch depends on: whether the forward saves, whether the backward has parameters' gradients and a bias' among them.
 py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t width,
                    const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>& branches, bool split,
-                   int64_t hidden, int64_t spatial_k, const std::string& dtype, bool tf32, int64_t shared_limit) {
+                   int64_t hidden, int64_t spatial_k, const std::string& dtype, bool tf32, int64_t shared_limit,
+                   bool save, bool need_parameters, bool bias) {
   using namespace mfef::cuda;
   // What no thread block could hold must not wrap around before the planner refuses it.
   if (channels >= int64_t(1) << 30 || hidden >= int64_t(1) << 30) throw std::invalid_argument("too many channels");
@@ -128,13 +130,20 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
   for (const bool backward : {false, true}) {
     const std::string direction = backward ? "backward_" : "forward_";
     plan[(direction + "launches").c_str()] = launches(s, p, backward);
-    plan[(direction + "scratch_bytes").c_str()] = scratch_bytes(s, p, backward);
+    plan[(direction + "scratch_bytes").c_str()] =
+        Scratch(s, p, backward, {.save = save, .parameters = need_parameters, .bias = bias}).bytes(s);
     plan[(direction + "tensor_core_branches").c_str()] = branches_where([&](int b) {
       if (!p.large) return by_matrices(s, s.branches[b]);
       return (backward ? p.maps.units_backward : p.maps.units).rows[b] > 0;
     });
     if (p.large) {
-      plan[(direction + "units").c_str()] = (backward ? p.maps.units_backward : p.maps.units).count;
+      const Units& of = backward ? p.maps.units_backward : p.maps.units;
+      std::vector<std::tuple<int, int, int>> rounds;
+      for (int b = 0; b < s.branch_count; ++b) {
+        if (of.rows[b]) rounds.emplace_back(of.stage[b], of.rows[b], of.buffers[b]);
+      }
+      plan[(direction + "tensor_core_rounds").c_str()] = rounds;
+      plan[(direction + "units").c_str()] = of.count;
       plan[(direction + "shared_bytes").c_str()] =
           backward ? std::max(p.maps.shared_backward, p.maps.shared_matrices_backward)
                    : std::max(p.maps.shared, p.maps.shared_matrices);
@@ -143,20 +152,23 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
       plan[(direction + "shared_bytes").c_str()] = backward ? p.shared_backward : p.shared;
     }
   }
-  plan["weight_gradient_tensor_core_branches"] = branches_where(
-      [&](int b) { return p.large ? LargeMatrixTiles::count(s, b) > 0 : by_matrices(s, s.branches[b]); });
+  plan["weight_gradient_tensor_core_branches"] = branches_where([&](int b) {
+    return (p.large ? LargeMatrixTiles::count(s, b) : MatrixTile::count(s, b)) > 0 && !p.weights_in_backward;
+  });
   if (p.large) {
     plan["tiles"] = p.maps.tiles.count();
     plan["tile"] = std::make_tuple(p.maps.tiles.rows, p.maps.tiles.columns);
     plan["pieces"] = p.maps.pieces.count();
     plan["piece"] = std::make_tuple(p.maps.pieces.rows, p.maps.pieces.columns);
     plan["threads"] = kConvolutionThreads;
+    plan["weight_gradient_buffers"] = p.maps.matrix_buffers;
   } else {
     plan["images"] = p.images;
     plan["blocks"] = (batch + p.images - 1) / p.images;
     plan["threads"] = p.threads;
     plan["row"] = p.row;
   }
+  plan["weights_in_backward"] = p.weights_in_backward;
   plan["weight_gradient_tiles"] = p.tiles + p.maps.matrix_tiles;
   plan["weight_gradient_slices"] = p.slices;
   plan["weight_gradient_shared_bytes"] =
@@ -179,7 +191,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("dtype"));
   m.def("cuda_plan", &cuda_plan, py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"),
         py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("dtype"),
-        py::arg("tf32"), py::arg("shared_limit"));
+        py::arg("tf32"), py::arg("shared_limit"), py::arg("save") = true, py::arg("need_parameters") = true,
+        py::arg("bias") = false);
   m.def(
       "poison_buffers", [](bool on) { mfef::cpu::poison_buffers = on; }, py::arg("on"),
       "For tests: fills every buffer of the kernels with NaN before use.");

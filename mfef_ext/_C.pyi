@@ -28,6 +28,9 @@ def cuda_plan(
     dtype: str,
     tf32: bool,
     shared_limit: int,
+    save: bool = True,
+    need_parameters: bool = True,
+    bias: bool = False,
 ) -> dict: ...
 def fma_chain(iterations: int) -> int: ...
 def poison_buffers(on: bool) -> None: ...

@@ -212,11 +212,7 @@ struct LargeConvolution {
 struct LargeMatrixConvolution {
   static MFEF_DEVICE void run(const BlockArgs& a, const Block& block) {
     for_each_unit(a, block, [&](const UnitOfTile& of) {
-      if (a.element == Element::kBFloat16) {
-        convolve_unit_by_matrices<c10::BFloat16>(a, block, of);
-      } else {
-        convolve_unit_by_matrices<c10::Half>(a, block, of);
-      }
+      with_operand(a.element, [&](auto zero) { convolve_unit_by_matrices<decltype(zero)>(a, block, of); });
     });
   }
 };

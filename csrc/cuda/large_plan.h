@@ -59,43 +59,77 @@ struct Halo {
       : rows(cover.rows + k - 1), pitch(cover.columns + fill4(k - 1)), step(odd_vectors(int64_t(rows) * pitch)) {}
 };
 
-// A part of a branch on tensor cores (large_conv_matrices.cuh), of 16-bit elements. A matrix of pixels is a span of two
-// rows, a slot is 8 destination channels of a group, and a warp has up to kWarpItems items of kItemPixels matrices of
-// pixels by kItemSlots slots. Channels of a group are filled up with zeros to whole chunks of 8 in shared memory.
+// How a part of a branch on tensor cores comes to shared memory: so many source channels of a group and rows of taps at
+// a time, which is a round; with two buffers a round's while the products of the one before are computed.
+struct MatrixRounds {
+  int stage, rows, buffers;
+
+  MFEF_HD int of_rows(const Way& part) const { return ceil_div(part.k, rows); }
+  MFEF_HD int stages(const Way& part) const { return ceil_div(part.source_per_group, stage); }
+  MFEF_HD int count(const Way& part) const { return stages(part) * of_rows(part); }
+};
+
+// A part of a branch on tensor cores (large_conv_matrices.cuh). A matrix of pixels is a span of two rows, a slot is 8
+// destination channels of a group, and a warp has up to kWarpItems items of kItemPixels matrices of pixels by
+// kItemSlots slots. Channels of a group are filled up with zeros to whole chunks of 8 in shared memory.
 struct MatrixPart {
   static constexpr int kSide = 8, kItemPixels = 4, kItemSlots = 2, kWarpItems = 2;
   static constexpr int kItems = kWarpItems * kConvolutionThreads / 32;  // of a thread block, at most
+  static constexpr int kTask = 64;                                      // floats of a LargeMatrixTask, behind all else
 
   int slots_per_group, slots;
-  int columns;                     // of the source with its halo
-  int group, pixel_step, tap_row;  // words: of a group's sources in a pixel, from pixel to pixel, of a channel's taps
-  int64_t dest_step, weights, source, total;  // as in UnitLayout; a tap's weights are [slot][8 channels][source]
+  int columns;  // of the source with its halo
+  // Words: of a group's sources in a pixel, from pixel to pixel, from channel to channel of a tap, from tap to tap.
+  int group, pixel_step, tap_row, tap_step;
+  // Words of a round's taps, [tap][slot][8 channels][source], and of its pixels; how many of each there are; where the
+  // pixels begin, behind the taps. The destination takes their place in the end.
+  int weight_buffers, source_buffers;
+  int64_t round_weights, round_source, source, total;
 
-  // Words from row to row of what is read as matrices: 4 more than a multiple of 8, so that 8 rows read all banks.
+  // Words from row to row of what is read as matrices: 4 more than a multiple of 8, so that 8 rows read all banks. From
+  // tap to tap they are 4 more than a multiple of 32, since neighbouring threads write 16 bytes of neighbouring taps.
   MFEF_HD static int row_step(int words) { return (words + 3) / 8 * 8 + 4; }
   MFEF_HD static int chunks(int channels) { return ceil_div(channels, kSide); }
+  // Channels of a word: 16-bit elements, or TF32.
+  MFEF_HD static int per_word(const Sizes& s) { return s.element == Element::kFloat ? 1 : 2; }
 
-  // `stage` source channels of a group and `rows` rows of taps at a time.
-  MFEF_HD MatrixPart(const Cover& tiles, const Way& part, int stage, int rows)
+  MFEF_HD MatrixPart(const Sizes& s, const Cover& tiles, const Way& part, const MatrixRounds& rounds)
       : slots_per_group(chunks(part.dest_per_group)),
         slots(part.groups * slots_per_group),
         columns(tiles.columns + part.k - 1),
-        group(chunks(stage) * kSide / 2),
+        group(chunks(rounds.stage) * kSide / per_word(s)),
         pixel_step(row_step(part.groups * group)),
         tap_row(row_step(group)),
-        dest_step(odd_vectors(int64_t(tiles.rows) * tiles.columns)),
-        weights(part.dest() * dest_step),
-        source(weights + int64_t(rows) * part.k * slots * kSide * tap_row),
-        total(source + int64_t(tiles.rows + part.k - 1) * columns * pixel_step) {}
+        tap_step(slots * kSide * tap_row + 4),
+        weight_buffers(least(rounds.buffers, rounds.count(part))),
+        source_buffers(least(rounds.buffers, rounds.stages(part))),
+        round_weights(int64_t(rounds.rows) * part.k * tap_step),
+        round_source(int64_t(tiles.rows + part.k - 1) * columns * pixel_step),
+        source(weight_buffers * round_weights),
+        total(source + source_buffers * round_source) {}
 
   // Of a tile, or at most of any.
   MFEF_HD static int items(int rows, int columns, int slots) {
     const int pixels = ceil_div(rows, 2) * ceil_div(columns, kSpan);
     return ceil_div(pixels, kItemPixels) * ceil_div(slots, kItemSlots);
   }
+  // Whether tensor cores suit the gradient of x in pyramid mode, of which a branch alone is nothing. Slots are the same
+  // channels for all branches, which takes groups of whole slots; and the zeros that fill up sources to chunks are at
+  // most three in four of all products.
+  MFEF_HD static bool suit_sum(const Sizes& s) {
+    if (s.element == Element::kFloat && !s.tf32) return false;
+    int64_t products = 0, filled = 0;
+    for (int b = 0; b < s.branch_count; ++b) {
+      const Way way(s.branches[b], true);
+      if (way.dest_per_group < kSide || (way.groups > 1 && way.dest_per_group % kSide)) return false;
+      products += int64_t(way.source_per_group) * way.k * way.k;
+      filled += int64_t(chunks(way.source_per_group)) * kSide * way.k * way.k;
+    }
+    return filled <= 4 * products;
+  }
   // Whether tensor cores suit a way; narrower groups would be mostly zeros.
   MFEF_HD static bool suit(const Sizes& s, const Way& way) {
-    return s.element != Element::kFloat && way.source_per_group >= kSide && way.dest_per_group >= kSide;
+    return (s.element != Element::kFloat || s.tf32) && way.source_per_group >= kSide && way.dest_per_group >= kSide;
   }
 };
 
@@ -120,17 +154,20 @@ struct UnitWeights {
 struct Units {
   int count;
   // Of every branch: destination channels of a unit, whole groups or a run of one; and how many source channels of a
-  // group are in shared memory at a time. On tensor cores also how many rows of taps are, else 0.
-  int channels[kMaxBranches], stage[kMaxBranches], rows[kMaxBranches];
+  // group are in shared memory at a time. On tensor cores also how many rows of taps are, else 0, and in how many
+  // buffers.
+  int channels[kMaxBranches], stage[kMaxBranches], rows[kMaxBranches], buffers[kMaxBranches];
+  int task;       // on tensor cores: where the LargeMatrixTask is in shared memory, in floats
   bool matrices;  // which branches count: those on tensor cores, or the others
 
+  MFEF_HD MatrixRounds rounds(int b) const { return {stage[b], rows[b], buffers[b]}; }
   MFEF_HD static bool merged(const Sizes& s, bool backward) { return s.branch_count == 0 || summed(s, backward); }
   // Those of one launch alone.
   Units of_launch(const Sizes& s, bool backward, bool on_tensor_cores) const {
     Units units = *this;
     units.matrices = on_tensor_cores;
     if (merged(s, backward)) {
-      if (on_tensor_cores) units.count = 0;
+      if ((rows[0] > 0) != on_tensor_cores) units.count = 0;
       return units;
     }
     units.count = 0;
@@ -211,7 +248,7 @@ struct PieceLayout {
 // channels of a group by a slot of 8 source channels by up to kTaps neighbouring taps; a tile is up to kItems items of
 // the same destination channels: all of a few slots, or a part of one slot's.
 struct LargeMatrixTiles {
-  static constexpr int kDests = 16, kSlot = 8, kTaps = 3, kWarpItems = 4, kMostSlots = 4;
+  static constexpr int kDests = 16, kSlot = 8, kTaps = 3, kWarpItems = 3, kMostSlots = 4;
   static constexpr int kItems = kWarpItems * kConvolutionThreads / 32;
 
   int runs, per_slot;                 // items of a row of taps, and of a slot
@@ -235,21 +272,54 @@ struct LargeMatrixTiles {
     return MatrixPart::suit(s, Way(b, false)) ? LargeMatrixTiles(b).tiles : 0;
   }
 
-  // Words of a pixel in shared memory: of dy, and of x, where it has a halo.
-  MFEF_HD static int dy_step() { return MatrixPart::row_step(kDests / 2); }
-  MFEF_HD int x_step() const { return MatrixPart::row_step(tile_slots * kSlot / 2); }
-  MFEF_HD static int64_t dy_words(const Cover& piece) { return int64_t(piece.rows) * piece.columns * dy_step(); }
+  // Words from pixel to pixel in shared memory. Of what is read word by word in TF32, 4 pixels by 8 channels, an odd
+  // multiple of 8, so that those lie in different banks.
+  MFEF_HD static int pixel_step(bool tf32, int channels) {
+    return tf32 ? (channels / 8 | 1) * 8 : MatrixPart::row_step(channels / 2);
+  }
+  MFEF_HD int x_step(bool tf32) const { return pixel_step(tf32, tile_slots * kSlot); }
+  // dy may be in float32 also in 16 bits, whose words are two pixels: 20 suits them, and matrices.
+  MFEF_HD static int dy_step(bool tf32) { return tf32 ? pixel_step(true, kDests) : MatrixPart::row_step(kDests); }
+  MFEF_HD static int64_t dy_words(bool tf32, const Cover& piece) {
+    return int64_t(piece.rows) * piece.columns * dy_step(tf32);
+  }
+  // Of a piece, in all.
+  MFEF_HD int64_t words(bool tf32, const Cover& piece, int k) const {
+    return dy_words(tf32, piece) + int64_t(piece.rows + k - 1) * (piece.columns + k - 1) * x_step(tf32);
+  }
 
-  static int64_t bytes(const Sizes& s, const Cover& piece) {
+  static int64_t bytes(const Sizes& s, const Cover& piece, int buffers) {
     int64_t largest = 0;
     for (int b = 0; b < s.branch_count; ++b) {
-      if (!count(s, b)) continue;
-      const int k = s.branches[b].k;
-      const int64_t x =
-          int64_t(piece.rows + k - 1) * (piece.columns + k - 1) * LargeMatrixTiles(s.branches[b]).x_step();
-      largest = largest > dy_words(piece) + x ? largest : dy_words(piece) + x;
+      const int64_t of = count(s, b) ? LargeMatrixTiles(s.branches[b]).words(s.tf32, piece, s.branches[b].k) : 0;
+      largest = of > largest ? of : largest;
     }
-    return 4 * largest;
+    return 4 * buffers * largest;
+  }
+
+  // What the tiles of a slice of `pieces` take, each a thread block that shares a multiprocessor with two others, in
+  // cycles: the longest of its own loads and products, one after the other or at once, and of all three's products.
+  // Estimates: waiting for memory, a barrier, bytes per cycle of a third of what comes from L2; the latency of an
+  // item's operands and products, a product.
+  static int64_t cycles(const Sizes& s, const Cover& piece, int64_t pieces, int buffers) {
+    constexpr int64_t kWait = 700, kBarrier = 200, kBytes = 21, kItem = 70, kProduct = 2, kBlocks = 3;
+    int64_t sum = 0;
+    for (int b = 0; b < s.branch_count; ++b) {
+      if (!count(s, b)) continue;
+      const LargeMatrixTiles shape(s.branches[b]);
+      const int k = s.branches[b].k, element = s.tf32 ? 4 : 2, pixels = piece.rows * piece.columns;
+      const int items = shape.tile_slots * shape.part_items, spans = pixels * element / 4 / kSpan;
+      const int halo = (piece.rows + k - 1) * (piece.columns + k - 1);
+      const int64_t bytes = 4 * kDests * int64_t(pixels) + element * kSlot * int64_t(halo) * shape.tile_slots;
+      const int64_t load = bytes / kBytes + kWait;
+      const int64_t multiply = spans * (1 + ceil_div(items, kItems / kWarpItems)) * kItem;
+      const int64_t longer = load > multiply ? load : multiply;
+      const int64_t own = buffers == 2 ? load + (pieces - 1) * longer + multiply + (pieces + 1) * kBarrier
+                                       : pieces * (load + multiply + 2 * kBarrier);
+      const int64_t all = pieces * kBlocks * kProduct * spans * items * kTaps;
+      sum += shape.tiles * (own > all ? own : all);
+    }
+    return sum;
   }
 };
 
@@ -275,10 +345,10 @@ struct LargePlan {
   Cover tiles;          // of the convolution, with the statistics of each
   Cover pieces;         // of the attention
   Cover weight_pieces;  // of the weight gradient
-  // Of that on tensor cores: its pieces, how many a slice has, tiles of weights, bytes.
+  // Of that on tensor cores: its pieces, how many a slice has and shared memory at a time, tiles of weights, bytes.
   Cover matrix_pieces;
   int64_t matrix_slice, shared_matrix_weights;
-  int matrix_tiles;
+  int matrix_buffers, matrix_tiles;
   Units units, units_backward;
   int reduce_parts;                                   // threads that add up the statistics of a channel
   int64_t shared, shared_backward, shared_weights;    // bytes: convolution, data gradient, weight gradient
@@ -306,31 +376,42 @@ inline int choose_stage(const Cover& tiles, const Way& part, int64_t limit) {
   return 0;
 }
 
-// The same on tensor cores, with the rows of taps at a time: those of the fewest rounds. False if they do not suit.
-inline bool choose_matrices(const Sizes& s, const Cover& tiles, const Way& way, const Way& part, int64_t limit,
-                            int* stage, int* rows) {
-  constexpr int kDepth = 2 * MatrixPart::kSide;  // of a product
-  if (!MatrixPart::suit(s, way) ||
-      MatrixPart::items(tiles.rows, tiles.columns, MatrixPart(tiles, part, 1, 1).slots) > MatrixPart::kItems ||
-      4 * UnitLayout::statistics(tiles, part.dest()) > limit) {
-    return false;
+// What the rounds of a part cost beside their products, in bytes that a thread block could have loaded meanwhile: loads
+// that products wait for, and as constants those waits and the barriers of the rounds. The constants are estimates, of
+// 700 and 200 cycles at 21 bytes, a third of what a multiprocessor gets from L2.
+inline int64_t exposed_bytes(const Sizes& s, const Cover& tiles, const Way& part, const MatrixRounds& rounds) {
+  constexpr int64_t kWait = 16 * 1024, kBarrier = 4 * 1024;
+  const MatrixPart shape(s, tiles, part, rounds);
+  const int64_t pixels = shape.round_source / shape.pixel_step * part.groups * shape.group * 4;
+  const int64_t weights = int64_t(rounds.rows) * part.k * shape.slots * MatrixPart::kSide * shape.group * 4;
+  const int count = rounds.count(part);
+  if (rounds.buffers == 2) return pixels + weights + kWait + (count + 1) * kBarrier;
+  return rounds.stages(part) * pixels + count * (weights + kWait + 2 * kBarrier);
+}
+
+// The same on tensor cores: the rounds that cost least, and what they cost. 0 if they do not suit.
+inline int64_t choose_matrices(const Sizes& s, const Cover& tiles, const Way& part, int64_t limit, MatrixRounds* best) {
+  if (4 * UnitLayout::statistics(tiles, part.dest()) > limit) return 0;
+  const int slots = part.groups * MatrixPart::chunks(part.dest_per_group);
+  if (MatrixPart::items(tiles.rows, tiles.columns, slots) > MatrixPart::kItems) return 0;
+  const int sources = part.source_per_group, depth = MatrixPart::kSide * MatrixPart::per_word(s);  // of a product
+  const int products = ceil_div(sources, depth);
+  int64_t cost = 0;
+  // The last resort is half a product.
+  for (int stages = 1; stages <= products + (cost == 0); ++stages) {
+    for (int runs = 1; runs <= part.k; ++runs) {
+      for (const int buffers : {1, 2}) {
+        const int stage = stages > products ? MatrixPart::kSide : least(ceil_div(products, stages) * depth, sources);
+        const MatrixRounds rounds{stage, ceil_div(part.k, runs), buffers};
+        if (4 * int64_t(MatrixPart(s, tiles, part, rounds).total) > limit) continue;
+        const int64_t of_rounds = exposed_bytes(s, tiles, part, rounds);
+        if (cost && of_rounds >= cost) continue;
+        cost = of_rounds;
+        *best = rounds;
+      }
+    }
   }
-  const int sources = way.source_per_group, products = ceil_div(sources, kDepth);
-  int fewest = 0;
-  for (int stages = 1; stages <= products + 1; ++stages) {
-    // The last resort is half a product.
-    const int channels = stages > products ? MatrixPart::kSide : least(ceil_div(products, stages) * kDepth, sources);
-    const int64_t taps = MatrixPart(tiles, part, channels, 1).source - MatrixPart(tiles, part, channels, 0).source;
-    const int64_t left = (limit / 4 - MatrixPart(tiles, part, channels, 0).total) / taps;
-    if (left < 1) continue;
-    const int of_taps = left < part.k ? int(left) : part.k;
-    const int rounds = ceil_div(sources, channels) * ceil_div(part.k, of_taps);
-    if (fewest && rounds >= fewest) continue;
-    fewest = rounds;
-    *stage = channels;
-    *rows = of_taps;
-  }
-  return fewest > 0;
+  return cost;
 }
 
 // Statistics alone, of what has the channels of y.
@@ -369,26 +450,43 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     }
     return units->stage[b] > 0;
   };
-  // The same on tensor cores.
-  auto matrices_suit = [&](int b, int channels) {
-    const Way way(s.branches[b], backward), part = way.part(0, channels);
-    int stage, rows;
-    if (!choose_matrices(s, tiles, way, part, kLargeShared, &stage, &rows)) return false;
+  // The same on tensor cores, by `rounds`.
+  auto take_matrices = [&](int b, int channels, const MatrixRounds& rounds) {
     units->channels[b] = channels;
-    units->stage[b] = stage;
-    units->rows[b] = rows;
-    see_in(shared_matrices, MatrixPart(tiles, part, stage, rows).total);
+    units->stage[b] = rounds.stage;
+    units->rows[b] = rounds.rows;
+    units->buffers[b] = rounds.buffers;
+    see_in(shared_matrices, MatrixPart(s, tiles, Way(s.branches[b], backward).part(0, channels), rounds).total);
     see_in(shared_matrices, UnitLayout::statistics(tiles, channels));
-    return true;
+  };
+  auto place_tasks = [&] {
+    units->task = int(*shared_matrices / 4);
+    if (*shared_matrices) *shared_matrices += 4 * MatrixPart::kTask;
   };
   // Destination channels of a unit with at most `slots`: whole groups, or a run of one.
   auto of_slots = [](const Way& way, int slots) {
     const int chunks = MatrixPart::chunks(way.dest_per_group), groups = least(slots / chunks, way.groups);
     return groups ? groups * way.dest_per_group : ceil_div(chunks, ceil_div(chunks, slots)) * MatrixPart::kSide;
   };
+  constexpr int64_t matrix_limit = kLargeShared - 4 * MatrixPart::kTask;
   const int columns_of_items = MatrixPart::kItems / MatrixPart::items(tiles.rows, tiles.columns, 1);
   const int most_slots = least(columns_of_items * MatrixPart::kItemSlots, kUnitChannels / MatrixPart::kSide);
   if (merged) {
+    for (int slots = MatrixPart::suit_sum(s) ? most_slots : 0; slots > 0; --slots) {
+      const int channels = least(slots * MatrixPart::kSide, s.in);
+      MatrixRounds rounds[kMaxBranches];
+      bool all = true;
+      for (int b = 0; all && b < s.branch_count; ++b) {
+        const Way way(s.branches[b], true);
+        const bool whole = channels % way.dest_per_group == 0 || way.dest_per_group % channels == 0;
+        all = (way.groups == 1 || whole) && choose_matrices(s, tiles, way.part(0, channels), matrix_limit, &rounds[b]);
+      }
+      if (!all) continue;
+      for (int b = 0; b < s.branch_count; ++b) take_matrices(b, channels, rounds[b]);
+      place_tasks();
+      units->count = ceil_div(s.in, channels);
+      return true;
+    }
     for (int channels = least(2 * wanted, s.in); channels > 0; --channels) {
       bool all = true;
       *shared = 0;
@@ -403,10 +501,19 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     const Way way(s.branches[b], backward);
     const int per_group = way.dest_per_group, pairs = per_group % 2 == 0 ? 2 : 1;
     int channels = 0;
-    for (int slots = MatrixPart::suit(s, way) ? most_slots : 0; slots > 0 && !channels; slots /= 2) {
-      channels = of_slots(way, slots);
-      if (!matrices_suit(b, channels)) channels = 0;
+    // On tensor cores units of the size that costs least per channel.
+    MatrixRounds best{};
+    int64_t cost = 0;
+    for (int slots = MatrixPart::suit(s, way) ? most_slots : 0; slots > 0; slots /= 2) {
+      const int of_unit = of_slots(way, slots);
+      MatrixRounds rounds;
+      const int64_t of_rounds = choose_matrices(s, tiles, way.part(0, of_unit), matrix_limit, &rounds);
+      if (!of_rounds || (cost && of_rounds * channels >= cost * of_unit)) continue;
+      cost = of_rounds;
+      channels = of_unit;
+      best = rounds;
     }
+    if (channels) take_matrices(b, channels, best);
     for (int most_channels = wanted * pairs; most_channels > 0 && !channels; most_channels /= 2) {
       const int groups = least(most_channels / per_group, way.groups);
       const int runs = ceil_div(per_group, most_channels), even = ceil_div(ceil_div(per_group, runs), pairs) * pairs;
@@ -415,6 +522,7 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     }
     if (!channels) return false;
   }
+  place_tasks();
   units->count = units->of_launch(s, backward, false).count + units->of_launch(s, backward, true).count;
   return true;
 }

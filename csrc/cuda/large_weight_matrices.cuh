@@ -1,12 +1,15 @@
 // Gradients of the weights of the branches on tensor cores, on maps that stay in memory, as sums over slices of the
 // pieces of all images: of every tap, destination channels x pixels times pixels x source channels.
 //
-// A thread block is one tile of one slice (see LargeMatrixTiles), a warp has up to 4 of its items: 16 destination
-// channels, 8 source channels, 3 neighbouring taps, 48 sums of a thread from the first piece to the last. The pieces
-// come to shared memory one by one, in 16 bits: dy as [pixel][16 channels], x with its halo as [pixel][channels of the
-// tile's slots]; both are read transposed, so a tap is an offset. Per 16 pixels, a span of two rows, a warp reads 4
-// matrices of dy and 2 of x for every product of 2,048 multiply-adds. Groups of 8 destination channels waste half of
-// them.
+// A thread block is one tile of one slice (see LargeMatrixTiles), a warp has up to 3 of its items: 16 destination
+// channels, 8 source channels, 3 neighbouring taps. A thread has 36 sums of a chain, which goes on from piece to piece,
+// and 36 of the slice. The pieces come to shared memory one by one, or each while the one before is multiplied: dy as
+// [pixel][16 channels], x with its halo as [pixel][channels of the tile's slots]; a tap is an offset.
+//
+// In 16 bits both are read transposed: per 16 pixels, a span of two rows, a warp reads 4 matrices of dy and 2 of x for
+// every product of 2,048 multiply-adds. Float32 cannot be read so; lanes read its words one by one and round them, so
+// that it is copied as it is: in TF32 4 of dy per 8 pixels of a row and 2 of x for every product of 1,024, in 16 bits 8
+// of the dy that an attention leaves. Groups of 8 destination channels waste half of the products.
 #pragma once
 
 #include "pixels.cuh"
@@ -14,7 +17,19 @@
 namespace mfef::cuda {
 
 struct LargeMatrixWeightSums {
-  Accumulator of[LargeMatrixTiles::kWarpItems][LargeMatrixTiles::kTaps];
+  using OfWarp = Accumulator[LargeMatrixTiles::kWarpItems][LargeMatrixTiles::kTaps];
+  OfWarp chain, slice;
+
+  MFEF_DEVICE void end_chain() {
+    MFEF_UNROLL
+    for (int i = 0; i < LargeMatrixTiles::kWarpItems; ++i) {
+      MFEF_UNROLL
+      for (int t = 0; t < LargeMatrixTiles::kTaps; ++t) {
+        slice[i][t].add(chain[i][t]);
+        chain[i][t] = {};
+      }
+    }
+  }
 };
 
 // An item: its taps are [kx, kx + taps) of row ky; none where a warp has fewer items.
@@ -30,41 +45,83 @@ struct LargeMatrixWeightItem {
   }
 };
 
-// The products of a piece of `rows` x `columns` pixels, whole pairs and spans.
+// An operand word by word, rounded from the value(row, k) there.
+template <class T, int kCount, class To, class At, class Value>
+MFEF_DEVICE void load_rounded(const Warp& warp, const To& to, const At& place, const Value& value) {
+  warp.lanes([&](int thread) {
+    Fragment<kCount>& f = to(thread);
+    MFEF_UNROLL
+    for (int reg = 0; reg < kCount; ++reg) {
+      const Place at = place(thread % kWarp, reg);
+      float of_word[kPerWord<T>];
+      MFEF_UNROLL
+      for (int i = 0; i < kPerWord<T>; ++i) of_word[i] = value(at.row, at.column * kPerWord<T> + i);
+      f.word[reg] = word_of<T>(of_word);
+    }
+  });
+}
+
+// The products of a piece of `rows` x `columns` pixels, whole pairs and spans; `chained` products are in the chains. dy
+// is in float32 or as T.
 template <class T>
 MFEF_DEVICE void multiply_piece(const Warp& warp, const LargeMatrixTiles& shape, const LargeMatrixTile& tile, int k,
-                                const uint32_t* dy, int dy_columns, const uint32_t* x, int x_columns, int rows,
-                                int columns, int warps, Block::Registers<LargeMatrixWeightSums>& registers) {
-  const int dy_step = LargeMatrixTiles::dy_step(), x_step = shape.x_step();
+                                const uint32_t* dy, bool float_dy, int dy_columns, const uint32_t* x, int x_columns,
+                                int rows, int columns, int warps, int chained,
+                                Block::Registers<LargeMatrixWeightSums>& registers) {
+  constexpr bool kTf32 = kPerWord<T> == 1;
+  const int dy_step = LargeMatrixTiles::dy_step(kTf32), x_step = shape.x_step(kTf32);
   int offset[LargeMatrixTiles::kWarpItems], taps[LargeMatrixTiles::kWarpItems];
   MFEF_UNROLL
   for (int i = 0; i < LargeMatrixTiles::kWarpItems; ++i) {
     const LargeMatrixWeightItem item(shape, tile, k, warp.index + i * warps);
-    offset[i] = (item.ky * x_columns + item.kx) * x_step + item.slot * (LargeMatrixTiles::kSlot / 2);
+    offset[i] = (item.ky * x_columns + item.kx) * x_step + item.slot * (LargeMatrixTiles::kSlot / kPerWord<T>);
     taps[i] = item.taps;
   }
   Warp::Registers<Fragment<4>> a;
-  Warp::Registers<Fragment<2>> b;
+  Warp::Registers<Fragment<2>> b[LargeMatrixTiles::kTaps];
+  auto to_a = [&](int thread) -> auto& { return a[thread]; };
+  // A product's pixels are a span of two rows, in TF32 of one.
+  constexpr int kRows = kPerWord<T>;
   MFEF_ROLLED
-  for (int h = 0; h < rows; h += 2) {
+  for (int h = 0; h < rows; h += kRows) {
     MFEF_ROLLED
     for (int w = 0; w < columns; w += kSpan) {
-      load_transposed<4>(
-          warp, [&](int thread) -> auto& { return a[thread]; },
-          [&](int m, int r) { return dy + ((h + m / 2) * dy_columns + w + r) * dy_step + m % 2 * 4; });
+      const uint32_t *of_dy = dy + (h * dy_columns + w) * dy_step, *of_x = x + (h * x_columns + w) * x_step;
+      if (float_dy) {
+        const float* values = reinterpret_cast<const float*>(of_dy);
+        load_rounded<T, 4>(warp, to_a, place_in_a, [&](int channel, int k) {
+          return values[(k / kSpan * dy_columns + k % kSpan) * dy_step + channel];
+        });
+      } else if constexpr (!kTf32) {
+        load_transposed<4>(warp, to_a,
+                           [&](int m, int r) { return of_dy + (m / 2 * dy_columns + r) * dy_step + m % 2 * 4; });
+      }
       MFEF_UNROLL
       for (int i = 0; i < LargeMatrixTiles::kWarpItems; ++i) {
+        // All taps are under way before the first product waits for its own.
         MFEF_UNROLL
         for (int t = 0; t < LargeMatrixTiles::kTaps; ++t) {
           if (t >= taps[i]) continue;
-          load_transposed<2>(
-              warp, [&](int thread) -> auto& { return b[thread]; },
-              [&](int m, int r) { return x + ((h + m) * x_columns + w + r + t) * x_step + offset[i]; });
+          const uint32_t* of_tap = of_x + t * x_step + offset[i];
+          auto to_b = [&](int thread) -> auto& { return b[t][thread]; };
+          if constexpr (kTf32) {
+            const float* values = reinterpret_cast<const float*>(of_tap);
+            load_rounded<T, 2>(warp, to_b, place_in_b,
+                               [&](int channel, int pixel) { return values[pixel * x_step + channel]; });
+          } else {
+            load_transposed<2>(warp, to_b, [&](int m, int r) { return of_tap + (m * x_columns + r) * x_step; });
+          }
+        }
+        MFEF_UNROLL
+        for (int t = 0; t < LargeMatrixTiles::kTaps; ++t) {
+          if (t >= taps[i]) continue;
           multiply_add<T, 8>(
-              warp, [&](int thread) -> auto& { return registers[thread].of[i][t]; },
-              [&](int thread) -> auto& { return a[thread]; }, [&](int thread) -> auto& { return b[thread]; });
+              warp, [&](int thread) -> auto& { return registers[thread].chain[i][t]; }, to_a,
+              [&](int thread) -> auto& { return b[t][thread]; });
         }
       }
+      chained = (chained + kRows * kSpan) % kMatrixChain;
+      if (!chained) warp.lanes([&](int thread) { registers[thread].end_chain(); });
     }
   }
 }
@@ -89,7 +146,7 @@ MFEF_DEVICE void write_matrix_sums(const BlockArgs& a, const Warp& warp, const L
           const int out = tile.out + at.row, in = (tile.slot + item.slot) * LargeMatrixTiles::kSlot + at.column;
           if (out >= (tile.group + 1) * b.out_per_group() || in >= b.in_per_group()) continue;
           sums[((int64_t(out) * b.in_per_group() + in) * b.k + item.ky) * b.k + item.kx + t] =
-              registers[thread].of[i][t].value[v];
+              registers[thread].slice[i][t].value[v];
         }
       });
     }
@@ -107,34 +164,57 @@ MFEF_DEVICE void matrix_weight_gradient(const BlockArgs& a, const Block& block, 
   const int half = b.k / 2, warps = block.threads / kWarp;
   const int64_t per_image = cover.count(), pieces = s.batch * per_image;
   const int64_t end = (slice + 1) * l.matrix_slice < pieces ? (slice + 1) * l.matrix_slice : pieces;
-  uint32_t* dy = reinterpret_cast<uint32_t*>(block.shared);
-  const PixelStage to_dy{dy, cover.columns, LargeMatrixTiles::dy_step(), 0};
-  const PixelStage to_x{dy + LargeMatrixTiles::dy_words(cover), cover.columns + b.k - 1, shape.x_step(), 0};
+  constexpr bool kTf32 = kPerWord<T> == 1;
+  const int64_t words = shape.words(kTf32, cover, b.k), dy_words = LargeMatrixTiles::dy_words(kTf32, cover);
+  const bool float_dy = kTf32 || l.dy_element == Element::kFloat;  // copied as it is, and rounded as it is read
+  const int dy_columns = cover.columns, x_columns = cover.columns + b.k - 1;
   const int outs = least(LargeMatrixTiles::kDests, (tile.group + 1) * b.out_per_group() - tile.out);
   const int in = tile.slot * LargeMatrixTiles::kSlot;
   const int ins = least(tile.slots * LargeMatrixTiles::kSlot, b.in_per_group() - in);
   Block::Registers<LargeMatrixWeightSums> sums(block);
+  Block::Registers<Copies> copies(block);
   block.phase([&](int thread) { sums[thread] = {}; });
+  // A phase loads a piece or multiplies that of the phase before; with two buffers it does both.
+  uint32_t* const shared = reinterpret_cast<uint32_t*>(block.shared);
+  uint32_t* loaded = shared;
+  int rows = 0, columns = 0, chained = 0;  // of what is loaded: whole pairs and spans, with zeros where the map ends
   MFEF_ROLLED
-  for (int64_t piece = slice * l.matrix_slice; piece < end; ++piece) {
+  for (int64_t piece = slice * l.matrix_slice; piece < end || rows;) {
+    const bool loads = piece < end && (!rows || l.matrix_buffers == 2);
+    uint32_t* const next = l.matrix_buffers == 2 && loaded == shared ? shared + words : shared;
     const int64_t image = piece / per_image;
     const Rectangle at = cover.rectangle(s, int(piece - image * per_image));
-    // Pairs of rows and spans end in zeros where the map ends.
-    const int rows = ceil_div(at.rows, 2) * 2, columns = ceil_div(at.columns, kSpan) * kSpan;
-    block.phase([&](int thread) {
-      load_pixels<T>(l.dy, l.dy_element, s, {image, b.out_first + tile.out, outs, {at.row, rows, at.column, columns}},
-                     1, 0, to_dy, thread, block.threads);
-      load_pixels<T>(a.x, a.element, s,
-                     {image,
-                      b.in_first + tile.group * b.in_per_group() + in,
-                      ins,
-                      {at.row - half, rows + 2 * half, at.column - half, columns + 2 * half}},
-                     1, 0, to_x, thread, block.threads);
-    });
+    const int next_rows = loads ? ceil_div(at.rows, 2) * 2 : 0, next_columns = ceil_div(at.columns, kSpan) * kSpan;
     block.warps([&](const Warp& warp) {
-      multiply_piece<T>(warp, shape, tile, b.k, dy, to_dy.columns, to_x.to, to_x.columns, rows, columns, warps, sums);
+      warp.lanes([&](int thread) {
+        if (!loads) return;
+        const Region of_dy{image, b.out_first + tile.out, outs, {at.row, next_rows, at.column, next_columns}};
+        const PixelStage to_dy{next, dy_columns, LargeMatrixTiles::dy_step(kTf32), 0};
+        if (float_dy) {
+          load_pixels_from<float, float>(l.dy, s, of_dy, 1, 0, to_dy, copies[thread], thread, block.threads);
+        } else if constexpr (!kTf32) {
+          load_pixels_from<T, T>(l.dy, s, of_dy, 1, 0, to_dy, copies[thread], thread, block.threads);
+        }
+        load_pixels_from<Stored<T>, Stored<T>>(
+            a.x, s,
+            {image,
+             b.in_first + tile.group * b.in_per_group() + in,
+             ins,
+             {at.row - half, next_rows + 2 * half, at.column - half, next_columns + 2 * half}},
+            1, 0, {next + dy_words, x_columns, shape.x_step(kTf32), 0}, copies[thread], thread, block.threads);
+        copies[thread].commit();
+      });
+      multiply_piece<T>(warp, shape, tile, b.k, loaded, float_dy, dy_columns, loaded + dy_words, x_columns, rows,
+                        columns, warps, chained, sums);
+      warp.lanes([&](int thread) { copies[thread].wait(); });
     });
+    piece += loads;
+    chained = (chained + rows * columns) % kMatrixChain;
+    rows = next_rows;
+    columns = next_columns;
+    loaded = next;
   }
+  block.phase([&](int thread) { sums[thread].end_chain(); });
   block.warps([&](const Warp& warp) { write_matrix_sums(a, warp, shape, tile, slice, warps, sums); });
 }
 
@@ -144,11 +224,7 @@ struct LargeMatrixWeightGradient {
     for (int64_t index = block.index; index < int64_t(tiles) * a.slices; index += block.count) {
       const int slice = int(index / tiles);
       const LargeMatrixTile tile(a.sizes, int(index - int64_t(slice) * tiles));
-      if (a.element == Element::kBFloat16) {
-        matrix_weight_gradient<c10::BFloat16>(a, block, tile, slice);
-      } else {
-        matrix_weight_gradient<c10::Half>(a, block, tile, slice);
-      }
+      with_operand(a.element, [&](auto zero) { matrix_weight_gradient<decltype(zero)>(a, block, tile, slice); });
     }
   }
 };

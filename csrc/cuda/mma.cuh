@@ -61,7 +61,16 @@ template <int kWords>
 using FragmentB = Fragment<kWords / 4>;
 struct Accumulator {
   float value[4];
+
+  MFEF_DEVICE void add(const Accumulator& other) {
+    MFEF_UNROLL
+    for (int i = 0; i < 4; ++i) value[i] += other.value[i];
+  }
 };
+
+// Products that one sum takes before it is added to another where there are many. Tensor cores do not round, they cut
+// towards zero: a long chain would end too near it, by half a last place per product of matrices.
+constexpr int kMatrixChain = 128;
 
 // --- operands -----------------------------------------------------------------------------------
 
@@ -77,11 +86,17 @@ MFEF_HD uint32_t tf32_word(float value) {
 #endif
 }
 
-// A word of kPerWord values, the first in its low bits.
+// A word of kPerWord values, the first in its low bits; a float as it is.
 template <class T>
 MFEF_DEVICE uint32_t word_of(const float (&value)[kPerWord<T>]) {
-  if constexpr (kPerWord<T> == 1) {
+  if constexpr (std::is_same_v<T, Tf32>) {
     return tf32_word(value[0]);
+  } else if constexpr (kPerWord<T> == 1) {
+#ifdef __CUDA_ARCH__
+    return __float_as_uint(value[0]);
+#else
+    return std::bit_cast<uint32_t>(value[0]);
+#endif
   } else {
     return uint32_t(T(value[0]).x) | uint32_t(T(value[1]).x) << 16;
   }
@@ -184,6 +199,42 @@ MFEF_DEVICE void multiply_add_of_lane(float (&c)[4], const FragmentA<kWords>& a,
 #undef MFEF_HALF_MMA
 #endif
 
+#ifndef __CUDACC__
+// How the host adds products up; of tensor cores nothing about it is specified. kAligned is what measurements found of
+// an A100 (Fasi et al. 2021, Khattak and Mikaitis 2025): the sum and 8 products, 4 in TF32, are cut towards zero one
+// place below the last of the largest of them, added, and cut to float32. Of an H100 they are twice as many, cut two
+// places below. kTruncated cuts after every product, which is worse than any hardware known.
+enum class Adding : int { kNearest = 0, kAligned = 1, kTruncated = 2 };
+inline Adding host_adding = Adding::kNearest;
+
+inline float cut_to_float(double value) {
+  const float nearest = float(value);
+  return std::fabs(double(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+// sum + the products of `depth` pairs, of which kAligned adds `together` at a time. Products are exact in double.
+inline float add_products(const float* a, const float* b, int depth, int together, float sum) {
+  if (host_adding == Adding::kNearest) {
+    for (int k = 0; k < depth; ++k) sum = fmaf(a[k], b[k], sum);
+    return sum;
+  }
+  const bool align = host_adding == Adding::kAligned;
+  const int step = align ? together : 1;
+  for (int first = 0; first < depth; first += step) {
+    double exponent = std::logb(sum);  // the largest; infinite where all are zero or one is infinite
+    for (int k = first; k < first + step; ++k) exponent = std::fmax(exponent, std::logb(a[k]) + std::logb(b[k]));
+    // The last place of a float32 is 23 behind the point.
+    const bool cut = align && std::isfinite(exponent);
+    const double unit = cut ? std::ldexp(1.0, int(exponent) - 24) : 0.0;
+    auto aligned = [&](double term) { return cut ? std::trunc(term / unit) * unit : term; };
+    double all = aligned(sum);
+    for (int k = first; k < first + step; ++k) all += aligned(double(a[k]) * double(b[k]));
+    sum = cut_to_float(all);
+  }
+  return sum;
+}
+#endif
+
 // C += A B. c(thread), a(thread) and b(thread) are the Accumulator and the fragments of a lane.
 template <class T, int kWords, class C, class A, class B>
 MFEF_DEVICE void multiply_add(const Warp& warp, const C& c, const A& a, const B& b) {
@@ -191,7 +242,7 @@ MFEF_DEVICE void multiply_add(const Warp& warp, const C& c, const A& a, const B&
 #ifdef __CUDACC__
   warp.lanes([&](int thread) { multiply_add_of_lane<T, kWords>(c(thread).value, a(thread), b(thread)); });
 #else
-  // The whole matrices, as the lanes have them; products are exact in float32, sums are in the order of K.
+  // The whole matrices, as the lanes have them.
   constexpr int kDepth = kWords * kPerWord<T>;
   float of_a[16][kDepth], of_b[8][kDepth];
   auto spread = [](const auto& fragment, int lane, auto place, auto& to) {
@@ -210,7 +261,7 @@ MFEF_DEVICE void multiply_add(const Warp& warp, const C& c, const A& a, const B&
     for (int i = 0; i < 4; ++i) {
       const Place at = place_in_c(thread % kWarp, i);
       float& sum = c(thread).value[i];
-      for (int k = 0; k < kDepth; ++k) sum = fmaf(of_a[at.row][k], of_b[at.column][k], sum);
+      sum = add_products(of_a[at.row], of_b[at.column], kDepth, 4 * kPerWord<T>, sum);
     }
   });
 #endif

@@ -32,6 +32,7 @@ struct Device {
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     return bytes;
   }
+  static constexpr int64_t most_partials() { return kMostPartials; }
   void* stream = nullptr;
 
  private:
@@ -40,11 +41,12 @@ struct Device {
 
 #else
 
-extern int64_t host_shared_limit;
+extern int64_t host_shared_limit, host_most_partials, host_scratch_bytes;
 
 struct Device {
   explicit Device(const Tensor&) {}
   int64_t shared_limit() const { return host_shared_limit; }
+  int64_t most_partials() const { return host_most_partials; }
   void* stream = nullptr;
 };
 
@@ -101,6 +103,12 @@ class Call {
     args.x = map_of(x);
   }
 
+#ifndef __CUDACC__
+  ~Call() {
+    for (const Tensor& t : memory_) host_scratch_bytes += t.numel() * int64_t(t.element_size());
+  }
+#endif
+
   void convolution(const std::vector<BranchSize>& branches, const std::vector<Tensor>& weights, bool split,
                    int64_t out_channels, bool allow_tf32) {
     Sizes& s = args.sizes;
@@ -155,25 +163,23 @@ class Call {
     Sizes& s = args.sizes;
     Gradients& g = args.grads;
     const int64_t n = s.batch;
-    if (need_parameters) {
-      if (s.hidden) {
-        g.logit = room(n * s.out);
-        g.hidden_sum = room(n * s.hidden);
-        g.hidden_mean = room(n * s.hidden);
-        g.hidden_max = room(n * s.hidden);
-        g.spatial = room(args.blocks * 2 * s.spatial_k * s.spatial_k);
-      }
-      args.bias_terms = plan_.large ? n * plan_.maps.tiles.count() : n;
-      if (g.bias.data) g.channel_sums = room(args.bias_terms * s.out);
-      if (s.branch_count) g.weights = room(plan_.slices * first_sum(s, s.branch_count));
-    }
-    if (plan_.large) return large_backward(need_parameters);
-    if (need_parameters && s.hidden && s.branch_count) g.dy = room(n * s.out * s.pixels());
+    const Scratch scratch(s, plan_, true, {.parameters = need_parameters, .bias = g.bias.data != nullptr});
+    g.logit = room(scratch.logit);
+    g.hidden_sum = room(scratch.hidden_sum);
+    g.hidden_mean = room(scratch.hidden_mean);
+    g.hidden_max = room(scratch.hidden_max);
+    g.spatial = room(scratch.spatial);
+    g.channel_sums = room(scratch.channel_sums);
+    g.weights = room(scratch.weights);
+    args.bias_terms = plan_.large ? n * plan_.maps.tiles.count() : n;
+    if (plan_.large) return large_backward(scratch, need_parameters);
+    g.dy = room(scratch.dy);
     args.stages = plan_.stages_backward;
     args.weights = plan_.weights_backward;
-    if (args.blocks && (s.hidden || args.grad_x.data || g.channel_sums)) run(launch_backward);
+    const bool weights = plan_.weights_in_backward && g.weights;
+    if (args.blocks && (s.hidden || args.grad_x.data || g.channel_sums || weights)) run(launch_backward);
     if (!need_parameters) return;
-    if (s.branch_count && n) {
+    if (args.tiles && n) {
       args.step = plan_.tile_step;
       run(launch_weight_gradient);
     }
@@ -202,13 +208,14 @@ class Call {
   void plan() {
     // A plan takes from 4 to 70 microseconds to make, and one follows its like: of the same layer, or its backward.
     thread_local Sizes last_sizes;
-    thread_local int64_t last_limit = -1;
+    thread_local int64_t last_limit = -1, last_partials = -1;
     thread_local Plan last_plan;
-    const int64_t limit = device_.shared_limit();
-    if (last_limit != limit || !(last_sizes == args.sizes)) {
-      last_plan = make_plan(args.sizes, limit);
+    const int64_t limit = device_.shared_limit(), partials = device_.most_partials();
+    if (last_limit != limit || last_partials != partials || !(last_sizes == args.sizes)) {
+      last_plan = make_plan(args.sizes, limit, partials);
       last_sizes = args.sizes;
       last_limit = limit;
+      last_partials = partials;
     }
     plan_ = last_plan;
     STD_TORCH_CHECK(plan_.fits, "mfef: no CUDA kernel for this call: ", plan_.reason);
@@ -219,6 +226,7 @@ class Call {
       l.weight_pieces = plan_.maps.weight_pieces;
       l.matrix_pieces = plan_.maps.matrix_pieces;
       l.matrix_tiles = plan_.maps.matrix_tiles;
+      l.matrix_buffers = plan_.maps.matrix_buffers;
       l.matrix_slice = plan_.maps.matrix_slice;
       l.reduce_parts = plan_.maps.reduce_parts;
       args.blocks = args.sizes.batch * l.pieces.count();
@@ -227,6 +235,7 @@ class Call {
       args.step = plan_.step;
       args.blocks = (args.sizes.batch + plan_.images - 1) / plan_.images;
     }
+    args.weights_in_backward = plan_.weights_in_backward;
     args.tiles = plan_.tiles;
     args.slices = plan_.slices;
     args.slice_images = plan_.slice_images;
@@ -252,18 +261,18 @@ class Call {
   void large_forward() {
     const Sizes& s = args.sizes;
     LargeArgs& l = args.large;
-    const int64_t n = s.batch, statistics = n * l.tiles.count() * s.out;
-    if (!n) return;
+    if (!s.batch) return;
     if (!s.hidden) return large_convolution(false, args.x, args.element, args.result);
-    if (s.branch_count && !args.y.data) {
+    const Scratch scratch(s, plan_, false, {.save = args.y.data != nullptr});
+    if (scratch.y) {
       memory_.push_back(empty_map_like(x_, s.out));
       args.y = map_of(memory_.back());
     }
-    l.tile_sums = room(statistics);
-    l.tile_tops = room(statistics);
-    l.tile_places = reinterpret_cast<int32_t*>(room(statistics));
-    l.gate = room(n * s.out);
-    l.pooled = room(2 * n * s.pixels());
+    l.tile_sums = room(scratch.tile_sums);
+    l.tile_tops = room(scratch.tile_tops);
+    l.tile_places = reinterpret_cast<int32_t*>(room(scratch.tile_places));
+    l.gate = room(scratch.gate);
+    l.pooled = room(scratch.pooled);
     large_convolution(false, args.x, args.element, args.y);
     if (!s.branch_count) args.y = args.x;
     run(launch_channel_gates);
@@ -271,20 +280,20 @@ class Call {
     run(launch_gate_map);
   }
 
-  void large_backward(bool need_parameters) {
+  void large_backward(const Scratch& scratch, bool need_parameters) {
     const Sizes& s = args.sizes;
     LargeArgs& l = args.large;
     const int64_t n = s.batch, pixels = s.pixels();
     l.dy = args.grad_result;
     l.dy_element = args.element;
     if (s.hidden && n) {
-      l.gate = room(n * s.out);
-      l.grad_mean = room(n * s.out);
-      l.grad_max = room(n * s.out);
-      l.pooled = room(2 * n * pixels);
-      l.grad_pooled = room(2 * n * pixels);
-      l.grad_spatial = room(n * pixels);
-      l.dots = room(args.blocks * s.out);
+      l.gate = room(scratch.gate);
+      l.grad_mean = room(scratch.grad_mean);
+      l.grad_max = room(scratch.grad_max);
+      l.pooled = room(scratch.pooled);
+      l.grad_pooled = room(scratch.grad_pooled);
+      l.grad_spatial = room(scratch.grad_spatial);
+      l.dots = room(scratch.dots);
       run(launch_channel_gates);
       run(launch_pixel_gradient);
       run(launch_channel_gradient);
@@ -293,7 +302,7 @@ class Call {
       if (s.branch_count) {
         // In the order of y.
         const bool last = args.y.stride[1] == 1;
-        l.dy = {room(n * s.out * pixels),
+        l.dy = {room(scratch.dy),
                 {s.out * pixels, last ? 1 : pixels, last ? int64_t(s.width) * s.out : s.width, last ? s.out : 1}};
         l.dy_element = Element::kFloat;
       }
@@ -323,9 +332,10 @@ class Call {
     STD_TORCH_CHECK(!error, "mfef: a CUDA kernel could not be launched: ", error);
   }
 
-  // Scratch for this call; the allocator gives it to nobody before the stream is done with it.
+  // Scratch for this call; the allocator gives it to nobody before the stream is done with it. Null for nothing.
   float* room(int64_t count) {
-    memory_.push_back(empty_dense({count > 0 ? count : 1}, ScalarType::Float, x_));
+    if (!count) return nullptr;
+    memory_.push_back(empty_dense({count}, ScalarType::Float, x_));
     return floats(memory_.back());
   }
 

@@ -1,7 +1,14 @@
-// Parts of maps in shared memory as tensor cores read them: [pixel][channel] in 16 bits.
+// Parts of maps in shared memory as tensor cores read them: [pixel][channel] in 16 bits, or in TF32.
 #pragma once
 
 #include <type_traits>
+
+#ifndef __CUDACC__
+#include <cassert>
+#include <cstring>
+#include <utility>
+#include <vector>
+#endif
 
 #include "mma.cuh"
 #include "region.cuh"
@@ -15,75 +22,134 @@ struct PixelStage {
   int columns, step, group;
 };
 
-// 16 bytes to shared memory that nobody waits for before wait_for_copies.
-MFEF_DEVICE void copy_16_bytes(uint32_t* to, const void* from) {
+// What a thread copies to shared memory without waiting, 16 bytes at a time, in groups: those since the last `commit`
+// are one. Everybody sees a group's copies one barrier after its thread has waited for it. A thread keeps this in
+// Block::Registers, and has waited for all when it ends.
+//
+// On the host the destination is NaN until then, so that products which read too early, or of what is overwritten
+// while they read, are wrong there.
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+struct Copies {
+  __device__ __forceinline__ void copy_16_bytes(uint32_t* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
+                 : "memory");
+  }
+  __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  // For all groups but the last kLeft.
+  template <int kLeft = 0>
+  __device__ __forceinline__ void wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+  }
+};
+#else
+struct Copies {
+  struct Copy {
+    uint32_t* to;
+    const void* from;
+  };
+  using Group = std::vector<Copy>;
+  Group issued;
+  std::vector<Group> groups;
+
+  ~Copies() { assert(issued.empty() && groups.empty()); }
+  void copy_16_bytes(uint32_t* to, const void* from) {
+    for (int i = 0; i < 4; ++i) to[i] = 0x7fff7fff;
+    issued.push_back({to, from});
+  }
+  void commit() {
+    groups.push_back(std::move(issued));
+    issued.clear();
+  }
+  template <int kLeft = 0>
+  void wait() {
+    while (groups.size() > size_t(kLeft)) {
+      for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+      groups.erase(groups.begin());
+    }
+  }
+};
+#endif
+
+// 16 bytes to shared memory at once: left to the compiler these were four stores on sm_80 and sm_90a, whose lanes, 16
+// bytes apart, meet in 8 of 32 banks.
+MFEF_DEVICE void store_16_bytes(uint32_t* to, const uint32_t (&words)[4]) {
+#ifdef __CUDACC__
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
                :
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3])
                : "memory");
 #else
-  *reinterpret_cast<Vector<uint32_t, 4>*>(to) = *static_cast<const Vector<uint32_t, 4>*>(from);
-#endif
-}
-MFEF_DEVICE void wait_for_copies() {
-#ifdef __CUDACC__
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  for (int i = 0; i < 4; ++i) to[i] = words[i];
 #endif
 }
 
 template <class T, class From>
 MFEF_DEVICE void load_pixels_from(const Map& map, const Sizes& s, const Region& region, int groups, int group_channels,
-                                  const PixelStage& stage, int thread, int threads) {
-  constexpr int kSide = MatrixPart::kSide;
-  const int of_group = MatrixPart::chunks(region.channels), chunks = groups * of_group;
+                                  const PixelStage& stage, Copies& copies, int thread, int threads) {
+  constexpr int kSide = MatrixPart::kSide, kPer = kPerWord<T>, kVector = 4 * kPer;
+  const int of_group = MatrixPart::chunks(region.channels) * kSide / kVector, vectors = groups * of_group;
   const int columns = region.at.columns, pixels = region.at.rows * columns;
-  const bool last = map.stride[1] == 1;
-  const bool vectors = last && std::is_same_v<T, From> && has_vectors(map, 1, sizeof(T), kSide);
-  const Quotient by_columns(columns), by_group(of_group), by_inner(last ? chunks : pixels);
+  const bool last = map.stride[1] == 1, whole = last && has_vectors(map, 1, sizeof(From), kVector);
+  const Quotient by_columns(columns), by_group(of_group), by_inner(last ? vectors : pixels);
   const From* data = static_cast<const From*>(map.data);
   MFEF_ROLLED
-  for (int e = thread; e < chunks * pixels; e += threads) {
-    const int outer = by_inner(e), inner = e - outer * (last ? chunks : pixels);
-    const int chunk = last ? inner : outer, pixel = last ? outer : inner;
+  for (int e = thread; e < vectors * pixels; e += threads) {
+    const int outer = by_inner(e), inner = e - outer * (last ? vectors : pixels);
+    const int vector = last ? inner : outer, pixel = last ? outer : inner;
     const int row = by_columns(pixel), column = pixel - row * columns;
-    const int group = by_group(chunk), first = (chunk - group * of_group) * kSide;
+    const int group = by_group(vector), first = (vector - group * of_group) * kVector;
     const int channel = region.channel + group * group_channels + first;
     const int h = region.at.row + row, w = region.at.column + column;
-    uint32_t* to = stage.to + (row * stage.columns + column) * stage.step + group * stage.group + first / 2;
-    Vector<uint32_t, 4> words{};
+    uint32_t* to = stage.to + (row * stage.columns + column) * stage.step + group * stage.group + first / kPer;
+    uint32_t words[4] = {};
     if (h >= 0 && h < s.height && w >= 0 && w < s.width) {
       const From* from = data + offset_of(map, region.image, channel, h, w);
-      const int left = least(kSide, region.channels - first);
-      if (vectors && left == kSide && channel % kSide == 0) {
-        copy_16_bytes(to, from);
+      const int left = least(kVector, region.channels - first);
+      if (whole && left == kVector && channel % kVector == 0) {
+        if constexpr (std::is_same_v<T, From>) {
+          copies.copy_16_bytes(to, from);
+        } else {
+          const auto value = *reinterpret_cast<const Vector<From, kVector>*>(from);
+          MFEF_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            float of_word[kPer];
+            MFEF_UNROLL
+            for (int j = 0; j < kPer; ++j) of_word[j] = float(value.value[kPer * i + j]);
+            words[i] = word_of<T>(of_word);
+          }
+          store_16_bytes(to, words);
+        }
         continue;
       }
       MFEF_UNROLL
       for (int i = 0; i < 4; ++i) {
-        float of_word[2] = {};
+        float of_word[kPer] = {};
         MFEF_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          if (2 * i + j < left) of_word[j] = float(from[(2 * i + j) * map.stride[1]]);
+        for (int j = 0; j < kPer; ++j, from += map.stride[1]) {
+          if (kPer * i + j < left) of_word[j] = float(*from);
         }
-        words.value[i] = word_of<T>(of_word);
+        words[i] = word_of<T>(of_word);
       }
     }
-    *reinterpret_cast<Vector<uint32_t, 4>*>(to) = words;
+    store_16_bytes(to, words);
   }
 }
 
-// The channels of a region, and as many `group_channels` further on for each of `groups`, to shared memory as elements
-// T, in chunks of 8 channels of a pixel; zeros beside the map and to the end of a group's last chunk.
+// The channels of a region, and as many `group_channels` further on for each of `groups`, to shared memory as operands
+// T, in chunks of 8 channels of a pixel; zeros beside the map and to the end of a group's last chunk. What needs no
+// change is copied: it is there after `copies` are committed and waited for.
 template <class T>
 MFEF_DEVICE void load_pixels(const Map& map, Element element, const Sizes& s, const Region& region, int groups,
-                             int group_channels, const PixelStage& stage, int thread, int threads) {
-  if (element == Element::kFloat) {
-    load_pixels_from<T, float>(map, s, region, groups, group_channels, stage, thread, threads);
-  } else {
-    load_pixels_from<T, T>(map, s, region, groups, group_channels, stage, thread, threads);
+                             int group_channels, const PixelStage& stage, Copies& copies, int thread, int threads) {
+  if constexpr (!std::is_same_v<T, Tf32>) {
+    if (element != Element::kFloat) {
+      return load_pixels_from<T, T>(map, s, region, groups, group_channels, stage, copies, thread, threads);
+    }
   }
-  wait_for_copies();
+  load_pixels_from<T, float>(map, s, region, groups, group_channels, stage, copies, thread, threads);
 }
 
 }  // namespace mfef::cuda

@@ -1,4 +1,5 @@
-// Gradients of the convolutions' weights, as sums over slices of the batch.
+// Gradients of the convolutions' weights, as sums over slices of the batch; or, for the backward, over the images of a
+// thread block (sum_weight_gradients).
 //
 // A thread block is one tile (see Tile: some weights of one branch) of one slice. Images of the slice come to shared
 // memory one by one, only the channels that the tile needs. A thread owns one output channel, one input channel and up
@@ -14,7 +15,7 @@
 
 namespace mfef::cuda {
 
-// The weights of one thread in a tile: row `ky` of taps and those after it, or one tap.
+// The weights of one thread: row `ky` of taps and those after it, or one tap.
 struct TileItem {
   bool owns;
   int in, out;  // channels, counted from the branch's first
@@ -32,6 +33,16 @@ struct TileItem {
     ky = TileShape::compiled(b.k) ? row * kTileRows : row / b.k;
     kx = TileShape::compiled(b.k) ? 0 : row % b.k;
   }
+  // Those of a whole branch, in the order (row, input channel, output channel).
+  MFEF_DEVICE TileItem(const Branch& b, int e) : owns(true) {
+    const Quotient by_outputs(b.out), by_inputs(b.in_per_group()), by_group(b.out_per_group());
+    const int pair = by_outputs(e), row = by_inputs(pair);
+    out = e - pair * b.out;
+    in = by_group(out) * b.in_per_group() + pair - row * b.in_per_group();
+    ky = TileShape::compiled(b.k) ? row * kTileRows : row / b.k;
+    kx = TileShape::compiled(b.k) ? 0 : row % b.k;
+  }
+  MFEF_HD static int count(const Branch& b) { return TileShape(b).rows * b.in_per_group() * b.out; }
 };
 
 struct TileSums {
@@ -94,17 +105,6 @@ MFEF_DEVICE void add_products(const float* x, int x_pitch, int x_rows, const flo
   }
 }
 
-// The products of the images in shared memory for one thread: x and dy are the maps of its channels.
-template <int K, int kRow>
-MFEF_DEVICE void add_products_of_images(const float* x, const float* dy, const Sizes& s, int images, int ky,
-                                        TileSums& sums) {
-  const int step = s.height * kRow;
-  for (int image = 0; image < images; ++image) {
-    add_products<K, kRow, 0>(x + image * step, kRow, s.height, dy + image * step, kRow, s.height,
-                             most(kChain / s.width, 1), ky, sums);
-  }
-}
-
 // One tap of any k: the products of dy's pixels [h_begin, h_end) x [w_begin, w_end) with x at as many rows and columns
 // further on as the pointers say.
 MFEF_DEVICE void add_products_of_tap(const float* x, int x_pitch, const float* dy, int dy_pitch, int h_begin, int h_end,
@@ -116,46 +116,94 @@ MFEF_DEVICE void add_products_of_tap(const float* x, int x_pitch, const float* d
   }
 }
 
+template <int K, int kRow>
+MFEF_DEVICE void add_products_of_images(const float* x, const float* dy, const Sizes& s, int images, TileSums& sums) {
+  const int step = s.height * kRow;
+  for (int image = 0; image < images; ++image) {
+    add_products<K, kRow, 0>(x + image * step, kRow, s.height, dy + image * step, kRow, s.height,
+                             most(kChain / s.width, 1), sums.item.ky, sums);
+  }
+}
+
+// The products of the images in shared memory for one thread: x and dy are the maps of its channels.
 template <int kRow>
-MFEF_DEVICE void add_products_of_tap_of_images(const float* x, const float* dy, const Sizes& s, int images, int half,
-                                               const TileItem& item, TileSums& sums) {
-  const int up = item.ky - half, left = item.kx - half, step = s.height * kRow;
+MFEF_DEVICE void add_products_of_images(const Branch& b, const float* x, const float* dy, const Sizes& s, int images,
+                                        TileSums& sums) {
+  switch (b.k) {
+    case 3:
+      return add_products_of_images<3, kRow>(x, dy, s, images, sums);
+    case 5:
+      return add_products_of_images<5, kRow>(x, dy, s, images, sums);
+    case 7:
+      return add_products_of_images<7, kRow>(x, dy, s, images, sums);
+    case 9:
+      return add_products_of_images<9, kRow>(x, dy, s, images, sums);
+  }
+  const int up = sums.item.ky - b.k / 2, left = sums.item.kx - b.k / 2, step = s.height * kRow;
   for (int image = 0; image < images; ++image, x += step, dy += step) {
     add_products_of_tap(x + up * kRow + left, kRow, dy, kRow, most(0, -up), least(s.height, s.height - up),
                         most(0, -left), least(s.width, s.width - left), sums);
   }
 }
 
+// Sums `step` apart from tap to tap.
 template <int K>
-MFEF_DEVICE void write_sums(const TileSums& sums, int ky, float* to) {
+MFEF_DEVICE void write_sums(const TileSums& sums, int ky, float* to, int step) {
   MFEF_UNROLL
   for (int t = 0; t < kTileRows; ++t) {
     MFEF_UNROLL
     for (int kx = 0; kx < K; ++kx) {
-      if (ky + t < K) to[(ky + t) * K + kx] = sums.total[t][kx];
+      if (ky + t < K) to[((ky + t) * K + kx) * step] = sums.total[t][kx];
     }
   }
 }
 
-// The sums of a thread that owns some to those of the slice.
-MFEF_DEVICE void write_item(const BlockArgs& a, int branch, int64_t slice, const TileSums& sums) {
-  const Sizes& s = a.sizes;
-  const Branch& b = s.branches[branch];
-  const TileItem item = sums.item;
-  const int64_t per_slice = first_sum(s, s.branch_count);
-  const int64_t pair = int64_t(item.out) * b.in_per_group() + item.in % b.in_per_group();
-  float* to = a.grads.weights + slice * per_slice + first_sum(s, branch) + pair * b.k * b.k;
+// Where the sums of a branch are in those of a slice.
+MFEF_DEVICE float* sums_of_branch(const BlockArgs& a, int branch, int64_t slice) {
+  return a.grads.weights + slice * first_sum(a.sizes, a.sizes.branch_count) + first_sum(a.sizes, branch);
+}
+
+// The sums of a thread that owns some to those of the branch; `in_backward`: see place_of_sum.
+MFEF_DEVICE void write_item(const Branch& b, bool in_backward, float* to, const TileSums& sums) {
+  const TileItem& item = sums.item;
+  to += place_of_sum(b, in_backward, item.out, item.in % b.in_per_group(), 0, 0);
+  const int step = in_backward ? b.in_per_group() * b.out : 1;
   switch (b.k) {
     case 3:
-      return write_sums<3>(sums, item.ky, to);
+      return write_sums<3>(sums, item.ky, to, step);
     case 5:
-      return write_sums<5>(sums, item.ky, to);
+      return write_sums<5>(sums, item.ky, to, step);
     case 7:
-      return write_sums<7>(sums, item.ky, to);
+      return write_sums<7>(sums, item.ky, to, step);
     case 9:
-      return write_sums<9>(sums, item.ky, to);
+      return write_sums<9>(sums, item.ky, to, step);
     default:
-      to[item.ky * b.k + item.kx] = sums.total[0][0];
+      to[(item.ky * b.k + item.kx) * step] = sums.total[0][0];
+  }
+}
+
+// The work of one thread of the backward on the weight gradient of its images, x and dy whole in shared memory.
+// Branches follow one another in whole warps, round the block's threads; the last is first, since it is most often the
+// one whose items take longest.
+template <int kRow>
+MFEF_DEVICE void sum_weight_gradients(const BlockArgs& a, const float* x, const float* dy, int images, int64_t block,
+                                      int thread, int threads) {
+  const Sizes& s = a.sizes;
+  int start = 0;
+  MFEF_ROLLED
+  for (int i = s.branch_count - 1; i >= 0; --i) {
+    const Branch& b = s.branches[i];
+    const int count = TileItem::count(b);
+    float* to = sums_of_branch(a, i, block);
+    MFEF_ROLLED
+    for (int e = thread - start < 0 ? thread - start + threads : thread - start; e < count; e += threads) {
+      TileSums sums = {};
+      sums.item = TileItem(b, e);
+      add_products_of_images<kRow>(b, x + (b.in_first + sums.item.in) * a.step,
+                                   dy + (b.out_first + sums.item.out) * a.step, s, images, sums);
+      write_item(b, true, to, sums);
+    }
+    start = (start + ceil_div(count, kWarp) * kWarp) % threads;
   }
 }
 
@@ -195,26 +243,14 @@ struct WeightGradientOf {
         });
         block.phase([&](int thread) {
           TileSums& sums = registers[thread];
-          const TileItem item = sums.item;
-          if (!item.owns) return;
-          const float *of_x = x + (item.in - tile.in) * a.step, *of_dy = dy + (item.out - tile.out) * a.step;
-          switch (b.k) {
-            case 3:
-              return add_products_of_images<3, kRow>(of_x, of_dy, s, images, item.ky, sums);
-            case 5:
-              return add_products_of_images<5, kRow>(of_x, of_dy, s, images, item.ky, sums);
-            case 7:
-              return add_products_of_images<7, kRow>(of_x, of_dy, s, images, item.ky, sums);
-            case 9:
-              return add_products_of_images<9, kRow>(of_x, of_dy, s, images, item.ky, sums);
-            default:
-              return add_products_of_tap_of_images<kRow>(of_x, of_dy, s, images, b.k / 2, item, sums);
-          }
+          if (!sums.item.owns) return;
+          add_products_of_images<kRow>(b, x + (sums.item.in - tile.in) * a.step,
+                                       dy + (sums.item.out - tile.out) * a.step, s, images, sums);
         });
       }
       block.phase([&](int thread) {
         const TileSums& sums = registers[thread];
-        if (sums.item.owns) write_item(a, tile.branch, slice, sums);
+        if (sums.item.owns) write_item(b, false, sums_of_branch(a, tile.branch, slice), sums);
       });
     }
   }

@@ -24,12 +24,17 @@ def plan(problem: Problem, limit: int | None = None) -> dict[str, object]:
 
     ``limit`` is the device's if not given. Keys: fits; reason (why not, else ""); where it fits
     plan ("small-map" or "large-map"), threads (per thread block; large maps: of the convolution),
-    weight_gradient_tiles, weight_gradient_slices (of the batch), weight_gradient_shared_bytes, and
+    weight_gradient_tiles, weight_gradient_slices (of the batch), weight_gradient_shared_bytes,
+    weights_in_backward (whether the backward's launch sums their gradient, with no tiles then), and
     for ``forward_`` and ``backward_``: launches (the kernels of a whole call), shared_bytes (per
-    thread block; large maps: of the convolution), scratch_bytes. Small maps: images (per thread
-    block), blocks, row (floats of a map's row in shared memory), ``forward_``, ``backward_``
-    stages. Large maps: tile and piece (rows and columns of the convolution's and of the attention's
-    share of a map), tiles and pieces (per image), ``forward_``, ``backward_`` units (of channels).
+    thread block; large maps: of the convolution), scratch_bytes (of a forward that saves, and of a
+    backward with all gradients but a convolution's bias). Small maps: images (per thread block),
+    blocks, row (floats of a map's row in shared memory), ``forward_``, ``backward_`` stages. Large
+    maps: tile and piece (rows and columns of the convolution's and of the attention's share of a
+    map), tiles and pieces (per image), ``forward_``, ``backward_`` units (of channels) and
+    tensor_core_rounds (of every branch there: source channels of a group and rows of taps that are
+    in shared memory at a time, and in how many buffers), weight_gradient_buffers (the same of its
+    pieces, on tensor cores; else 0).
     Of both, for ``forward_``, ``backward_`` and ``weight_gradient_``: tensor_core_branches (those
     that tensor cores compute).
     """

@@ -20,6 +20,7 @@ from mfef_ext.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[3]
 H200 = 227 * 1024  # bytes of shared memory that a thread block may have
+NEAREST, ALIGNED, TRUNCATED = range(3)  # how tensor cores add products, as in mma.cuh
 SOURCES = [Path(__file__).with_name("host.cpp")]
 SOURCES += sorted(p for d in ("cuda", "common") for p in (ROOT / "csrc" / d).iterdir())
 
@@ -30,7 +31,8 @@ def build() -> Path:
     compiler = os.environ.get("CXX", "c++")
     command = [
         *(compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden"),
-        *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+        # Shared memory is read as float and as uint32_t; nvcc has no rule against that.
+        *("-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         f"-I{ROOT / 'csrc'}",
         *("-isystem", str(torch_dir / "include")),
@@ -71,12 +73,29 @@ class Host:
         self._multiply.argtypes = [ctypes.c_char_p, ctypes.c_int, *[ctypes.c_void_p] * 3]
         self._multiply.argtypes += [ctypes.c_int]
         self._settings = loaded.mfef_cuda_host_settings
-        self._settings.argtypes = [ctypes.c_int64, ctypes.c_bool]
+        self._settings.argtypes = [ctypes.c_int64, ctypes.c_bool, ctypes.c_int, ctypes.c_bool]
+        self._settings.argtypes += [ctypes.c_int64]
+        self._scratch = loaded.mfef_cuda_host_scratch
+        self._scratch.restype = ctypes.c_int64
+        self._scratch.argtypes = []
         self.operators = ops.register("mfef_cuda_host")
 
-    def set(self, shared_limit: int = H200, backwards: bool = False) -> None:
-        """Bytes of shared memory of a thread block; whether its threads run in descending order."""
-        self._settings(shared_limit, backwards)
+    def set(
+        self,
+        shared_limit: int = H200,
+        backwards: bool = False,
+        adding: int = NEAREST,
+        one_slice: bool = False,
+        apart: bool = False,
+    ) -> None:
+        """Bytes of shared memory of a thread block; whether its threads run in descending order;
+        how products are added up; whether weight gradients have all of the batch in one slice;
+        whether those of small maps are always a launch of their own."""
+        self._settings(shared_limit, backwards, adding, one_slice, 0 if apart else -1)
+
+    def scratch(self) -> int:
+        """Bytes that the calls since the last question had beside their tensors."""
+        return self._scratch()
 
     def multiply(self, operand: str, reading: int, a: np.ndarray, b: np.ndarray, c: np.ndarray):
         """C + A B as a warp computes it (csrc/cuda/mma.cuh), of float32 arrays; ``reading`` as

@@ -3,7 +3,11 @@
 // mfef_cuda_host whose schemas the test defines. conftest.py compiles and loads this.
 //
 // Shared memory is full of NaN when a thread block starts and has a guard behind it. Threads run in ascending or in
-// descending order: where that changes a bit, threads of one phase depend on one another, which is a race.
+// descending order: where that changes a bit, threads of one phase depend on one another, which is a race. A weight
+// gradient of a launch of its own can have all of the batch in one slice, whose sums are then as long as those of a
+// batch far larger; and what a backward's thread blocks may leave of it can be set, nothing for such a launch always.
+#include <utility>
+
 #include "cuda/backward.cu"
 #include "cuda/forward.cu"
 #include "cuda/large_attention.cu"
@@ -17,15 +21,21 @@
 
 namespace mfef::cuda {
 
-int64_t host_shared_limit = 227 * 1024;
-static bool host_backwards = false;
+int64_t host_shared_limit = 227 * 1024, host_most_partials = kMostPartials, host_scratch_bytes = 0;
+static bool host_backwards = false, host_one_slice = false;
 
-const char* run_on_host(Run run, const BlockArgs& args, int64_t blocks, int threads, int64_t shared) {
+const char* run_on_host(Run run, const BlockArgs& planned, int64_t blocks, int threads, int64_t shared) {
   constexpr int64_t kMostBlocks = 5;  // as on the device, thread blocks take turns beyond the largest grid
   constexpr int kGuard = 64;
   constexpr float kMark = 12345.0f;
   if (shared > host_shared_limit) return "more shared memory than the device has";
   const int64_t grid = blocks < kMostBlocks ? blocks : kMostBlocks;
+  BlockArgs args = planned;
+  if (host_one_slice && !args.weights_in_backward) {
+    args.slice_images *= args.slices;
+    args.large.matrix_slice *= args.slices;
+    args.slices = 1;
+  }
   std::vector<float> memory(size_t(shared / 4 + kGuard + 4));
   float* start = memory.data();
   while (reinterpret_cast<uintptr_t>(start) % 16) ++start;
@@ -131,7 +141,18 @@ extern "C" __attribute__((visibility("default"))) bool mfef_cuda_host_multiply(c
   return true;
 }
 
-extern "C" __attribute__((visibility("default"))) void mfef_cuda_host_settings(int64_t shared_limit, bool backwards) {
-  mfef::cuda::host_shared_limit = shared_limit;
-  mfef::cuda::host_backwards = backwards;
+extern "C" __attribute__((visibility("default"))) void mfef_cuda_host_settings(int64_t shared_limit, bool backwards,
+                                                                               int adding, bool one_slice,
+                                                                               int64_t most_partials) {
+  using namespace mfef::cuda;
+  host_shared_limit = shared_limit;
+  host_backwards = backwards;
+  host_adding = static_cast<Adding>(adding);
+  host_one_slice = one_slice;
+  host_most_partials = most_partials >= 0 ? most_partials : kMostPartials;
+}
+
+// Bytes of scratch that calls had since the last question.
+extern "C" __attribute__((visibility("default"))) int64_t mfef_cuda_host_scratch() {
+  return std::exchange(mfef::cuda::host_scratch_bytes, 0);
 }

@@ -3,6 +3,8 @@
 What holds for both plans (layouts, strides, ties, empty batches, ...) is in test_small_maps.py.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +21,8 @@ from tests.accuracy import (
     make_case,
     run_block,
 )
-from tests.backends.cuda.conftest import H200
+from tests.backends.cuda.conftest import ALIGNED, H200, NEAREST
+from tests.backends.cuda.test_mma import tf32 as rounded_to_tf32
 from tests.backends.cuda.test_plan import problem
 from tests.backends.triton.test_attention import draw_case, expected
 from tests.backends.triton.test_attention import eager_errors as eager_errors_of_attention
@@ -55,11 +58,47 @@ SHAPES = [
 ]
 
 
-def is_large(shape, split=True, **options) -> bool:
-    """Whether the planner takes the large-map kernels."""
+def plan_of(shape, split=True, **options) -> dict[str, object]:
     mode = "split" if split else "pyramid"
-    plan = cuda.plan(problem(shape[0], *shape[1:], mode=mode, **options), H200)
-    return plan["plan"] == "large-map"
+    return cuda.plan(problem(shape[0], *shape[1:], mode=mode, **options), H200)
+
+
+def is_large(shape, **options) -> bool:
+    """Whether the planner takes the large-map kernels."""
+    return plan_of(shape, **options)["plan"] == "large-map"
+
+
+@pytest.mark.parametrize(
+    ("shape", "branches"),
+    [((32, 64, 56), [0]), ((32, 128, 28), [0, 1]), ((32, 512, 7), [0, 1, 2, 3])],
+    ids=str,
+)
+def test_tf32_has_the_branches_of_16_bits(tf32, shape, branches):
+    plan = plan_of(shape)
+    for name in ("forward", "backward", "weight_gradient"):
+        assert plan[f"{name}_tensor_core_branches"] == branches
+        assert 0 < plan[f"{name}_shared_bytes"] <= 74 * 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_sum_over_branches_is_on_tensor_cores_or_it_is_not(dtype):
+    """The gradient of x in pyramid mode, by one launch: groups of whole slots, and few zeros."""
+    for shape, groups, suits in [
+        ((32, 256, 28), (1, 4, 8, 16), True),
+        ((32, 128, 28), (1, 4, 8, 16), True),  # two sources of a chunk of 8 in the last branch
+        ((32, 64, 56), (1, 4, 8, 16), False),  # 4 channels per group in the last
+        ((32, 76, 28), (1, 1, 1, 1), True),
+        ((32, 80, 28), (1, 1, 4, 1), False),  # 20: two slots and a half
+    ]:
+        plan = plan_of(shape, split=False, dtype=dtype, groups=groups)
+        suits = suits and dtype != torch.float32
+        assert plan["backward_tensor_core_branches"] == ([0, 1, 2, 3] if suits else [])
+        launches = plan["backward_launches"]
+        assert ("LargeMatrixConvolution" in launches, "LargeConvolution" in launches) == (
+            suits,
+            not suits,
+        )
+        assert 0 < plan["backward_shared_bytes"] <= 74 * 1024
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -94,19 +133,107 @@ def test_imagenets_last_map_on_tensor_cores(device, dtype):
     errors.check()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def on_tf32_operands(case, branches):
+    """The case with what tensor cores multiply, of the branches that they compute, rounded. In
+    pyramid mode, where all see the same channels, these are all branches."""
+    assert case.split or branches == list(range(len(case.weights)))
+    x, grad = case.x.detach().clone(), case.grad.clone()
+    weights = [w.detach().clone() for w in case.weights]
+
+    def round_(t):
+        t.copy_(torch.from_numpy(rounded_to_tf32(t.float().numpy())))
+
+    ins = [w.shape[1] * g for w, g in zip(weights, case.groups, strict=True)]
+    outs = [w.shape[0] for w in weights]
+    for b in branches:
+        round_(x[:, sum(ins[:b]) : sum(ins[: b + 1])] if case.split else x)
+        round_(weights[b])
+        round_(grad[:, sum(outs[:b]) : sum(outs[: b + 1])])
+    return dataclasses.replace(case, x=x, weights=weights, grad=grad)
+
+
+@pytest.mark.parametrize("adding", [NEAREST, ALIGNED])
+@pytest.mark.parametrize(
+    ("shape", "options", "branches"),
+    [
+        # Several rounds in two buffers, several groups, more channels than a unit has; channels
+        # that fill no chunk of 8; taps a few rows at a time; a narrow branch beside a wide one; a
+        # sum over branches.
+        ((1, 512, 7, 7), {}, [0, 1, 2, 3]),
+        ((1, 60, 10, 18), {"kernel_sizes": (3, 5), "groups": (1, 3)}, [0, 1]),
+        ((1, 200, 8, 17), {"kernel_sizes": (5, 9), "groups": (1, 10)}, [0, 1]),
+        ((2, 48, 11, 20), {"kernel_sizes": (7, 3), "groups": (2, 12)}, [0]),
+        ((1, 32, 9, 20), {"kernel_sizes": (5, 3), "groups": (1, 2), "split": False}, [0, 1]),
+    ],
+    ids=str,
+)
+def test_tf32_on_tensor_cores(device, request, tf32, adding, shape, options, branches):
+    """What float64 makes of operands rounded to TF32, as near as float32 comes to it, also where
+    tensor cores cut their sums as an A100 does; the data gradient too."""
+    if device == "cpu":
+        request.getfixturevalue("host").set(adding=adding)
+    elif adding != NEAREST:
+        pytest.skip("a GPU adds as it does")
+    plan = plan_of(shape, **options)
+    assert plan["plan"] == "large-map"
+    for direction in ("forward", "backward"):
+        assert plan[f"{direction}_tensor_core_branches"] == branches
+    errors = Errors(torch.float32)
+    for seed in range(3):
+        case = make_case(shape, dtype=torch.float32, seed=seed, **options)
+        rounded = on_tf32_operands(case, branches)
+
+        def run(f, of, d, where="cpu", layout=torch.contiguous_format, **kw):
+            at = of.cast(d, where)
+            out = f(at.x.contiguous(memory_format=layout), at.weights, at.groups, at.split, **kw)
+            (grad,) = torch.autograd.grad(out, [at.x], at.grad)
+            return [t.detach().cpu() for t in (out, grad)]
+
+        wanted = run(reference.multi_scale_conv2d, rounded, torch.float64)
+        got = run(functional.multi_scale_conv2d, case, torch.float32, device, LAYOUTS[seed % 2],
+                  backend="cuda")  # fmt: skip
+        eager = [run(reference.multi_scale_conv2d, rounded, torch.float32, layout=one)
+                 for one in LAYOUTS]  # fmt: skip
+        largest_errors = [
+            max(largest(e.double() - w) for e in column)
+            for *column, w in zip(*eager, wanted, strict=True)
+        ]
+        errors.add(["out", "x"], got, wanted, largest_errors)
+    errors.check()
+
+
+KINDS = [*DTYPES[1:], "tf32"]  # on tensor cores
+
+
+@pytest.fixture
+def kind(request):
+    """The dtype of a kind; TF32 switched on for it."""
+    if request.param != "tf32":
+        return request.param
+    request.getfixturevalue("tf32")
+    return torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
 @pytest.mark.parametrize("split", [True, False])
-def test_layouts_give_the_same_bits_on_tensor_cores(device, dtype, split):
-    """channels_last maps are copied, contiguous ones gathered; and a slice at an odd channel."""
-    case = make_case((2, 48, 11, 20), dtype=dtype, kernel_sizes=(3, 5), groups=(1, 3), split=split)
-    low = case.cast(dtype, device)
-    weights = [w.detach() for w in low.weights]
-    wide = torch.randn(2, 50, 11, 20, dtype=dtype).to(device)
-    wide[:, 1:49] = low.x.detach()
+def test_layouts_give_the_same_bits_on_tensor_cores(device, kind, split):
+    """channels_last maps and weights are copied, contiguous ones gathered, also from a slice at an
+    odd channel; and source channels of weights that are neighbours for the data gradient."""
+    case = make_case((2, 48, 11, 20), dtype=kind, kernel_sizes=(3, 5), groups=(1, 3), split=split)
+    low = case.cast(kind, device)
+    x, weights = low.x.detach(), [w.detach() for w in low.weights]
+    wide = torch.randn(2, 50, 11, 20, dtype=kind).to(device)
+    wide[:, 1:49] = x
+    last = [w.contiguous(memory_format=LAYOUTS[1]) for w in weights]
+    outer = [w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2) for w in weights]
+    assert all(w.stride(0) == 1 for w in outer)
     found = []
-    for x in (low.x.detach(), low.x.detach().contiguous(memory_format=LAYOUTS[1]),
-              wide.contiguous(memory_format=LAYOUTS[1])[:, 1:49]):  # fmt: skip
-        leaves = [t.detach().requires_grad_() for t in (x, *weights)]
+    for layout in (
+        [x, *weights],
+        [x.contiguous(memory_format=LAYOUTS[1]), *last],
+        [wide.contiguous(memory_format=LAYOUTS[1])[:, 1:49], *outer],
+    ):
+        leaves = [t.detach().requires_grad_() for t in layout]
         out = functional.multi_scale_conv2d(
             leaves[0], leaves[1:], low.groups, low.split, backend="cuda"
         )
@@ -114,6 +241,35 @@ def test_layouts_give_the_same_bits_on_tensor_cores(device, dtype, split):
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "buffers"), [((1, 512, 7, 7), [2, 2, 2, 2]), ((1, 64, 56, 56), [1])], ids=str
+)
+def test_rounds_in_two_buffers_and_in_one(host, kind, layout, shape, buffers):
+    """A round is copied while the one before is multiplied, where there are several: what is not
+    yet waited for is NaN on the host, and what is overwritten too early is another round's."""
+    plan = plan_of(shape, dtype=kind)
+    for direction in ("forward", "backward"):
+        rounds = plan[f"{direction}_tensor_core_rounds"]
+        if kind != torch.float32:
+            assert [b for _, _, b in rounds] == buffers
+        else:
+            assert 2 in [b for _, _, b in rounds]
+    case = make_case(shape, dtype=kind, kernel_sizes=(3, 5, 7, 9), groups=(1, 4, 8, 16))
+    low = case.cast(kind)
+    x = low.x.detach().contiguous(memory_format=layout).requires_grad_()
+
+    def run():
+        out = functional.multi_scale_conv2d(x, low.weights, low.groups, backend="cuda")
+        return [out, *torch.autograd.grad(out, [x], low.grad.to(kind))]
+
+    ascending = run()
+    host.set(backwards=True)
+    for a, b in zip(ascending, run(), strict=True):
+        assert torch.equal(a, b) and not a.isnan().any()
 
 
 @pytest.mark.parametrize(("shape", "options"), SHAPES, ids=str)
@@ -137,6 +293,10 @@ def test_shapes_that_users_have(device, shape, options):
         ((1, 200, 8, 17), {"kernel_sizes": (5, 9), "groups": (1, 10)}),
         ((1, 160, 5, 18), {"kernel_sizes": (3,), "groups": (1,)}),
         ((1, 24, 9, 34), {"kernel_sizes": (3, 5), "groups": (2, 12), "split": False}),
+        # The sum over branches on tensor cores too: one round and several, groups of one slot and
+        # fewer than 8 sources; several units, of which the last is smaller.
+        ((1, 32, 9, 20), {"kernel_sizes": (3, 5), "groups": (1, 4), "split": False}),
+        ((1, 76, 6, 18), {"kernel_sizes": (5, 3), "groups": (1, 1), "split": False}),
     ],
     ids=str,
 )

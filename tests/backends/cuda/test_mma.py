@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.backends.cuda.conftest import ALIGNED, NEAREST, TRUNCATED
+
 WORDS, MATRICES, TRANSPOSED = range(3)  # how operands are read, as in host.cpp
 KINDS = [("tf32", 8), ("bfloat16", 8), ("bfloat16", 16), ("float16", 8), ("float16", 16)]
 
@@ -52,6 +54,33 @@ def test_operands_are_rounded_and_sums_are_not(host_library, operand, depth):
     bound = np.abs(c) + np.abs(low_a.astype(np.float64)) @ np.abs(low_b)
     assert (np.abs(got - wanted) <= (depth + 1) * 2.0**-24 * bound).all()
     assert not np.allclose(wanted, c + a.astype(np.float64) @ b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("operand", "depth"), KINDS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_how_products_are_added(host_library, operand, depth, sign):
+    """To 1 three quarters of its last place, again and again: all of it is rounded up, each part of
+    it is cut to half a place but their sum is not, or all of it is lost."""
+    a = np.full((16, depth), 1.5 * 2.0**-12, np.float32)
+    b, c = np.full((depth, 8), sign * 2.0**-12, np.float32), np.full((16, 8), sign, np.float32)
+    found = {}
+    for adding in (NEAREST, ALIGNED, TRUNCATED):
+        host_library.set(adding=adding)
+        found[adding] = host_library.multiply(operand, WORDS, a, b, c)
+    host_library.set()
+    assert (found[NEAREST] == sign * (1 + depth * 2.0**-23)).all()
+    assert (found[ALIGNED] == sign * (1 + depth * 2.0**-24)).all()
+    assert (found[TRUNCATED] == sign).all()
+
+
+@pytest.mark.parametrize("adding", [ALIGNED, TRUNCATED])
+def test_what_is_not_finite_is_not_cut(host_library, adding):
+    a, b = np.zeros((16, 8), np.float32), np.ones((8, 8), np.float32)
+    a[:3, 5] = np.inf, -np.inf, np.nan
+    host_library.set(adding=adding)
+    got = host_library.multiply("tf32", WORDS, a, b, np.ones((16, 8), np.float32))
+    host_library.set()
+    np.testing.assert_array_equal(got[:4, 0], np.float32([np.inf, -np.inf, np.nan, 1]))
 
 
 def test_tf32_rounds_ties_away_from_zero_and_keeps_what_is_not_finite(host_library):
