@@ -7,8 +7,8 @@
 // whatever the row of taps is, the operands are among these. In shared memory both are in 16-bit elements,
 // [channel][row][column], those of x with kBeside zeros on either side. A lane has two neighbouring columns in a word:
 // moved by an odd number they are halves of two words.
-// In TF32 a word is one pixel and K the pixels of one row: twice the words, and none of them halves. The products of an
-// image are a sum of their own there, which is added to that of the slice.
+// In TF32 a word is one pixel and K the pixels of one row: twice the words, and none of them halves. The products of
+// four rows are a sum of their own there, which is added to that of the slice: tensor cores cut sums, see kMatrixChain.
 // Memory: as in weight_gradient.cuh.
 #pragma once
 
@@ -110,22 +110,23 @@ MFEF_DEVICE void multiply_image(const Warp& warp, const MatrixTile& tile, const 
     auto word = [&](int thread, int r, int i) { return r >= 0 && r < kSide ? rows[thread].word[r * kWords + i] : 0u; };
     MFEF_UNROLL
     for (int ky = 0; ky < K; ++ky) {
-      Warp::Registers<Accumulator> of_image;  // in TF32 only
       auto total = [&](int thread) -> Accumulator& { return sums_of(thread).of[held][ky]; };
-      auto sum = [&](int thread) -> Accumulator& { return kOfWord == 1 ? of_image[thread] : total(thread); };
-      if (kOfWord == 1) warp.lanes([&](int thread) { of_image[thread] = {}; });
       MFEF_UNROLL
-      for (int step = 0; step < kSteps; ++step) {
-        const int top = kRows * step + ky - kHalf;
-        if (top >= kSide || top + kRows - 1 < 0) continue;
-        multiply_add<T, 8>(
-            warp, sum, [&](int thread) -> const FragmentA<8>& { return left[step][thread]; },
-            [&](int thread) {
-              return FragmentB<8>{{word(thread, top, 0), word(thread, top + kRows - 1, kWords - 1)}};
-            });
-      }
-      if (kOfWord == 1) {
-        warp.lanes([&](int thread) { total(thread).add(of_image[thread]); });
+      for (int begin = 0; begin < kSteps; begin += 4) {
+        Warp::Registers<Accumulator> of_rows;  // in TF32 only
+        auto sum = [&](int thread) -> Accumulator& { return kOfWord == 1 ? of_rows[thread] : total(thread); };
+        if (kOfWord == 1) warp.lanes([&](int thread) { of_rows[thread] = {}; });
+        MFEF_UNROLL
+        for (int step = begin; step < begin + 4; ++step) {
+          const int top = kRows * step + ky - kHalf;
+          if (top >= kSide || top + kRows - 1 < 0) continue;
+          multiply_add<T, 8>(
+              warp, sum, [&](int thread) -> const FragmentA<8>& { return left[step][thread]; },
+              [&](int thread) {
+                return FragmentB<8>{{word(thread, top, 0), word(thread, top + kRows - 1, kWords - 1)}};
+              });
+        }
+        if (kOfWord == 1) warp.lanes([&](int thread) { total(thread).add(of_rows[thread]); });
       }
     }
   }
