@@ -222,7 +222,12 @@ struct WeightGradientOf {
       const Map grad = given ? a.grad_result : Map{a.grads.dy, {s.out * pixels, pixels, s.width, 1}};
       if constexpr (kMatrices) {
         if (which < a.matrix_tiles) {
-          run_matrix_tile(a, block, which, slice, grad, given ? a.element : Element::kFloat);
+          const Element element = given ? a.element : Element::kFloat;
+          if (s.tf32) {
+            run_matrix_tile<true>(a, block, which, slice, grad, element);
+          } else {
+            run_matrix_tile<false>(a, block, which, slice, grad, element);
+          }
           continue;
         }
       }
