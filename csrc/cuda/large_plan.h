@@ -364,14 +364,21 @@ struct LargePlan {
   }
 };
 
-// The source channels of a group that a stage of the unit `part` can have in `limit` bytes; 0 if not one chain fits.
+// The source channels of a group that a stage of the unit `part` can have in `limit` bytes: whole chains, or where not
+// one fits a part of one; 0 if not one channel fits.
 inline int choose_stage(const Cover& tiles, const Way& part, int64_t limit) {
+  auto fits = [&](int stage) {
+    const int64_t floats = UnitLayout(tiles, part, stage).total,
+                  statistics = UnitLayout::statistics(tiles, part.dest());
+    return 4 * (floats > statistics ? floats : statistics) <= limit;
+  };
   const int chains = ceil_div(part.source_per_group, part.chain());
   for (int stages = 1; stages <= chains; ++stages) {
     const int stage = least(ceil_div(chains, stages) * part.chain(), part.source_per_group);
-    const int64_t floats = UnitLayout(tiles, part, stage).total,
-                  statistics = UnitLayout::statistics(tiles, part.dest());
-    if (4 * (floats > statistics ? floats : statistics) <= limit) return stage;
+    if (fits(stage)) return stage;
+  }
+  for (int stage = least(part.chain(), part.source_per_group) / 2; stage > 0; stage /= 2) {
+    if (fits(stage)) return stage;
   }
   return 0;
 }
