@@ -32,6 +32,7 @@ struct Device {
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     return bytes;
   }
+  static constexpr int64_t most_partials() { return kMostPartials; }
   void* stream = nullptr;
 
  private:
@@ -40,11 +41,12 @@ struct Device {
 
 #else
 
-extern int64_t host_shared_limit, host_scratch_bytes;
+extern int64_t host_shared_limit, host_most_partials, host_scratch_bytes;
 
 struct Device {
   explicit Device(const Tensor&) {}
   int64_t shared_limit() const { return host_shared_limit; }
+  int64_t most_partials() const { return host_most_partials; }
   void* stream = nullptr;
 };
 
@@ -174,9 +176,10 @@ class Call {
     g.dy = room(scratch.dy);
     args.stages = plan_.stages_backward;
     args.weights = plan_.weights_backward;
-    if (args.blocks && (s.hidden || args.grad_x.data || g.channel_sums)) run(launch_backward);
+    const bool weights = plan_.weights_in_backward && g.weights;
+    if (args.blocks && (s.hidden || args.grad_x.data || g.channel_sums || weights)) run(launch_backward);
     if (!need_parameters) return;
-    if (s.branch_count && n) {
+    if (args.tiles && n) {
       args.step = plan_.tile_step;
       run(launch_weight_gradient);
     }
@@ -205,13 +208,14 @@ class Call {
   void plan() {
     // A plan takes from 4 to 70 microseconds to make, and one follows its like: of the same layer, or its backward.
     thread_local Sizes last_sizes;
-    thread_local int64_t last_limit = -1;
+    thread_local int64_t last_limit = -1, last_partials = -1;
     thread_local Plan last_plan;
-    const int64_t limit = device_.shared_limit();
-    if (last_limit != limit || !(last_sizes == args.sizes)) {
-      last_plan = make_plan(args.sizes, limit);
+    const int64_t limit = device_.shared_limit(), partials = device_.most_partials();
+    if (last_limit != limit || last_partials != partials || !(last_sizes == args.sizes)) {
+      last_plan = make_plan(args.sizes, limit, partials);
       last_sizes = args.sizes;
       last_limit = limit;
+      last_partials = partials;
     }
     plan_ = last_plan;
     STD_TORCH_CHECK(plan_.fits, "mfef: no CUDA kernel for this call: ", plan_.reason);
@@ -231,6 +235,7 @@ class Call {
       args.step = plan_.step;
       args.blocks = (args.sizes.batch + plan_.images - 1) / plan_.images;
     }
+    args.weights_in_backward = plan_.weights_in_backward;
     args.tiles = plan_.tiles;
     args.slices = plan_.slices;
     args.slice_images = plan_.slice_images;

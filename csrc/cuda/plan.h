@@ -28,6 +28,13 @@ constexpr int kMostSlices = 64;
 constexpr int64_t kMatrixShared = 72 * 1024;
 constexpr int kMostMatrixImages = 4;
 constexpr int kXStep = 68, kGradientStep = 36;
+// Where the backward's thread blocks sum the weight gradient of their images themselves (see weights_in_backward):
+// bytes that they leave at most, all together; multiply-adds by which a thread block may be busier than an equal share
+// for as many multiprocessors would make it, some 3 us of one, about what a launch takes; and what a weight costs
+// beside its products. Constants as above.
+constexpr int64_t kMostPartials = 4 << 20, kMostBusier = 400 * 1000;
+constexpr int kMultiprocessors = 128, kWeightCost = 8;
+constexpr int kWidestWithWeights = 8;  // at 16 floats a row the backward's registers do not suffice
 
 // The convolution of a block runs in stages: the weights of a stage are in shared memory, those of the next
 // take their place. A stage has of every branch an equal share of its chains.
@@ -172,6 +179,12 @@ MFEF_HD int64_t first_sum(const Sizes& s, int branch) {
   }
   return first;
 }
+// The sum of a weight among those of a branch. In the backward neighbouring threads have neighbouring output channels,
+// and there are as many partial sums as thread blocks: there those are neighbours, (ky, kx, in per group, out).
+MFEF_HD int64_t place_of_sum(const Branch& b, bool in_backward, int out, int in, int ky, int kx) {
+  return in_backward ? (int64_t(ky * b.k + kx) * b.in_per_group() + in) * b.out + out
+                     : ((int64_t(out) * b.in_per_group() + in) * b.k + ky) * b.k + kx;
+}
 
 // --- shared memory ----------------------------------------------------------------------------
 
@@ -235,7 +248,9 @@ struct Plan {
   Stages stages, stages_backward;
   int weights, weights_backward;                    // floats of a stage's weights
   int64_t shared, shared_backward, shared_weights;  // bytes of each launch; of the weight gradient
+  bool matrices;                                    // whether tensor cores compute a branch
 
+  bool weights_in_backward;                   // then no tiles, and slices are the blocks of images
   int tiles, slices, pass_images, tile_step;  // of the weight gradient
   int matrix_tiles, matrix_images;            // of the tiles the first, by tensor cores, and images of a pass there
   int64_t slice_images;                       // large maps: pieces of images
@@ -310,7 +325,27 @@ inline int count_tiles(const Sizes& s, bool small) {
   return over_branches(s, [&](int b) { return Tile::count(s, small, b); });
 }
 
-inline Plan make_small_plan(const Sizes& s, int64_t limit) {
+// Whether the backward's thread blocks sum the weight gradient of their images while that of y is in shared memory.
+// It saves a launch and the gradient of y in memory, and costs a copy of the weights for every thread block, and time
+// where there are few thread blocks, since the tiles of the other way keep all multiprocessors busy.
+inline bool weights_in_backward(const Sizes& s, int images, int64_t most_partials) {
+  if (s.width > kWidestWithWeights) return false;
+  const int64_t blocks = (s.batch + images - 1) / images, weights = first_sum(s, s.branch_count);
+  if (!weights || 4 * weights > most_partials || 4 * weights * blocks > most_partials) return false;
+  // Products of a row of taps with a row of pixels that are not beside the map.
+  auto meeting = [](int k, int side) {
+    const int half = least(k / 2, side - 1);
+    return int64_t(side) * (2 * half + 1) - int64_t(half) * (half + 1);
+  };
+  int64_t work = kWeightCost * weights;
+  for (int i = 0; i < s.branch_count; ++i) {
+    const Branch& b = s.branches[i];
+    work += images * int64_t(b.out) * b.in_per_group() * meeting(b.k, s.height) * meeting(b.k, s.width);
+  }
+  return work * (kMultiprocessors - least(int(blocks), kMultiprocessors)) <= kMostBusier * kMultiprocessors;
+}
+
+inline Plan make_small_plan(const Sizes& s, int64_t limit, int64_t most_partials) {
   Plan p{};
   auto refuse = [&p](const std::string& reason) {
     p.reason = reason;
@@ -337,7 +372,7 @@ inline Plan make_small_plan(const Sizes& s, int64_t limit) {
   if (!ok && p.images > 1) {
     Sizes alone = s;
     alone.batch = 1;
-    Plan one = make_small_plan(alone, limit);
+    Plan one = make_small_plan(alone, limit, most_partials);
     if (!one.fits) return one;
     p.images = 1;
     p.step = one.step;
@@ -352,7 +387,14 @@ inline Plan make_small_plan(const Sizes& s, int64_t limit) {
   }
   p.threads = s.out * p.images * ceil_div(s.height, 2) > 256 ? kMostThreads : 256;
 
+  p.matrices = over_branches(s, [&](int b) { return by_matrices(s, s.branches[b]); }) > 0;
   p.slices = 1;
+  if (weights_in_backward(s, p.images, most_partials)) {
+    p.weights_in_backward = p.fits = true;
+    p.slices = int(s.batch > 0 ? (s.batch + p.images - 1) / p.images : 1);
+    p.shared_weights = p.shared_backward;
+    return p;
+  }
   p.pass_images = most(64 / s.pixels(), 1);
   p.tile_step = channel_step(p.pass_images * s.height, p.row);
   const int direct_tiles = count_tiles(s, true);
@@ -509,8 +551,8 @@ inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
 // How a problem would run on a device whose thread blocks may have `limit` bytes of shared memory. Of the device
 // nothing else counts, so sums have the same order on all GPUs with as much; how tensor cores round their products is
 // the architecture's.
-inline Plan make_plan(const Sizes& s, int64_t limit) {
-  Plan p = make_small_plan(s, limit);
+inline Plan make_plan(const Sizes& s, int64_t limit, int64_t most_partials = kMostPartials) {
+  Plan p = make_small_plan(s, limit, most_partials);
   if (!p.fits) make_large_plan(s, limit, &p);
   return p;
 }
@@ -525,12 +567,12 @@ inline void add_convolutions(const Sizes& s, const Plan& p, bool backward, std::
 // The kernels of a whole call, in order; `backward` with all gradients.
 inline std::vector<std::string> launches(const Sizes& s, const Plan& p, bool backward) {
   const bool convolution = s.branch_count > 0, attention = s.hidden > 0;
-  const std::string matrix = p.matrix_tiles ? "Matrix" : "";
+  const std::string matrix = p.matrices ? "Matrix" : "";
   if (!p.large && !backward) return {matrix + "Forward"};
   std::vector<std::string> all;
   if (!p.large) {
     all = {matrix + "Backward"};
-    if (convolution) all.push_back(matrix + "WeightGradient");
+    if (convolution && !p.weights_in_backward) all.push_back(matrix + "WeightGradient");
   } else if (!backward) {
     add_convolutions(s, p, false, &all);
     if (attention) all.insert(all.end(), {"ChannelGates", "PoolChannels", "GateMap"});
@@ -587,7 +629,7 @@ struct Scratch {
       logit = channels;
       hidden_sum = hidden_mean = hidden_max = n * s.hidden;
       spatial = blocks * 2 * s.spatial_k * s.spatial_k;
-      if (convolution) dy = map;
+      if (convolution && !p.weights_in_backward) dy = map;
     }
     if (convolution) weights = p.slices * first_sum(s, s.branch_count);
     if (wanted.bias) channel_sums = channels * (p.large ? p.maps.tiles.count() : 1);
@@ -646,6 +688,7 @@ struct BlockArgs {
   int images, step, weights;
   Stages stages;
   int64_t blocks;  // of images, of large maps: pieces of images; the grid may be smaller
+  bool weights_in_backward;
   int tiles, slices, pass_images, matrix_tiles, matrix_images;
   int64_t slice_images;
   int64_t bias_terms;  // vectors in grads.channel_sums

@@ -21,7 +21,7 @@ from tests.accuracy import (
     make_case,
     run_block,
 )
-from tests.backends.cuda.conftest import ALIGNED, H200, NEAREST
+from tests.backends.cuda.host import ALIGNED, H200, NEAREST
 from tests.backends.cuda.test_mma import tf32 as rounded_to_tf32
 from tests.backends.cuda.test_plan import problem
 from tests.backends.triton.test_attention import draw_case, expected

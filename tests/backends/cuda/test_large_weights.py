@@ -9,7 +9,7 @@ import torch
 from mfef_ext import _C, functional, reference
 from mfef_ext.problem import describe_multi_scale_conv2d
 from tests.accuracy import Errors, largest, make_case
-from tests.backends.cuda.conftest import ALIGNED, H200, NEAREST, TRUNCATED
+from tests.backends.cuda.host import ALIGNED, H200, NEAREST, TRUNCATED
 from tests.backends.cuda.test_mma import tf32 as to_tf32
 from tests.backends.cuda.test_plan import problem
 

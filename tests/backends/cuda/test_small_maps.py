@@ -17,7 +17,7 @@ from tests.accuracy import (
     run_block,
     unit_in_the_last_place,
 )
-from tests.backends.cuda.conftest import H200
+from tests.backends.cuda.host import H200
 from tests.backends.cuda.test_plan import problem
 from tests.drawing import DRAWN, blocks
 from tests.ops.test_accuracy import strided
