@@ -467,15 +467,15 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     see_in(shared_matrices, UnitLayout::statistics(tiles, channels));
   };
   auto place_tasks = [&] {
-    units->task = int(*shared_matrices / 4);
-    if (*shared_matrices) *shared_matrices += 4 * MatrixPart::kTask;
+    units->task = fill4(int(*shared_matrices / 4));
+    if (*shared_matrices) *shared_matrices = 4 * int64_t(units->task + MatrixPart::kTask);
   };
   // Destination channels of a unit with at most `slots`: whole groups, or a run of one.
   auto of_slots = [](const Way& way, int slots) {
     const int chunks = MatrixPart::chunks(way.dest_per_group), groups = least(slots / chunks, way.groups);
     return groups ? groups * way.dest_per_group : ceil_div(chunks, ceil_div(chunks, slots)) * MatrixPart::kSide;
   };
-  constexpr int64_t matrix_limit = kLargeShared - 4 * MatrixPart::kTask;
+  constexpr int64_t matrix_limit = kLargeShared - 4 * (MatrixPart::kTask + 4);
   const int columns_of_items = MatrixPart::kItems / MatrixPart::items(tiles.rows, tiles.columns, 1);
   const int most_slots = least(columns_of_items * MatrixPart::kItemSlots, kUnitChannels / MatrixPart::kSide);
   if (merged) {
