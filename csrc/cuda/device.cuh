@@ -46,6 +46,9 @@ struct Warp {
   __device__ __forceinline__ void lanes(const F& f) const {
     f(int(threadIdx.x));
   }
+  // Before lanes act at once that have each gone their own way, through a loop of more turns for some: until then the
+  // machine may keep them apart.
+  __device__ __forceinline__ void together() const { __syncwarp(); }
 };
 
 struct Block {
@@ -90,6 +93,7 @@ struct Warp {
   void lanes(const F& f) const {
     for (int i = 0; i < kWarp; ++i) f(index * kWarp + (backwards ? kWarp - 1 - i : i));
   }
+  void together() const {}
 };
 
 struct Block {

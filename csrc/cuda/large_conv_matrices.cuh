@@ -380,6 +380,7 @@ MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& bloc
       if (loaded >= 0) {
         const LargeMatrixRound round(block, shared, loaded);
         warp.lanes([&](int thread) { load_round<T>(a, shared, round, copies[thread], thread, block.threads); });
+        warp.together();
       }
       if (multiplied >= 0) {
         multiply_round<T>(block, warp, shared, LargeMatrixRound(block, shared, multiplied), sums);

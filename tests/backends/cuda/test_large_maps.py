@@ -44,7 +44,8 @@ def test_random_blocks(device, arguments, layout):
 
 
 # ImageNet's maps; 33 channels, which no pair divides; several stages of sources; branches that add
-# to the same channels; kernels of any size; several tiles above one another.
+# to the same channels; kernels of any size; several tiles above one another; sources of which a
+# chain does not fit.
 SHAPES = [
     ((1, 64, 56, 56), {}),
     ((1, 128, 28, 28), {}),
@@ -55,6 +56,7 @@ SHAPES = [
     ((2, 24, 10, 18), {"groups": (1, 1, 1, 1), "split": False}),
     ((2, 8, 9, 21), {"kernel_sizes": (21, 3), "spatial_kernel_size": 15}),
     ((1, 4, 130, 17), {"kernel_sizes": (3, 9)}),
+    ((1, 80, 20, 18), {"kernel_sizes": (1,), "groups": (1,)}),
 ]
 
 
