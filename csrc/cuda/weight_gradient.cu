@@ -10,7 +10,7 @@ const char* launch_weight_gradient(const BlockArgs& args, const Plan& plan, void
   if (plan.matrix_tiles) {
     return launch<MatrixWeightGradient, kTileThreads>(args, blocks, kTileThreads, plan.shared_weights, stream);
   }
-  return launch_for_row<WeightGradient, kTileThreads>(args, plan, blocks, kTileThreads, plan.shared_weights, stream);
+  return launch_for_row<WeightGradient, kTileThreads, 3>(args, plan, blocks, kTileThreads, plan.shared_weights, stream);
 }
 
 const char* launch_sums(const BlockArgs& args, const Plan&, void* stream) {
