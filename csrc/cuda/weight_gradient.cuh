@@ -33,7 +33,8 @@ struct TileItem {
     ky = TileShape::compiled(b.k) ? row * kTileRows : row / b.k;
     kx = TileShape::compiled(b.k) ? 0 : row % b.k;
   }
-  // Those of a whole branch, in the order (row, input channel, output channel).
+  // Those of a whole branch, in the order (row, input channel, output channel); a plan with so small branches has fewer
+  // than 2^20.
   MFEF_DEVICE TileItem(const Branch& b, int e) : owns(true) {
     const Quotient by_outputs(b.out), by_inputs(b.in_per_group()), by_group(b.out_per_group());
     const int pair = by_outputs(e), row = by_inputs(pair);
