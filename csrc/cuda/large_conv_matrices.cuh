@@ -54,8 +54,6 @@ struct LargeMatrixTask {
     return phase < rounds.count(way) ? phase : -1;
   }
   MFEF_DEVICE int multiplied(int phase) const { return overlaps() ? phase - 1 : phase % 2 ? phase / 2 : -1; }
-  // The branch that adds to the same sums after this one.
-  MFEF_DEVICE int next() const { return branch + 1 < unit.end ? branch + 1 : -1; }
 };
 static_assert(sizeof(LargeMatrixTask) <= 4 * MatrixPart::kTask);
 
