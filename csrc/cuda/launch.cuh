@@ -12,6 +12,9 @@
 
 namespace mfef::cuda {
 
+// More parameters only drivers of CUDA 12.1 and later take.
+static_assert(sizeof(BlockArgs) <= 4096);
+
 #ifdef __CUDACC__
 
 template <class Kernel, int kThreads, int kResident>

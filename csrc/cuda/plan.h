@@ -471,9 +471,15 @@ inline int64_t shrink(const Sizes& s, int64_t limit, const Bytes& bytes, Cover* 
 }
 
 // Cuts tiles into the pieces of the weight gradient on tensor cores, pairs of rows of spans, one or two at a time in
-// shared memory: of those that fit the fastest in so many slices. Leaves the least bytes where none fit.
+// shared memory: of those that fit the fastest in so many slices. Where none fit, the smallest, one at a time.
 inline void choose_matrix_pieces(const Sizes& s, int slices, LargePlan* maps) {
   LargePlan& m = *maps;
+  auto take = [&](const Cover& pieces, int buffers) {
+    m.matrix_pieces = pieces;
+    m.matrix_buffers = buffers;
+    m.shared_matrix_weights = LargeMatrixTiles::bytes(s, pieces, buffers);
+  };
+  take(Cover::of(s, 2, kSpan), 1);
   int64_t fewest = 0;
   for (const int buffers : {1, 2}) {
     for (int columns = m.tiles.columns; columns > 0; columns -= kSpan) {
@@ -481,16 +487,12 @@ inline void choose_matrix_pieces(const Sizes& s, int slices, LargePlan* maps) {
         // Smaller pieces that are as many: not these.
         if (rows > 2 && ceil_div(m.tiles.rows, rows) == ceil_div(m.tiles.rows, rows - 2)) continue;
         const Cover pieces = Cover::of(s, rows, columns);
-        const int64_t bytes = LargeMatrixTiles::bytes(s, pieces, buffers);
-        if (!fewest) m.shared_matrix_weights = bytes;
-        if (bytes > kLargeShared) continue;
+        if (LargeMatrixTiles::bytes(s, pieces, buffers) > kLargeShared) continue;
         const int64_t of_slice = (s.batch * pieces.count() + slices - 1) / slices;
         const int64_t cycles = LargeMatrixTiles::cycles(s, pieces, of_slice > 1 ? of_slice : 1, buffers);
         if (fewest && cycles >= fewest) continue;
         fewest = cycles;
-        m.matrix_pieces = pieces;
-        m.matrix_buffers = buffers;
-        m.shared_matrix_weights = bytes;
+        take(pieces, buffers);
       }
     }
   }
