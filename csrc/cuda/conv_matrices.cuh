@@ -241,6 +241,7 @@ MFEF_DEVICE void load_columns(const Sizes& s, const Branch& b, const Parameter& 
   const int across = backward ? way.dest_per_group : words, positions = across * taps;
   const int group_parts = least(way.groups, kParts), along_parts = kParts / group_parts;
   const int64_t group_step = group_parts * (backward ? way.source_per_group : way.dest_per_group) * so;
+  const int64_t along_step = along_parts * (backward ? 2 * source_step : dest_step);
   const bool channels_last = si == 1;
   const Quotient by_positions(positions), by_group_parts(group_parts), by_width(width);
   const Quotient by_inner(channels_last ? across : taps);
@@ -255,14 +256,21 @@ MFEF_DEVICE void load_columns(const Sizes& s, const Branch& b, const Parameter& 
     const E* of_group = data + (backward ? (k - 1 - ky) * sy + (k - 1 - kx) * sx : ky * sy + kx * sx) +
                         group_part * (group_step / group_parts);
     uint32_t* of_row = to + (kx - first_kx) * column_step + ky * tap_step + group_part * way.dests * 4;
+    const int start = along_part + (backward ? begin : 0);
     for (int group = group_part; group < way.groups; group += group_parts) {
-      for (int at = along_part + (backward ? begin : 0); at < along; at += kAtOnce * along_parts) {
+      // Sources of words one after the other are so too but in TF32.
+      auto address = [&](int other) {
+        const int source = MatrixWay::source(kPerWord<E> == 1, first_word + (backward ? other : own));
+        return of_group + source * source_step + (backward ? own : other) * dest_step;
+      };
+      const E* next = address(start);
+      for (int at = start; at < along; at += kAtOnce * along_parts) {
         E value[kAtOnce][kPerWord<E>];
         MFEF_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int other = at + i * along_parts, dest = backward ? own : other;
+        for (int i = 0; i < kAtOnce; ++i, next += along_step) {
+          const int other = at + i * along_parts;
           const int source = MatrixWay::source(kPerWord<E> == 1, first_word + (backward ? other : own));
-          const E* from = of_group + source * source_step + dest * dest_step;
+          const E* from = kPerWord<E> == 1 && backward ? address(other) : next;
           // Zeros fill up groups.
           MFEF_UNROLL
           for (int j = 0; j < kPerWord<E>; ++j) {
