@@ -70,10 +70,11 @@ struct Block {
     __syncthreads();
   }
 
-  // A phase of whole warps; `threads` is a multiple of kWarp.
+  // A phase of whole warps; `threads` is a multiple of kWarp. From a lane the compiler knows the index for one value
+  // of the warp: branches on it need no reconvergence.
   template <class F>
   __device__ __forceinline__ void warps(const F& f) const {
-    f(Warp{int(threadIdx.x) / kWarp});
+    f(Warp{__shfl_sync(0xffffffffu, int(threadIdx.x) / kWarp, 0)});
     __syncthreads();
   }
 };

@@ -24,10 +24,9 @@ constexpr int kTileChannels = 32;  // output channels side by side in it
 constexpr int kTileBlocks = 512;
 constexpr int kMostSlices = 64;
 // Of its tiles by tensor cores: bytes of the images in shared memory at a time, so that a multiprocessor of sm_90 and
-// later holds three thread blocks; and words from channel to channel there (see weight_matrices.cuh).
+// later holds three thread blocks.
 constexpr int64_t kMatrixShared = 72 * 1024;
 constexpr int kMostMatrixImages = 4;
-constexpr int kXStep = 68, kGradientStep = 36;
 // Where the backward's thread blocks sum the weight gradient of their images themselves (see weights_in_backward):
 // bytes that they leave at most, all together; multiply-adds by which a thread block may be busier than an equal share
 // for as many multiprocessors would make it, some 3 us of one, about what a launch takes; and what a weight costs
@@ -56,8 +55,9 @@ struct Stages {
   MFEF_HD void channels(const Sizes& s, bool backward, int stage, int b, int* first, int* end) const {
     const Way way(s.branches[b], backward);
     const bool matrices = by_matrices(s, s.branches[b]);
-    const int all = matrices ? MatrixWay(s.branches[b], backward).columns() : way.source_per_group;
-    const int chain = matrices ? 1 : way.chain();
+    const MatrixWay by_columns(s, s.branches[b], backward);
+    const int all = matrices ? by_columns.columns() : way.source_per_group;
+    const int chain = matrices ? by_columns.chain() : way.chain();
     *first = *end = 0;
     if (one_by_one) {
       if (stage / count != b) return;
@@ -71,7 +71,7 @@ struct Stages {
 // Floats of the weights of `count` of what a stage has of branch b.
 MFEF_HD int64_t stage_floats(const Sizes& s, bool backward, int b, int count) {
   const Way way(s.branches[b], backward);
-  if (by_matrices(s, s.branches[b])) return int64_t(count) * way.k * MatrixWay(s.branches[b], backward).tap_step();
+  if (by_matrices(s, s.branches[b])) return int64_t(count) * MatrixWay(s, s.branches[b], backward).column_step();
   return int64_t(count) * way.k * way.k * way.weight_step();
 }
 
@@ -137,29 +137,41 @@ struct Tile {
 // tile is what a thread block's warps hold of one unit, one item after the other in each warp.
 struct MatrixTile {
   static constexpr int kOutputs = 16, kInputs = 8, kWarps = kTileThreads / 32;
+  static constexpr int kBeside = 4;  // columns of zeros on either side of x
 
   int branch, item, item_end;        // of the unit
   int input, input_end;              // runs of 8 input channels
   int in, in_count, out, out_count;  // channels, counted from the branch's first
 
   // Items of a warp: as many as registers have room for.
-  MFEF_HD static constexpr int held(int k) { return k == 3 ? 4 : 2; }
+  MFEF_HD static constexpr int held(int k, bool tf32) { return k == 3 ? 4 : tf32 && k >= 7 ? 1 : 2; }
   MFEF_HD static int items(const Branch& b) { return ceil_div(b.in_per_group(), kInputs) * b.k; }
-  MFEF_HD static int per_unit(const Branch& b) { return ceil_div(items(b), held(b.k) * kWarps); }
+  MFEF_HD static int per_unit(const Sizes& s, const Branch& b) {
+    return ceil_div(items(b), held(b.k, s.tf32) * kWarps);
+  }
   MFEF_HD static int count(const Sizes& s, int branch) {
     const Branch& b = s.branches[branch];
-    return by_matrices(s, b) ? b.groups * ceil_div(b.out_per_group(), kOutputs) * per_unit(b) : 0;
+    return by_matrices(s, b) ? b.groups * ceil_div(b.out_per_group(), kOutputs) * per_unit(s, b) : 0;
   }
-  // Words in shared memory of an image's gradient and x.
-  MFEF_HD static int words(int inputs) { return kOutputs * kGradientStep + inputs * kInputs * kXStep; }
+  // Words of a row in shared memory, of `per_word` pixels each: two of 16 bits, or one in TF32; and from channel to
+  // channel, 4 more than a multiple of 8: 8 channels by 4 words are all banks.
+  MFEF_HD static constexpr int x_row(int per_word) { return (kSide + 2 * kBeside) / per_word; }
+  MFEF_HD static constexpr int gradient_row(int per_word) { return kSide / per_word; }
+  MFEF_HD static constexpr int x_step(int per_word) { return kSide * x_row(per_word) + 4; }
+  MFEF_HD static constexpr int gradient_step(int per_word) { return kSide * gradient_row(per_word) + 4; }
+  // Of an image's gradient and x.
+  MFEF_HD static int words(const Sizes& s, int inputs) {
+    const int per_word = s.tf32 ? 1 : 2;
+    return kOutputs * gradient_step(per_word) + inputs * kInputs * x_step(per_word);
+  }
 
   MFEF_HD int inputs() const { return input_end - input; }
   MFEF_HD MatrixTile(const Sizes& s, int tile) : branch(0) {
     while (tile >= count(s, branch)) tile -= count(s, branch++);
     const Branch& b = s.branches[branch];
-    const int runs = ceil_div(b.out_per_group(), kOutputs), unit = tile / per_unit(b), group = unit / runs;
-    const int run = unit - group * runs, step = held(b.k) * kWarps;
-    item = (tile - unit * per_unit(b)) * step;
+    const int runs = ceil_div(b.out_per_group(), kOutputs), unit = tile / per_unit(s, b), group = unit / runs;
+    const int run = unit - group * runs, step = held(b.k, s.tf32) * kWarps;
+    item = (tile - unit * per_unit(s, b)) * step;
     item_end = least(item + step, items(b));
     input = item / b.k;
     input_end = (item_end - 1) / b.k + 1;
@@ -287,7 +299,8 @@ inline bool choose_stages(const Sizes& s, bool backward, const Plan& p, int64_t 
   int most_stages = 1;
   for (int b = 0; b < s.branch_count; ++b) {
     const Way way(s.branches[b], backward);
-    most_stages = most(most_stages, by_matrices(s, s.branches[b]) ? MatrixWay(s.branches[b], backward).columns()
+    const MatrixWay by_columns(s, s.branches[b], backward);
+    most_stages = most(most_stages, by_matrices(s, s.branches[b]) ? ceil_div(by_columns.columns(), by_columns.chain())
                                                                   : ceil_div(way.source_per_group, way.chain()));
   }
   for (const bool one_by_one : {false, true}) {
@@ -416,9 +429,9 @@ inline Plan make_small_plan(const Sizes& s, int64_t limit, int64_t most_partials
                     std::to_string((p.shared_weights + 1023) / 1024) + " KiB of shared memory, a thread block has " +
                     std::to_string(limit / 1024));
     }
-    int64_t bytes = 0;  // of an image by tensor cores; less than 18 KiB
+    int64_t bytes = 0;  // of an image by tensor cores; less than 35 KiB
     for (int t = 0; t < p.matrix_tiles; ++t) {
-      const int64_t of = 4 * MatrixTile::words(MatrixTile(s, t).inputs());
+      const int64_t of = 4 * MatrixTile::words(s, MatrixTile(s, t).inputs());
       bytes = of > bytes ? of : bytes;
     }
     p.matrix_images = kMostMatrixImages;
@@ -458,9 +471,15 @@ inline int64_t shrink(const Sizes& s, int64_t limit, const Bytes& bytes, Cover* 
 }
 
 // Cuts tiles into the pieces of the weight gradient on tensor cores, pairs of rows of spans, one or two at a time in
-// shared memory: of those that fit the fastest in so many slices. Leaves the least bytes where none fit.
+// shared memory: of those that fit the fastest in so many slices. Where none fit, the smallest, one at a time.
 inline void choose_matrix_pieces(const Sizes& s, int slices, LargePlan* maps) {
   LargePlan& m = *maps;
+  auto take = [&](const Cover& pieces, int buffers) {
+    m.matrix_pieces = pieces;
+    m.matrix_buffers = buffers;
+    m.shared_matrix_weights = LargeMatrixTiles::bytes(s, pieces, buffers);
+  };
+  take(Cover::of(s, 2, kSpan), 1);
   int64_t fewest = 0;
   for (const int buffers : {1, 2}) {
     for (int columns = m.tiles.columns; columns > 0; columns -= kSpan) {
@@ -468,16 +487,12 @@ inline void choose_matrix_pieces(const Sizes& s, int slices, LargePlan* maps) {
         // Smaller pieces that are as many: not these.
         if (rows > 2 && ceil_div(m.tiles.rows, rows) == ceil_div(m.tiles.rows, rows - 2)) continue;
         const Cover pieces = Cover::of(s, rows, columns);
-        const int64_t bytes = LargeMatrixTiles::bytes(s, pieces, buffers);
-        if (!fewest) m.shared_matrix_weights = bytes;
-        if (bytes > kLargeShared) continue;
+        if (LargeMatrixTiles::bytes(s, pieces, buffers) > kLargeShared) continue;
         const int64_t of_slice = (s.batch * pieces.count() + slices - 1) / slices;
         const int64_t cycles = LargeMatrixTiles::cycles(s, pieces, of_slice > 1 ? of_slice : 1, buffers);
         if (fewest && cycles >= fewest) continue;
         fewest = cycles;
-        m.matrix_pieces = pieces;
-        m.matrix_buffers = buffers;
-        m.shared_matrix_weights = bytes;
+        take(pieces, buffers);
       }
     }
   }

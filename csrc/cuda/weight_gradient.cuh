@@ -33,7 +33,8 @@ struct TileItem {
     ky = TileShape::compiled(b.k) ? row * kTileRows : row / b.k;
     kx = TileShape::compiled(b.k) ? 0 : row % b.k;
   }
-  // Those of a whole branch, in the order (row, input channel, output channel).
+  // Those of a whole branch, in the order (row, input channel, output channel); a plan with so small branches has fewer
+  // than 2^20.
   MFEF_DEVICE TileItem(const Branch& b, int e) : owns(true) {
     const Quotient by_outputs(b.out), by_inputs(b.in_per_group()), by_group(b.out_per_group());
     const int pair = by_outputs(e), row = by_inputs(pair);
@@ -222,7 +223,12 @@ struct WeightGradientOf {
       const Map grad = given ? a.grad_result : Map{a.grads.dy, {s.out * pixels, pixels, s.width, 1}};
       if constexpr (kMatrices) {
         if (which < a.matrix_tiles) {
-          run_matrix_tile(a, block, which, slice, grad, given ? a.element : Element::kFloat);
+          const Element element = given ? a.element : Element::kFloat;
+          if (s.tf32) {
+            run_matrix_tile<true>(a, block, which, slice, grad, element);
+          } else {
+            run_matrix_tile<false>(a, block, which, slice, grad, element);
+          }
           continue;
         }
       }

@@ -20,6 +20,15 @@ def tf32(ieee, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
 
 
+@pytest.fixture
+def kind(request):
+    """The dtype of a kind, which is one or "tf32"; TF32 switched on for it."""
+    if request.param != "tf32":
+        return request.param
+    request.getfixturevalue("tf32")
+    return torch.float32
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Where the tensors are for which ``backend="cuda"`` runs."""

@@ -127,6 +127,8 @@ extern "C" __attribute__((visibility("default"))) bool mfef_cuda_host_multiply(c
   if (how == Reading::kTransposed && depth != 16) return false;
   if (of == "tf32" && depth == 8) {
     multiply_on_host<Tf32, 8>(a, b, c, how);
+  } else if (of == "tf32" && depth == 4) {
+    multiply_on_host<Tf32, 4>(a, b, c, how);
   } else if (of == "bfloat16" && depth == 16) {
     multiply_on_host<c10::BFloat16, 8>(a, b, c, how);
   } else if (of == "bfloat16" && depth == 8) {

@@ -100,6 +100,7 @@ SHAPES = [
     ((2, 8, 8, 7), {"kernel_sizes": (21, 3, 1, 11)}),
     ((3, 12, 9, 4), {"kernel_sizes": (9, 5, 13)}),
     ((2, 6, 40, 3), {"kernel_sizes": (3, 9)}),
+    ((2, 8, 21, 7), {"kernel_sizes": (9, 3)}),  # chains that end within a map
     ((1030, 4, 2, 3), {"kernel_sizes": (3, 5)}),
     ((5, 12, 1, 1), {"kernel_sizes": (3, 1)}),
 ]

@@ -270,15 +270,6 @@ def test_random_convolutions_on_tensor_cores(device, tf32, drawn, dtype, layouts
 KINDS = [*DTYPES[1:], "tf32"]  # on tensor cores
 
 
-@pytest.fixture
-def kind(request):
-    """The dtype of a kind; TF32 switched on for it."""
-    if request.param != "tf32":
-        return request.param
-    request.getfixturevalue("tf32")
-    return torch.float32
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
 @pytest.mark.parametrize("split", [True, False])
 def test_layouts_give_the_same_bits_on_tensor_cores(device, kind, split):
