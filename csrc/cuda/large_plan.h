@@ -250,15 +250,20 @@ struct PieceLayout {
 struct LargeMatrixTiles {
   static constexpr int kDests = 16, kSlot = 8, kTaps = 3, kWarpItems = 3, kMostSlots = 4;
   static constexpr int kItems = kWarpItems * kConvolutionThreads / 32;
+  static constexpr int kTaskWords = 20;  // in shared memory, before the pieces: this and the tile
 
-  int runs, per_slot;                 // items of a row of taps, and of a slot
+  // Groups of at most half as many destination channels have two rows of taps in an item: the second half of its rows
+  // are the pixels of one row above. So what is multiplied of a piece is a pair of rows longer, in TF32 a row.
+  bool paired;
+  int runs, per_slot;                 // items of a row (or two) of taps, and of a slot
   int blocks, slots;                  // of a group: kDests destination channels, slots
   int tile_slots, parts, part_items;  // slots of a tile, or tiles of a slot: one of them is 1; a tile's items of a slot
   int per_block, tiles;
 
   MFEF_HD explicit LargeMatrixTiles(const Branch& b)
-      : runs(ceil_div(b.k, kTaps)),
-        per_slot(b.k * runs),
+      : paired(2 * b.out_per_group() <= kDests && b.k > 1),
+        runs(ceil_div(b.k, kTaps)),
+        per_slot(ceil_div(b.k, tap_rows()) * runs),
         blocks(ceil_div(b.out_per_group(), kDests)),
         slots(ceil_div(b.in_per_group(), kSlot)),
         tile_slots(least(least(most(kItems / per_slot, 1), kMostSlots), slots)),
@@ -266,6 +271,11 @@ struct LargeMatrixTiles {
         part_items(ceil_div(per_slot, parts)),
         per_block(ceil_div(slots, tile_slots) * parts),
         tiles(b.groups * blocks * per_block) {}
+
+  MFEF_HD int tap_rows() const { return paired ? 2 : 1; }
+  // Rows beside a piece: that are multiplied below it, and zeros above and below.
+  MFEF_HD int more_rows(bool tf32) const { return paired ? (tf32 ? 1 : 2) : 0; }
+  MFEF_HD int zero_rows(bool tf32) const { return paired ? 1 + more_rows(tf32) : 0; }
 
   MFEF_HD static int count(const Sizes& s, int branch) {
     const Branch& b = s.branches[branch];
@@ -280,12 +290,13 @@ struct LargeMatrixTiles {
   MFEF_HD int x_step(bool tf32) const { return pixel_step(tf32, tile_slots * kSlot); }
   // dy may be in float32 also in 16 bits, whose words are two pixels: 20 suits them, and matrices.
   MFEF_HD static int dy_step(bool tf32) { return tf32 ? pixel_step(true, kDests) : MatrixPart::row_step(kDests); }
-  MFEF_HD static int64_t dy_words(bool tf32, const Cover& piece) {
-    return int64_t(piece.rows) * piece.columns * dy_step(tf32);
+  MFEF_HD int64_t dy_words(bool tf32, const Cover& piece) const {
+    return int64_t(piece.rows + zero_rows(tf32)) * piece.columns * dy_step(tf32);
   }
   // Of a piece, in all.
   MFEF_HD int64_t words(bool tf32, const Cover& piece, int k) const {
-    return dy_words(tf32, piece) + int64_t(piece.rows + k - 1) * (piece.columns + k - 1) * x_step(tf32);
+    const int rows = piece.rows + more_rows(tf32) + k - 1, columns = piece.columns + k - 1;
+    return dy_words(tf32, piece) + int64_t(rows) * columns * x_step(tf32);
   }
 
   static int64_t bytes(const Sizes& s, const Cover& piece, int buffers) {
@@ -294,7 +305,7 @@ struct LargeMatrixTiles {
       const int64_t of = count(s, b) ? LargeMatrixTiles(s.branches[b]).words(s.tf32, piece, s.branches[b].k) : 0;
       largest = of > largest ? of : largest;
     }
-    return 4 * buffers * largest;
+    return largest ? 4 * (kTaskWords + buffers * largest) : 0;
   }
 
   // What the tiles of a slice of `pieces` take, each a thread block that shares a multiprocessor with two others, in
@@ -308,8 +319,9 @@ struct LargeMatrixTiles {
       if (!count(s, b)) continue;
       const LargeMatrixTiles shape(s.branches[b]);
       const int k = s.branches[b].k, element = s.tf32 ? 4 : 2, pixels = piece.rows * piece.columns;
-      const int items = shape.tile_slots * shape.part_items, spans = pixels * element / 4 / kSpan;
-      const int halo = (piece.rows + k - 1) * (piece.columns + k - 1);
+      const int items = shape.tile_slots * shape.part_items, more = shape.more_rows(s.tf32);
+      const int spans = (piece.rows + more) * piece.columns * element / 4 / kSpan;
+      const int halo = (piece.rows + more + k - 1) * (piece.columns + k - 1);
       const int64_t bytes = 4 * kDests * int64_t(pixels) + element * kSlot * int64_t(halo) * shape.tile_slots;
       const int64_t load = bytes / kBytes + kWait;
       const int64_t multiply = spans * (1 + ceil_div(items, kItems / kWarpItems)) * kItem;

@@ -47,26 +47,28 @@ def test_long_sums_that_tensor_cores_cut(host, adding, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("shape", "buffers"), [((40, 8, 5, 17), 1), ((3, 32, 24, 40), 2)], ids=["one", "two"]
+    ("shape", "groups", "buffers"),
+    [((40, 8, 4, 24), 1, 1), ((3, 32, 24, 40), 1, 2), ((3, 64, 24, 40), 8, 2)],
+    ids=["one", "two", "two of pairs of taps"],
 )
-def test_pieces_in_turn(host, dtype, shape, buffers):
+def test_pieces_in_turn(host, dtype, shape, groups, buffers):
     """A slice of all pieces, loaded and multiplied in turn or at once: integers, whose sums are
     exact, from both layouts, one of which is copied in the background, in either order of
     threads."""
     torch.manual_seed(0)
     x, grad = torch.randint(-2, 3, (2, *shape)).to(dtype)
-    weight, groups = torch.zeros(shape[1], shape[1], 3, 3, dtype=dtype), [1]
+    weight = torch.zeros(shape[1], shape[1] // groups, 3, 3, dtype=dtype)
     leaf = weight.double().requires_grad_()
-    out = reference.multi_scale_conv2d(x.double(), [leaf], groups)
+    out = reference.multi_scale_conv2d(x.double(), [leaf], [groups])
     wanted = torch.autograd.grad(out, leaf, grad.double())[0].to(dtype)
-    described = describe_multi_scale_conv2d(x, [weight], groups, True, None)
+    described = describe_multi_scale_conv2d(x, [weight], [groups], True, None)
     plan = _C.cuda_plan(**described.sizes(), tf32=True, shared_limit=H200)
     assert plan["weight_gradient_buffers"] == buffers
     for layout, backwards in itertools.product(LAYOUTS, (False, True)):
         host.set(backwards=backwards, one_slice=True)
         maps = (t.contiguous(memory_format=layout) for t in (grad, x))
         _, (got,), _ = torch.ops.mfef_cuda_host.multi_scale_conv2d_backward(
-            *maps, [weight], groups, True, None, False, True, True
+            *maps, [weight], [groups], True, None, False, True, True
         )
         assert torch.equal(got, wanted)
 
