@@ -100,7 +100,7 @@ MFEF_DEVICE void load_pixels_from(const Map& map, const Sizes& s, const Region& 
     const int outer = by_inner(e), inner = e - outer * (last ? vectors : pixels);
     const int vector = last ? inner : outer, pixel = last ? outer : inner;
     const int row = by_columns(pixel), column = pixel - row * columns;
-    const int group = groups == 1 ? 0 : by_group(vector), first = (vector - group * of_group) * kVector;
+    const int group = by_group(vector), first = (vector - group * of_group) * kVector;
     const int channel = region.channel + group * group_channels + first;
     const int h = region.at.row + row, w = region.at.column + column;
     uint32_t* to = stage.to + (row * stage.columns + column) * stage.step + group * stage.group + first / kPer;
