@@ -109,8 +109,9 @@ def predict(case: suites.Case, tf32: bool = False) -> Prediction:
             passes = FORWARD_PASSES + BACKWARD_PASSES * both
             moved = (passes * element + 4 * BACKWARD_FLOAT_PASSES * both) * x.numel()
         else:
-            # The gradient of y goes to the weight gradient in float32.
-            moved = work.bytes_floor + 2 * 4 * x.numel() * both
+            # What the backward's launches leave for one another: sums of the weights' gradients,
+            # and the gradient of y in float32 where those are a launch of their own.
+            moved = work.bytes_floor + 2 * int(str(plan["backward_scratch_bytes"])) * both
         memory[direction] = moved / COPY * 1e6
     taps = sum(w.shape[0] * w.shape[1] * min(w.shape[2], 2 * case.side - 1) ** 2
                for w in block.conv.weights)  # fmt: skip

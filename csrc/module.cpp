@@ -152,8 +152,9 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
       plan[(direction + "shared_bytes").c_str()] = backward ? p.shared_backward : p.shared;
     }
   }
-  plan["weight_gradient_tensor_core_branches"] = branches_where(
-      [&](int b) { return p.large ? LargeMatrixTiles::count(s, b) > 0 : by_matrices(s, s.branches[b]); });
+  plan["weight_gradient_tensor_core_branches"] = branches_where([&](int b) {
+    return (p.large ? LargeMatrixTiles::count(s, b) : MatrixTile::count(s, b)) > 0 && !p.weights_in_backward;
+  });
   if (p.large) {
     plan["tiles"] = p.maps.tiles.count();
     plan["tile"] = std::make_tuple(p.maps.tiles.rows, p.maps.tiles.columns);
@@ -167,6 +168,7 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
     plan["threads"] = p.threads;
     plan["row"] = p.row;
   }
+  plan["weights_in_backward"] = p.weights_in_backward;
   plan["weight_gradient_tiles"] = p.tiles + p.maps.matrix_tiles;
   plan["weight_gradient_slices"] = p.slices;
   plan["weight_gradient_shared_bytes"] =

@@ -148,6 +148,9 @@ _CUDA_TENSOR_CORES_TEXT = (
     "branches on tensor cores: {forward_tensor_core_branches}, backward "
     "{backward_tensor_core_branches}, weights' gradient {weight_gradient_tensor_core_branches}"
 )
+_CUDA_IN_BACKWARD_TEXT = (
+    "gradient of the weights in the backward's launch, {weight_gradient_slices} sum(s) to add up"
+)
 _CUDA_GRADIENT_TEXT = (
     "gradient of the weights in {weight_gradient_tiles} tile(s) by {weight_gradient_slices} "
     "slice(s) of the batch"
@@ -157,9 +160,12 @@ _CUDA_GRADIENT_TEXT = (
 def _explain_cuda(plan: dict[str, object]) -> list[str]:
     small = plan["plan"] == "small-map"
     texts = [_CUDA_TEXT[str(plan["plan"])]]
-    if plan["weight_gradient_tiles"]:
-        texts += [_CUDA_STAGES_TEXT] * small + [_CUDA_GRADIENT_TEXT]
-    if plan["weight_gradient_tensor_core_branches"]:  # whatever else is on them, these are
+    in_backward = plan["weights_in_backward"]
+    if in_backward or plan["weight_gradient_tiles"]:
+        texts += [_CUDA_STAGES_TEXT] * small
+        texts.append(_CUDA_IN_BACKWARD_TEXT if in_backward else _CUDA_GRADIENT_TEXT)
+    directions = ("forward", "backward", "weight_gradient")
+    if any(plan[f"{name}_tensor_core_branches"] for name in directions):
         texts.append(_CUDA_TENSOR_CORES_TEXT)
     lines = [f"    {text.format(**plan)}" for text in texts]
     for direction in ("forward", "backward"):

@@ -1,16 +1,20 @@
-// Backward of the block on maps that fit on the chip, less the gradients of the parameters: from the gradient of the
-// result to those of y and x in one launch, a thread block for the same images as in the forward. For the gradients of
-// the parameters it leaves what weight_gradient.cuh and sums.cuh need.
+// Backward of the block on maps that fit on the chip: from the gradient of the result to those of y and x in one
+// launch, a thread block for the same images as in the forward. For the gradients of the parameters it leaves what
+// weight_gradient.cuh and sums.cuh need; where the plan has `weights_in_backward`, not the gradient of y but the sums
+// of its images for the weights.
 //
 // Phases: y and the gradient to shared memory; the MLP and the channel gate again; per pixel the gradient of the
 // spatial gate and the pooled maps again (they are not saved), in runs of channels; the spatial convolution backward;
-// through z = y * gate, row by row; the MLP backward; the gradient of y, in place of that of the result; then the
-// data gradient of the convolution, stage by stage, into the place of y.
-// Memory: reads the gradient and y once, writes the gradient of x and, for the weight gradient, that of y in float32.
+// through z = y * gate, row by row; the MLP backward; the gradient of y, in place of that of the result; x into the
+// place of y, and the gradients of the weights, written as they are done; then the data gradient of the convolution,
+// stage by stage, into the same place.
+// Memory: reads the gradient and y once, writes the gradient of x and, for the weight gradient, that of y in float32;
+// or reads x, while the first weights are under way, and writes a sum for each weight.
 #pragma once
 
 #include "attention.cuh"
 #include "conv_matrices.cuh"
+#include "weight_gradient.cuh"
 
 namespace mfef::cuda {
 
@@ -223,14 +227,29 @@ struct BackwardOf {
                           [&](int place, int, int) { return grad[place]; });
         });
       }
-      if (!a.grad_x.data) continue;
-      if (!s.branch_count) result = grad;
-      for (int stage = 0; s.branch_count && stage < a.stages.total(s); ++stage) {
-        block.phase(
-            [&](int thread) { load_weights<kRow, kMatrices>(a, true, stage, m + at.weights, thread, block.threads); });
+      const bool weights = a.weights_in_backward && a.grads.weights;
+      const int stages = s.branch_count && a.grad_x.data ? a.stages.total(s) : 0;
+      for (int stage = 0; stage < most(stages, weights); ++stage) {
+        block.phase([&](int thread) {
+          if (weights && stage == 0) {
+            load_map<kRow>(a.x, a.element, s, images.first, images.count, 0, s.in, a.step, result, thread,
+                           block.threads);
+          }
+          if (stages) load_weights<kRow, kMatrices>(a, true, stage, m + at.weights, thread, block.threads);
+        });
+        if (weights && stage == 0) {
+          block.phase([&](int thread) {
+            if constexpr (kRow <= kWidestWithWeights) {
+              sum_weight_gradients<kRow>(a, result, grad, images.count, b, thread, block.threads);
+            }
+          });
+        }
+        if (!stages) break;
         if (kMatrices && stage == 0) prepare_sources(a, block, at, true);
         convolve_stage<kRow, kMatrices>(a, block, at, true, stage);
       }
+      if (!a.grad_x.data) continue;
+      if (!s.branch_count) result = grad;
       block.phase([&](int thread) {
         store_map<kRow>(a.grad_x, a.element, s, images.first, images.count, s.branch_count ? s.in : s.out, a.step,
                         thread, block.threads, [&](int place, int, int) { return result[place]; });

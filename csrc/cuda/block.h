@@ -99,41 +99,56 @@ struct Way {
   }
 };
 
-// Whether tensor cores compute a branch of a map on the chip (conv_matrices.cuh): 16-bit elements, groups that fill at
-// least a matrix, and maps whose rows and columns are those of the matrices. Narrower groups would be mostly zeros.
+// Whether tensor cores compute a branch of a map on the chip (conv_matrices.cuh): 16-bit elements or TF32, groups that
+// fill at least a matrix, and maps whose rows and columns are those of the matrices. Narrower groups would be mostly
+// zeros.
 MFEF_HD bool by_matrices(const Sizes& s, const Branch& b) {
-  return s.element != Element::kFloat && s.width > kSide / 2 && s.width <= kSide && s.height <= kSide &&
+  return (s.element != Element::kFloat || s.tf32) && s.width > kSide / 2 && s.width <= kSide && s.height <= kSide &&
          (b.k == 3 || b.k == 5 || b.k == 7 || b.k == 9) && b.in_per_group() >= kSide && b.out_per_group() >= kSide;
 }
 
-// A direction of such a branch. Groups are filled up to whole matrices; channels are in 16-bit elements, of which a
-// word has two.
+// A direction of such a branch. Groups are filled up to whole matrices. A word has two 16-bit source channels, or one
+// in TF32; four words are a chunk.
 struct MatrixWay {
-  int groups, k, source_per_group, dest_per_group;
+  bool tf32;
+  int groups, k, source_first, source_per_group, dest_per_group;
   int sources, dests;  // of a group, filled up
 
   MFEF_HD static int filled(int n) { return ceil_div(n, kSide) * kSide; }
-  MFEF_HD MatrixWay(const Branch& b, bool backward)
-      : groups(b.groups),
+  MFEF_HD MatrixWay(const Sizes& s, const Branch& b, bool backward)
+      : tf32(s.tf32),
+        groups(b.groups),
         k(b.k),
+        source_first(backward ? b.out_first : b.in_first),
         source_per_group(backward ? b.out_per_group() : b.in_per_group()),
         dest_per_group(backward ? b.in_per_group() : b.out_per_group()),
         sources(filled(source_per_group)),
         dests(filled(dest_per_group)) {}
 
-  // What a stage is cut by: the taps above one another of 8 source channels, in the order (channels, kx).
-  MFEF_HD int columns() const { return sources / 8 * k; }
+  // What a stage is cut by: the taps above one another of a chunk, in the order (chunk, kx).
+  MFEF_HD int columns() const { return sources / (tf32 ? 4 : 8) * k; }
+  // A stage has whole chains of columns. In TF32 a register accumulates one before its sum is added to the map's; of
+  // 16-bit elements, which the result is rounded to, all of a stage.
+  MFEF_HD int chain() const { return tf32 ? kChain / (4 * k) : 1; }
+  // The source channel of a word, or the first. In TF32 a chunk is every second one of 8: as the map has them in shared
+  // memory, 8 pixels of 4 such channels are all banks.
+  MFEF_HD static int source(bool tf32, int word) {
+    return tf32 ? word / 8 * 8 + word % 4 * 2 + word / 4 % 2 : 2 * word;
+  }
   MFEF_HD int tiles() const { return groups * (dests / 8); }  // of 8 destination channels
-  // Words from tap to tap of the weights in shared memory, [column][ky][dest][source]; odd, since they are written
-  // along the taps. What tensor cores read of a tap are 32 neighbours.
-  MFEF_HD int tap_step() const { return tiles() * 32 + 1; }
+  // Words from tap to tap and from column to column of the weights in shared memory, [column][ky][dest][source]. What
+  // tensor cores read of a tap are 32 neighbours; neighbours that write are at neighbouring taps, or sources of one,
+  // and by these steps fewest of them write to the same bank.
+  MFEF_HD int tap_step() const { return tiles() * 32 + (k == 3 ? 3 : 1); }
+  MFEF_HD int column_step() const { return k * tap_step() + (k >= 7 ? 16 : 0); }
 
-  // Channels of the sources' copy that the branches before `branch` have; all of them: `branch_count`.
+  // Channels of the sources' copy that the branches before `branch` have; all of them: `branch_count`. TF32 has none:
+  // the map itself is rounded.
   MFEF_HD static int first(const Sizes& s, bool backward, int branch) {
     int channels = 0;
     for (int b = 0; b < branch; ++b) {
-      const MatrixWay way(s.branches[b], backward);
-      if (by_matrices(s, s.branches[b])) channels += way.groups * way.sources;
+      const MatrixWay way(s, s.branches[b], backward);
+      if (by_matrices(s, s.branches[b]) && !s.tf32) channels += way.groups * way.sources;
     }
     return channels;
   }

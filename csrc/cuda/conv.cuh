@@ -216,7 +216,7 @@ MFEF_DEVICE void for_each_branch(const BlockArgs& a, bool backward, int stage, F
     f(b, first, end, weights, start);
     weights += stage_floats(s, backward, b, end - first);
     const Branch& of = s.branches[b];
-    const int warps = by_matrices(s, of) ? MatrixWay(of, backward).tiles() * a.images
+    const int warps = by_matrices(s, of) ? MatrixWay(s, of, backward).tiles() * a.images
                                          : ceil_div(Items<kRow>(a, Way(of, backward)).count, kWarp);
     start = (start + warps * kWarp) % threads;
   }

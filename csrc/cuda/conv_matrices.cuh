@@ -12,6 +12,9 @@
 //
 // Sums are of float32, in the order of the columns of taps, and go on from the map where a stage does: the number of
 // stages changes no bit.
+//
+// In TF32 a word is one channel and K 4 source channels x two taps. There is no copy: the map itself is rounded, its
+// words are the operands. Sums are cut into chains, as in conv.cuh.
 #pragma once
 
 #include "conv.cuh"
@@ -28,12 +31,21 @@ struct MatrixTask {
   int height, pixel_step, step;
 };
 
-// f(T()) with the 16-bit type of the elements.
-template <class F>
-MFEF_DEVICE void with_half(Element element, const F& f) {
-  with_element(element, [&](auto zero) {
-    if constexpr (sizeof(zero) == 2) f(zero);
-  });
+// The channels that tensor cores read become what they read of them, in place. Where branches read the same channels,
+// those that go the direct way have them rounded too.
+MFEF_DEVICE void round_sources(const BlockArgs& a, bool backward, float* source, int thread, int threads) {
+  const Sizes& s = a.sizes;
+  const int places = a.images * s.height * kSide;
+  const Quotient by_places(places);
+  for (int b = 0; b < s.branch_count; ++b) {
+    if (!by_matrices(s, s.branches[b])) continue;
+    const MatrixWay way(s, s.branches[b], backward);
+    for (int e = thread; e < way.groups * way.source_per_group * places; e += threads) {
+      const int channel = by_places(e), at = (way.source_first + channel) * a.step + e - channel * places;
+      reinterpret_cast<uint32_t*>(source)[at] = tf32_word(source[at]);
+    }
+    if (!backward && !s.split) return;
+  }
 }
 
 // The work of one thread in making the copy of the sources.
@@ -43,25 +55,27 @@ MFEF_DEVICE void copy_sources(const BlockArgs& a, bool backward, const float* so
   const int pixel_step = MatrixWay::pixel_step(s, backward);
   for (int b = 0; b < s.branch_count; ++b) {
     if (!by_matrices(s, s.branches[b])) continue;
-    const MatrixWay way(s.branches[b], backward);
+    const MatrixWay way(s, s.branches[b], backward);
     const int per_group = way.sources / 8, chunks = way.groups * per_group;
-    const float* from = source + (backward ? s.branches[b].out_first : s.branches[b].in_first) * a.step;
+    const float* from = source + way.source_first * a.step;
     uint32_t* to = copy + MatrixWay::first(s, backward, b) / 2;
     const Quotient by_chunks(chunks), by_group(per_group);
-    with_half(a.element, [&](auto zero) {
+    with_operand(a.element, [&](auto zero) {
       using T = decltype(zero);
-      for (int e = thread; e < a.images * s.height * chunks * kWarp; e += threads) {
-        const int lane = e % kWarp, row = by_chunks(e / kWarp), chunk = e / kWarp - row * chunks;
-        const int group = by_group(chunk), channel = (chunk - group * per_group) * 8 + lane % 4 * 2;
-        const int pixel = row * kSide + lane / 4;
-        float value[2];
-        MFEF_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          // Zeros fill up a group, as among the weights: nothing times zero is not always zero.
-          const bool there = channel + i < way.source_per_group;
-          value[i] = there ? from[(group * way.source_per_group + channel + i) * a.step + pixel] : 0.0f;
+      if constexpr (kPerWord<T> == 2) {
+        for (int e = thread; e < a.images * s.height * chunks * kWarp; e += threads) {
+          const int lane = e % kWarp, row = by_chunks(e / kWarp), chunk = e / kWarp - row * chunks;
+          const int group = by_group(chunk), channel = (chunk - group * per_group) * 8 + lane % 4 * 2;
+          const int pixel = row * kSide + lane / 4;
+          float value[2];
+          MFEF_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            // Zeros fill up a group, as among the weights: nothing times zero is not always zero.
+            const bool there = channel + i < way.source_per_group;
+            value[i] = there ? from[(group * way.source_per_group + channel + i) * a.step + pixel] : 0.0f;
+          }
+          to[pixel * pixel_step + chunk * 4 + lane % 4] = word_of<T>(value);
         }
-        to[pixel * pixel_step + chunk * 4 + lane % 4] = word_of<T>(value);
       }
     });
   }
@@ -73,14 +87,16 @@ template <class T, int K>
 MFEF_DEVICE void multiply_columns(const Warp& warp, const MatrixTask& task, const uint32_t* source,
                                   const uint32_t* weights, float* dest, int channels) {
   constexpr int kHalf = K / 2, kTiles = kSide / 2;
-  const int tap_step = task.way.tap_step(), row_step = kSide * task.pixel_step;
+  constexpr bool kInPlace = kPerWord<T> == 1;
+  const int tap_step = task.way.tap_step(), column_step = task.way.column_step();
+  const int row_step = kInPlace ? kSide : kSide * task.pixel_step;
   Warp::Registers<Fragment<kSide>> rows;
   Warp::Registers<FragmentB<8>> taps;
-  Warp::Registers<Accumulator> sums[kTiles];
+  Warp::Registers<Accumulator> sums[kTiles], totals[kTiles];  // the latter in TF32 only
   auto taps_of = [&](int thread) -> const FragmentB<8>& { return taps[thread]; };
   auto row = [&](int thread, int r) { return r >= 0 && r < kSide ? rows[thread].word[r] : 0u; };
   // f(value of a sum, its place) for all of a lane that are in the map.
-  auto for_each_sum = [&](int thread, const auto& f) {
+  auto for_each_sum = [&](Warp::Registers<Accumulator>* of, int thread, const auto& f) {
     const int lane = thread % kWarp;
     MFEF_UNROLL
     for (int m = 0; m < kTiles; ++m) {
@@ -89,27 +105,29 @@ MFEF_DEVICE void multiply_columns(const Warp& warp, const MatrixTask& task, cons
         const Place at = place_in_c(lane, i);
         const int h = 2 * m + at.row / kSide;
         if (h < task.height && at.column < channels) {
-          f(sums[m][thread].value[i], dest[at.column * task.step + h * kSide + at.row % kSide]);
+          f(of[m][thread].value[i], dest[at.column * task.step + h * kSide + at.row % kSide]);
         }
       }
     }
   };
+  auto* results = kInPlace ? totals : sums;
   warp.lanes([&](int thread) {
     MFEF_UNROLL
-    for (int m = 0; m < kTiles; ++m) sums[m][thread] = {};
-    if (!task.fresh) for_each_sum(thread, [](float& sum, const float& at) { sum = at; });
+    for (int m = 0; m < kTiles; ++m) sums[m][thread] = totals[m][thread] = {};
+    if (!task.fresh) for_each_sum(results, thread, [](float& sum, const float& at) { sum = at; });
   });
+  int until = least(task.first + kChain / (4 * K), task.end);  // of the chain
   MFEF_ROLLED
   for (int column = task.first; column < task.end; ++column) {
     const int chunk = column / K, kx = column - chunk * K;
-    const uint32_t* of = weights + (column - task.first) * K * tap_step;
+    const uint32_t* of = weights + (column - task.first) * column_step;
     warp.lanes([&](int thread) {
-      const int lane = thread % kWarp, x = lane / 4 + kx - kHalf;
-      const uint32_t* from = source + x * task.pixel_step + chunk * 4 + lane % 4;
+      const int lane = thread % kWarp, x = lane / 4 + kx - kHalf, word = chunk * 4 + lane % 4;
+      const int channel = MatrixWay::source(kInPlace, word);
+      const uint32_t* from = source + (kInPlace ? channel * task.step + x : x * task.pixel_step + word);
+      const bool there = x >= 0 && x < kSide && (!kInPlace || channel < task.way.source_per_group);
       MFEF_UNROLL
-      for (int r = 0; r < kSide; ++r) {
-        rows[thread].word[r] = x >= 0 && x < kSide && r < task.height ? from[r * row_step] : 0u;
-      }
+      for (int r = 0; r < kSide; ++r) rows[thread].word[r] = there && r < task.height ? from[r * row_step] : 0u;
     });
     MFEF_UNROLL
     for (int ky = 0; ky < K; ky += 2) {
@@ -135,8 +153,18 @@ MFEF_DEVICE void multiply_columns(const Warp& warp, const MatrixTask& task, cons
         }
       }
     }
+    if (kInPlace && column + 1 == until) {
+      until = least(until + kChain / (4 * K), task.end);
+      warp.lanes([&](int thread) {
+        MFEF_UNROLL
+        for (int m = 0; m < kTiles; ++m) {
+          totals[m][thread].add(sums[m][thread]);
+          sums[m][thread] = {};
+        }
+      });
+    }
   }
-  warp.lanes([&](int thread) { for_each_sum(thread, [](const float& sum, float& at) { at = sum; }); });
+  warp.lanes([&](int thread) { for_each_sum(results, thread, [](const float& sum, float& at) { at = sum; }); });
 }
 
 template <int K>
@@ -146,9 +174,10 @@ MFEF_DEVICE void convolve_item(const BlockArgs& a, const Warp& warp, const Matri
   const int tiles = way.tiles(), per_group = way.dests / 8;
   const int image = item / tiles, tile = item - image * tiles, group = tile / per_group;
   const int first = (tile - group * per_group) * 8, row = image * task.height;
-  source += row * kSide * task.pixel_step + group * (way.sources / 2);
+  source += way.tf32 ? (way.source_first + group * way.source_per_group) * task.step + row * kSide
+                     : row * kSide * task.pixel_step + group * (way.sources / 2);
   dest += (group * way.dest_per_group + first) * task.step + row * kSide;
-  with_half(a.element, [&](auto zero) {
+  with_operand(a.element, [&](auto zero) {
     multiply_columns<decltype(zero), K>(warp, task, source, task.weights + tile * 32, dest,
                                         least(way.dest_per_group - first, 8));
   });
@@ -156,12 +185,12 @@ MFEF_DEVICE void convolve_item(const BlockArgs& a, const Warp& warp, const Matri
 
 // The work of one warp in a stage.
 MFEF_DEVICE void convolve_by_matrices(const BlockArgs& a, const Warp& warp, bool backward, int stage,
-                                      const float* weights, const uint32_t* copy, float* dest, int warps) {
+                                      const float* weights, const uint32_t* source, float* dest, int warps) {
   const Sizes& s = a.sizes;
   for_each_branch<kSide>(a, backward, stage, weights, warps * kWarp,
                          [&](int b, int first, int end, const float* of_branch, int start) {
                            if (!by_matrices(s, s.branches[b])) return;
-                           const MatrixTask task{MatrixWay(s.branches[b], backward),
+                           const MatrixTask task{MatrixWay(s, s.branches[b], backward),
                                                  first,
                                                  end,
                                                  reinterpret_cast<const uint32_t*>(of_branch),
@@ -169,7 +198,7 @@ MFEF_DEVICE void convolve_by_matrices(const BlockArgs& a, const Warp& warp, bool
                                                  s.height,
                                                  MatrixWay::pixel_step(s, backward),
                                                  a.step};
-                           const uint32_t* from = copy + MatrixWay::first(s, backward, b) / 2;
+                           const uint32_t* from = source + MatrixWay::first(s, backward, b) / 2;
                            float* to = dest + Way(s.branches[b], backward).dest_first * a.step;
                            const int before = warp.index - start / kWarp, items = task.way.tiles() * a.images;
                            for (int item = before < 0 ? before + warps : before; item < items; item += warps) {
@@ -191,45 +220,78 @@ MFEF_DEVICE void convolve_by_matrices(const BlockArgs& a, const Warp& warp, bool
                          });
 }
 
-// The weights of one branch in a stage to shared memory: a thread has a tap of one input channel, so that neighbours
-// read neighbours in memory, of every kLoadParts-th output channel.
-MFEF_DEVICE void load_columns(const Branch& b, const Parameter& weights, bool backward, int first, int end,
-                              uint32_t* to, int thread, int threads) {
-  constexpr int kLoadParts = 8;
-  const MatrixWay way(b, backward);
-  const int k = b.k, taps = k * k, inputs = b.in_per_group(), outputs = b.out_per_group();
-  const int tap_step = 2 * way.tap_step(), skip = (b.full_k - k) / 2, positions = inputs * taps;
+// The weights of one branch in a stage to shared memory. A thread has a tap of a word of sources, backward of a
+// destination channel: neighbours read neighbours in memory, taps or, channels_last, channels. It goes through the
+// destination channels, backward through the words of sources, kAtOnce of them under way. E: uint16_t,
+// whatever 16-bit type that is, or float.
+template <class E>
+MFEF_DEVICE void load_columns(const Sizes& s, const Branch& b, const Parameter& weights, bool backward, int first,
+                              int end, uint32_t* to, int thread, int threads) {
+  constexpr int kParts = 4, kAtOnce = 4;
+  const MatrixWay way(s, b, backward);
+  const int k = way.k, tap_step = way.tap_step(), column_step = way.column_step(), skip = (b.full_k - k) / 2;
   const int64_t so = weights.stride[0], si = weights.stride[1], sy = weights.stride[2], sx = weights.stride[3];
-  const Quotient by_positions(positions), by_taps(taps), by_k(k);
-  auto* words = reinterpret_cast<uint16_t*>(to);
-  const auto* data = static_cast<const uint16_t*>(weights.data) + skip * (sy + sx);
-  // Stores the weight of a source and a destination channel of a group, both filled up, if it is of this stage.
-  auto store = [&](int source, int ky, int kx, int dest, const uint16_t& weight) {
-    const int column = source / 8 * k + kx;
-    if (column < first || column >= end) return;
-    words[((column - first) * k + ky) * tap_step + dest * 8 + source % 8] = weight;
-  };
-  for (int e = thread; e < positions * kLoadParts; e += threads) {
-    const int part = by_positions(e), position = e - part * positions, in = by_taps(position);
-    const int tap = position - in * taps, ky = by_k(tap), kx = tap - ky * k;
-    const uint16_t* from = data + in * si + ky * sy + kx * sx;
-    for (int group = 0; group < way.groups; ++group) {
-      const int dest = group * way.dests;
-      for (int out = part; out < outputs; out += kLoadParts) {
-        const uint16_t& weight = from[(group * outputs + out) * so];
-        if (backward) {
-          store(out, k - 1 - ky, k - 1 - kx, dest + in, weight);
-        } else {
-          store(in, ky, kx, dest + out, weight);
+  const int64_t source_step = backward ? so : si, dest_step = backward ? si : so;
+  const auto* data = static_cast<const E*>(weights.data) + skip * (sy + sx);
+  // Of a group the chunks of sources that have columns in the stage, the first and the last maybe some columns only.
+  const int first_chunk = first / k, last_chunk = (end - 1) / k, first_kx = first - first_chunk * k;
+  const int end_kx = end - last_chunk * k, first_word = first_chunk * 4, words = (last_chunk + 1) * 4 - first_word;
+  const bool one = first_chunk == last_chunk;
+  const int left = one ? first_kx : 0, width = one ? end - first : k, taps = k * width;
+  const int across = backward ? way.dest_per_group : words, positions = across * taps;
+  const int group_parts = least(way.groups, kParts), along_parts = kParts / group_parts;
+  const int64_t group_step = group_parts * (backward ? way.source_per_group : way.dest_per_group) * so;
+  const int64_t along_step = along_parts * (backward ? 2 * source_step : dest_step);
+  const bool channels_last = si == 1;
+  const Quotient by_positions(positions), by_group_parts(group_parts), by_width(width);
+  const Quotient by_inner(channels_last ? across : taps);
+  for (int e = thread; e < positions * group_parts * along_parts; e += threads) {
+    const int part = by_positions(e), position = e - part * positions, outer = by_inner(position);
+    const int inner = position - outer * by_inner.divisor;
+    const int own = channels_last ? inner : outer, tap = channels_last ? outer : inner;
+    const int ky = by_width(tap), kx = left + tap - ky * width;
+    const int begin = kx < first_kx ? 4 : 0, until = kx < end_kx ? words : words - 4;
+    const int along = backward ? until : own >= begin && own < until ? way.dest_per_group : 0;
+    const int along_part = by_group_parts(part), group_part = part - along_part * group_parts;
+    const E* of_group = data + (backward ? (k - 1 - ky) * sy + (k - 1 - kx) * sx : ky * sy + kx * sx) +
+                        group_part * (group_step / group_parts);
+    uint32_t* of_row = to + (kx - first_kx) * column_step + ky * tap_step + group_part * way.dests * 4;
+    const int start = along_part + (backward ? begin : 0);
+    for (int group = group_part; group < way.groups; group += group_parts) {
+      // Sources of words one after the other are so too but in TF32.
+      auto address = [&](int other) {
+        const int source = MatrixWay::source(kPerWord<E> == 1, first_word + (backward ? other : own));
+        return of_group + source * source_step + (backward ? own : other) * dest_step;
+      };
+      const E* next = address(start);
+      for (int at = start; at < along; at += kAtOnce * along_parts) {
+        E value[kAtOnce][kPerWord<E>];
+        MFEF_UNROLL
+        for (int i = 0; i < kAtOnce; ++i, next += along_step) {
+          const int other = at + i * along_parts;
+          const int source = MatrixWay::source(kPerWord<E> == 1, first_word + (backward ? other : own));
+          const E* from = kPerWord<E> == 1 && backward ? address(other) : next;
+          // Zeros fill up groups.
+          MFEF_UNROLL
+          for (int j = 0; j < kPerWord<E>; ++j) {
+            value[i][j] = other < along && source + j < way.source_per_group ? from[j * source_step] : E(0);
+          }
+        }
+        MFEF_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int other = at + i * along_parts, word = backward ? other : own, dest = backward ? own : other;
+          if (other >= along) continue;
+          uint32_t& to_word = of_row[word / 4 * (k * column_step) + dest * 4 + word % 4];
+          if constexpr (kPerWord<E> == 2) {
+            to_word = uint32_t(value[i][0]) | uint32_t(value[i][1]) << 16;
+          } else {
+            to_word = tf32_word(value[i][0]);
+          }
         }
       }
+      of_group += group_step;
+      of_row += group_parts * way.dests * 4;
     }
-  }
-  // What fills up the sources.
-  const int fill = way.sources - way.source_per_group, dests = way.groups * way.dests;
-  for (int e = thread; e < fill * taps * dests; e += threads) {
-    const int source = e / (taps * dests), rest = e - source * (taps * dests), tap = rest / dests;
-    store(way.source_per_group + source, tap / k, tap % k, rest - tap * dests, 0);
   }
 }
 
@@ -242,7 +304,8 @@ MFEF_DEVICE void load_weights(const BlockArgs& a, bool backward, int stage, floa
     if constexpr (kMatrices) {
       if (by_matrices(s, b)) {
         auto* words = reinterpret_cast<uint32_t*>(at);
-        return load_columns(b, a.conv_weights[i], backward, first, end, words, thread, threads);
+        if (s.tf32) return load_columns<float>(s, b, a.conv_weights[i], backward, first, end, words, thread, threads);
+        return load_columns<uint16_t>(s, b, a.conv_weights[i], backward, first, end, words, thread, threads);
       }
     }
     load_branch_weights(Way(b, backward), b.full_k, a.conv_weights[i], 0, 0, a.element, backward, first, end, at,
@@ -259,8 +322,9 @@ MFEF_DEVICE void convolve_stage(const BlockArgs& a, const Block& block, const La
   };
   if constexpr (kMatrices) {
     block.warps([&](const Warp& warp) {
-      convolve_by_matrices(a, warp, backward, stage, weights, reinterpret_cast<const uint32_t*>(m + at.copy),
-                           m + at.dest, block.threads / kWarp);
+      const float* source = m + (a.sizes.tf32 ? at.source : at.copy);
+      convolve_by_matrices(a, warp, backward, stage, weights, reinterpret_cast<const uint32_t*>(source), m + at.dest,
+                           block.threads / kWarp);
       warp.lanes(direct);
     });
   } else {
@@ -271,6 +335,7 @@ MFEF_DEVICE void convolve_stage(const BlockArgs& a, const Block& block, const La
 MFEF_DEVICE void prepare_sources(const BlockArgs& a, const Block& block, const Layout& at, bool backward) {
   float* m = block.shared;
   block.phase([&](int thread) {
+    if (a.sizes.tf32) return round_sources(a, backward, m + at.source, thread, block.threads);
     copy_sources(a, backward, m + at.source, reinterpret_cast<uint32_t*>(m + at.copy), thread, block.threads);
   });
 }

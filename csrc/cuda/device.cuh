@@ -46,6 +46,9 @@ struct Warp {
   __device__ __forceinline__ void lanes(const F& f) const {
     f(int(threadIdx.x));
   }
+  // Before lanes act at once that have each gone their own way, through a loop of more turns for some: until then the
+  // machine may keep them apart.
+  __device__ __forceinline__ void together() const { __syncwarp(); }
 };
 
 struct Block {
@@ -67,10 +70,11 @@ struct Block {
     __syncthreads();
   }
 
-  // A phase of whole warps; `threads` is a multiple of kWarp.
+  // A phase of whole warps; `threads` is a multiple of kWarp. From a lane the compiler knows the index for one value
+  // of the warp: branches on it need no reconvergence.
   template <class F>
   __device__ __forceinline__ void warps(const F& f) const {
-    f(Warp{int(threadIdx.x) / kWarp});
+    f(Warp{__shfl_sync(0xffffffffu, int(threadIdx.x) / kWarp, 0)});
     __syncthreads();
   }
 };
@@ -89,6 +93,7 @@ struct Warp {
   void lanes(const F& f) const {
     for (int i = 0; i < kWarp; ++i) f(index * kWarp + (backwards ? kWarp - 1 - i : i));
   }
+  void together() const {}
 };
 
 struct Block {

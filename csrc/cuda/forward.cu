@@ -5,7 +5,7 @@
 namespace mfef::cuda {
 
 const char* launch_forward(const BlockArgs& args, const Plan& plan, void* stream) {
-  if (plan.matrix_tiles) {
+  if (plan.matrices) {
     return launch<MatrixForward, kMostThreads>(args, args.blocks, plan.threads, plan.shared, stream);
   }
   return launch_for_row<Forward, kMostThreads>(args, plan, args.blocks, plan.threads, plan.shared, stream);

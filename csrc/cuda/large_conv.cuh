@@ -172,9 +172,11 @@ MFEF_DEVICE void for_each_unit(const BlockArgs& a, const Block& block, const Fil
   const LargeArgs& l = a.large;
   const int64_t all = s.batch * l.tiles.count() * l.units.count;
   const int pitch = l.tiles.columns, step = int(odd_vectors(l.tiles.rows * pitch));
-  for (int64_t index = block.index; index < all; index += block.count) {
-    fill(UnitOfTile(a, index));
-    const UnitOfTile of(a, anew(index));
+  // A thread block's turns, since one number is kept meanwhile and not two.
+  for (int turn = 0; block.index + turn * block.count < all; ++turn) {
+    auto unit = [&] { return UnitOfTile(a, block.index + anew(turn) * block.count); };
+    fill(unit());
+    const UnitOfTile of = unit();
     const Region& region = of.region;
     if (l.dest.data) {
       block.phase([&](int thread) {

@@ -26,15 +26,16 @@ struct LargeMatrixTask {
   Unit unit;
   Rectangle at;  // the tile
   int64_t image;
-  int branch;
+  int branch, next;
   Way way;
   MatrixPart part;
   MatrixRounds rounds;
   int height;   // of the map
   int out, in;  // where the part begins among the weights of the branch
 
-  MFEF_DEVICE void take_branch(const BlockArgs& a, int b) {
+  MFEF_DEVICE void take_branch(const BlockArgs& a) {
     const bool backward = a.large.backward;
+    const int b = next++;
     branch = b;
     height = a.sizes.height;
     rounds = a.large.units.rounds(b);
@@ -54,8 +55,6 @@ struct LargeMatrixTask {
     return phase < rounds.count(way) ? phase : -1;
   }
   MFEF_DEVICE int multiplied(int phase) const { return overlaps() ? phase - 1 : phase % 2 ? phase / 2 : -1; }
-  // The branch that adds to the same sums after this one.
-  MFEF_DEVICE int next() const { return branch + 1 < unit.end ? branch + 1 : -1; }
 };
 static_assert(sizeof(LargeMatrixTask) <= 4 * MatrixPart::kTask);
 
@@ -104,61 +103,75 @@ struct LargeMatrixItem {
   }
 };
 
-// The taps of a round, 16 bytes at a time: kVector source channels of a destination channel at one tap. Threads follow
-// memory: neighbours take neighbouring source channels, destination channels or taps, whichever are neighbours there.
-// Whole vectors in memory are copied.
-template <class T>
-MFEF_DEVICE void load_matrix_weights(const Parameter& weights, const LargeMatrixTask& task,
-                                     const LargeMatrixRound& round, int full_k, bool backward, Copies& copies,
-                                     int thread, int threads) {
+// f(place, tap, group, destination channel, source channel, count) of all vectors of 16 bytes that `thread` has of the
+// taps of a round: `count` source channels of T, none where they are filled up. Threads follow memory: neighbours take
+// neighbouring source channels, destination channels or taps, whichever are neighbours there.
+template <class T, class F>
+MFEF_DEVICE void for_each_weight_vector(const Parameter& weights, const LargeMatrixTask& task,
+                                        const LargeMatrixRound& round, bool backward, int thread, int threads,
+                                        const F& f) {
   constexpr int kSide = MatrixPart::kSide, kVector = 4 * kPerWord<T>;
   const Way& way = task.way;
   const MatrixPart& part = task.part;
-  const int count = round.end - round.first, skip = (full_k - way.k) / 2;
+  const int count = round.end - round.first;
   const int vectors = MatrixPart::chunks(count) * kSide / kVector, channels = part.slots * kSide;
-  const int k = way.k, of_group = part.slots_per_group * kSide;
-  const int taps = (round.end_row - round.first_row) * k;
+  const int of_group = part.slots_per_group * kSide, taps = (round.end_row - round.first_row) * way.k;
   const int64_t of_source = weights.stride[backward ? 0 : 1], of_dest = weights.stride[backward ? 1 : 0];
   const bool by_source = of_source == 1, by_dest = !by_source && of_dest == 1, by_tap = !by_source && !by_dest;
   const bool near_source = by_source || (by_tap && of_source < of_dest);
   // The index of a vector: (inner, middle, outer).
   const int inner = by_source ? vectors : by_dest ? channels : taps;
   const int middle = by_tap ? near_source ? vectors : channels : taps;
-  const Quotient by_inner(inner), by_middle(middle), by_group(of_group), by_k(k);
+  const Quotient by_inner(inner), by_middle(middle), by_group(of_group);
   MFEF_ROLLED
   for (int e = thread; e < vectors * channels * taps; e += threads) {
     const int rest = by_inner(e), i = e - rest * inner, o = by_middle(rest), m = rest - o * middle;
     const int tap = by_tap ? i : m, near = by_tap ? m : i;
     const int vector = near_source ? near : o, channel = near_source ? o : near;
-    const int group = by_group(channel), dest = channel - group * of_group;
-    const int source = vector * kVector, left = dest < way.dest_per_group ? count - source : 0;
-    // Forward a group's destination channels follow on those before it, backward its source channels.
-    const int out =
-        task.out + (backward ? group * way.source_per_group + round.first + source : group * way.dest_per_group + dest);
-    const int in = task.in + (backward ? dest : round.first + source);
-    const int row = by_k(tap), ky = round.first_row + row, kx = tap - row * k;
-    const Stored<T>* from = static_cast<const Stored<T>*>(weights.data) + out * weights.stride[0] +
-                            in * weights.stride[1] + (skip + (backward ? way.k - 1 - ky : ky)) * weights.stride[2] +
-                            (skip + (backward ? way.k - 1 - kx : kx)) * weights.stride[3];
-    uint32_t* to = round.weights + tap * part.tap_step + channel * part.tap_row + vector * 4;
-    if constexpr (std::is_same_v<T, Stored<T>>) {
-      if (by_source && left >= kVector && reinterpret_cast<uint64_t>(from) % 16 == 0) {
-        copies.copy_16_bytes(to, from);
-        continue;
-      }
-    }
-    uint32_t words[4] = {};
-    MFEF_UNROLL
-    for (int j = 0; j < kVector; ++j, from += of_source) {
-      if (j >= left) continue;
-      if constexpr (kPerWord<T> == 1) {
-        words[j] = tf32_word(*from);
-      } else {
-        words[j / 2] |= uint32_t(from->x) << j % 2 * 16;
-      }
-    }
-    store_16_bytes(to, words);
+    const int group = by_group(channel), dest = channel - group * of_group, source = vector * kVector;
+    f(round.weights + tap * part.tap_step + channel * part.tap_row + vector * 4, tap, group, dest, source,
+      dest < way.dest_per_group ? least(count - source, kVector) : 0);
   }
+}
+
+// The taps of a round. Whole vectors in memory and single numbers of float32 are copied.
+template <class T>
+MFEF_DEVICE void load_matrix_weights(const Parameter& weights, const LargeMatrixTask& task,
+                                     const LargeMatrixRound& round, int full_k, bool backward, Copies& copies,
+                                     int thread, int threads) {
+  constexpr int kVector = 4 * kPerWord<T>;
+  const Way& way = task.way;
+  const int skip = (full_k - way.k) / 2;
+  const int64_t of_source = weights.stride[backward ? 0 : 1];
+  const Quotient by_k(way.k);
+  for_each_weight_vector<T>(weights, task, round, backward, thread, threads,
+                            [&](uint32_t* to, int tap, int group, int dest, int source, int left) {
+                              // Forward a group's destination channels follow on those before it, backward its source
+                              // channels.
+                              const int out = task.out + (backward ? group * way.source_per_group + round.first + source
+                                                                   : group * way.dest_per_group + dest);
+                              const int in = task.in + (backward ? dest : round.first + source);
+                              const int row = by_k(tap), ky = round.first_row + row, kx = tap - row * way.k;
+                              const T* from = static_cast<const T*>(weights.data) + out * weights.stride[0] +
+                                              in * weights.stride[1] +
+                                              (skip + (backward ? way.k - 1 - ky : ky)) * weights.stride[2] +
+                                              (skip + (backward ? way.k - 1 - kx : kx)) * weights.stride[3];
+                              if (of_source == 1 && left == kVector && reinterpret_cast<uint64_t>(from) % 16 == 0) {
+                                return copies.copy_16_bytes(to, from);
+                              }
+                              if constexpr (std::is_same_v<T, float>) {
+                                MFEF_UNROLL
+                                for (int j = 0; j < 4; ++j, from += of_source)
+                                  copies.copy_4_bytes(to + j, from, j < left);
+                              } else {
+                                uint32_t words[4] = {};
+                                MFEF_UNROLL
+                                for (int j = 0; j < kVector; ++j, from += of_source) {
+                                  if (j < left) words[j / 2] |= uint32_t(from->x) << j % 2 * 16;
+                                }
+                                store_16_bytes(to, words);
+                              }
+                            });
 }
 
 // kWords words of the source's channels at one tap: the products of kPixels matrices of an item. sums(thread, slot, p)
@@ -300,23 +313,43 @@ MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const La
   }
 }
 
+// The pixels that come with a round, and where they go.
+struct LargeMatrixPixels {
+  Region region;
+  PixelStage to;
+
+  MFEF_DEVICE LargeMatrixPixels(const LargeMatrixTask& task, const LargeMatrixRound& round)
+      : region{task.image,
+               task.way.source_first + round.first,
+               round.end - round.first,
+               {task.at.row - task.way.k / 2, task.at.rows + task.way.k / 2 * 2, task.at.column - task.way.k / 2,
+                ceil_div(task.at.columns, kSpan) * kSpan + task.way.k / 2 * 2}},
+        to{round.source, task.part.columns, task.part.pixel_step, task.part.group} {}
+};
+
+// A round to shared memory; in TF32 as float32, to be rounded by whoever has copied it.
 template <class T>
 MFEF_DEVICE void load_round(const BlockArgs& a, const LargeMatrixTask& task, const LargeMatrixRound& round,
                             Copies& copies, int thread, int threads) {
   const LargeArgs& l = a.large;
-  load_matrix_weights<T>(a.conv_weights[task.branch], task, round, a.sizes.branches[task.branch].full_k, l.backward,
-                         copies, thread, threads);
+  load_matrix_weights<Stored<T>>(a.conv_weights[task.branch], task, round, a.sizes.branches[task.branch].full_k,
+                                 l.backward, copies, thread, threads);
   if (round.first_row == 0) {
-    const Rectangle& at = task.at;
-    const int half = task.way.k / 2;
-    const Rectangle around{at.row - half, at.rows + 2 * half, at.column - half,
-                           ceil_div(at.columns, kSpan) * kSpan + 2 * half};
-    const PixelStage to{round.source, task.part.columns, task.part.pixel_step, task.part.group};
-    load_pixels<T>(l.source, l.source_element, a.sizes,
-                   {task.image, task.way.source_first + round.first, round.end - round.first, around}, task.way.groups,
-                   task.way.source_per_group, to, copies, thread, threads);
+    const LargeMatrixPixels pixels(task, round);
+    load_pixels<Stored<T>>(l.source, l.source_element, a.sizes, pixels.region, task.way.groups,
+                           task.way.source_per_group, pixels.to, copies, thread, threads);
   }
   copies.commit();
+}
+
+MFEF_DEVICE void round_to_tf32(const BlockArgs& a, const LargeMatrixTask& task, const LargeMatrixRound& round,
+                               int thread, int threads) {
+  for_each_weight_vector<float>(a.conv_weights[task.branch], task, round, a.large.backward, thread, threads,
+                                [&](uint32_t* at, int, int, int, int, int) { round_16_bytes(at); });
+  if (round.first_row > 0) return;
+  const LargeMatrixPixels pixels(task, round);
+  for_each_pixel_vector<float>(a.large.source, pixels.region, task.way.groups, task.way.source_per_group, pixels.to,
+                               thread, threads, [&](uint32_t* at, int, int, int, int) { round_16_bytes(at); });
 }
 
 template <class T>
@@ -330,15 +363,16 @@ MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& bloc
     shared.unit = of.unit;
     shared.at = of.region.at;
     shared.image = of.region.image;
+    shared.next = of.unit.branch;
   });
   // In pyramid mode all branches add to the same sums, one after another; phase -1 is the first of each.
-  int branch = of.unit.branch, phases = 0;
+  int branches = of.unit.end - of.unit.branch, phases = 0;
   MFEF_ROLLED
-  for (int phase = -1; branch >= 0;) {
+  for (int phase = -1; branches > 0;) {
     block.warps([&](const Warp& warp) {
       if (phase < 0) {
         warp.lanes([&](int thread) {
-          if (thread == 0) shared.take_branch(a, branch);
+          if (thread == 0) shared.take_branch(a);
         });
         return;
       }
@@ -346,17 +380,23 @@ MFEF_DEVICE void convolve_unit_by_matrices(const BlockArgs& a, const Block& bloc
       if (loaded >= 0) {
         const LargeMatrixRound round(block, shared, loaded);
         warp.lanes([&](int thread) { load_round<T>(a, shared, round, copies[thread], thread, block.threads); });
+        warp.together();
       }
       if (multiplied >= 0) {
         multiply_round<T>(block, warp, shared, LargeMatrixRound(block, shared, multiplied), sums);
       }
       warp.lanes([&](int thread) { copies[thread].wait(); });
+      if constexpr (std::is_same_v<T, Tf32>) {
+        if (loaded >= 0) {
+          const LargeMatrixRound round(block, shared, loaded);
+          warp.lanes([&](int thread) { round_to_tf32(a, shared, round, thread, block.threads); });
+        }
+      }
     });
     if (phase < 0) phases = shared.phases();
-    if (++phase == phases) {
-      branch = branch + 1 < of.unit.end ? branch + 1 : -1;
-      phase = -1;
-    }
+    if (++phase < phases) continue;
+    phase = -1;
+    --branches;
   }
   block.warps([&](const Warp& warp) {
     const LargeMatrixTask task = shared;

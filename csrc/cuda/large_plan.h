@@ -376,14 +376,21 @@ struct LargePlan {
   }
 };
 
-// The source channels of a group that a stage of the unit `part` can have in `limit` bytes; 0 if not one chain fits.
+// The source channels of a group that a stage of the unit `part` can have in `limit` bytes: whole chains, or where not
+// one fits a part of one; 0 if not one channel fits.
 inline int choose_stage(const Cover& tiles, const Way& part, int64_t limit) {
+  auto fits = [&](int stage) {
+    const int64_t floats = UnitLayout(tiles, part, stage).total,
+                  statistics = UnitLayout::statistics(tiles, part.dest());
+    return 4 * (floats > statistics ? floats : statistics) <= limit;
+  };
   const int chains = ceil_div(part.source_per_group, part.chain());
   for (int stages = 1; stages <= chains; ++stages) {
     const int stage = least(ceil_div(chains, stages) * part.chain(), part.source_per_group);
-    const int64_t floats = UnitLayout(tiles, part, stage).total,
-                  statistics = UnitLayout::statistics(tiles, part.dest());
-    if (4 * (floats > statistics ? floats : statistics) <= limit) return stage;
+    if (fits(stage)) return stage;
+  }
+  for (int stage = least(part.chain(), part.source_per_group) / 2; stage > 0; stage /= 2) {
+    if (fits(stage)) return stage;
   }
   return 0;
 }
@@ -472,15 +479,15 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
     see_in(shared_matrices, UnitLayout::statistics(tiles, channels));
   };
   auto place_tasks = [&] {
-    units->task = int(*shared_matrices / 4);
-    if (*shared_matrices) *shared_matrices += 4 * MatrixPart::kTask;
+    units->task = fill4(int(*shared_matrices / 4));
+    if (*shared_matrices) *shared_matrices = 4 * int64_t(units->task + MatrixPart::kTask);
   };
   // Destination channels of a unit with at most `slots`: whole groups, or a run of one.
   auto of_slots = [](const Way& way, int slots) {
     const int chunks = MatrixPart::chunks(way.dest_per_group), groups = least(slots / chunks, way.groups);
     return groups ? groups * way.dest_per_group : ceil_div(chunks, ceil_div(chunks, slots)) * MatrixPart::kSide;
   };
-  constexpr int64_t matrix_limit = kLargeShared - 4 * MatrixPart::kTask;
+  constexpr int64_t matrix_limit = kLargeShared - 4 * (MatrixPart::kTask + 4);
   const int columns_of_items = MatrixPart::kItems / MatrixPart::items(tiles.rows, tiles.columns, 1);
   const int most_slots = least(columns_of_items * MatrixPart::kItemSlots, kUnitChannels / MatrixPart::kSide);
   if (merged) {

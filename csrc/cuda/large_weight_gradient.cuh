@@ -74,7 +74,7 @@ struct LargeWeightGradient {
       }
       block.phase([&](int thread) {
         const TileSums& sums = registers[thread];
-        if (sums.item.owns) write_item(a, tile.branch, slice, sums);
+        if (sums.item.owns) write_item(b, false, sums_of_branch(a, tile.branch, slice), sums);
       });
     }
   }

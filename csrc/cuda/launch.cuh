@@ -12,6 +12,9 @@
 
 namespace mfef::cuda {
 
+// More parameters only drivers of CUDA 12.1 and later take.
+static_assert(sizeof(BlockArgs) <= 4096);
+
 #ifdef __CUDACC__
 
 template <class Kernel, int kThreads, int kResident>
@@ -59,17 +62,18 @@ const char* launch(const BlockArgs& args, int64_t blocks, int threads, int64_t s
 
 #endif
 
-// The table of instantiations of a kernel: one per width of a row in shared memory.
-template <template <int> class Kernel, int kThreads>
+// The table of instantiations of a kernel: one per width of a row in shared memory. Rows of 16 take all the registers
+// that there are.
+template <template <int> class Kernel, int kThreads, int kResident = 1>
 const char* launch_for_row(const BlockArgs& args, const Plan& plan, int64_t blocks, int threads, int64_t shared,
                            void* stream) {
   switch (plan.row) {
     case 2:
-      return launch<Kernel<2>, kThreads>(args, blocks, threads, shared, stream);
+      return launch<Kernel<2>, kThreads, kResident>(args, blocks, threads, shared, stream);
     case 4:
-      return launch<Kernel<4>, kThreads>(args, blocks, threads, shared, stream);
+      return launch<Kernel<4>, kThreads, kResident>(args, blocks, threads, shared, stream);
     case 8:
-      return launch<Kernel<8>, kThreads>(args, blocks, threads, shared, stream);
+      return launch<Kernel<8>, kThreads, kResident>(args, blocks, threads, shared, stream);
     case 16:
       return launch<Kernel<16>, kThreads>(args, blocks, threads, shared, stream);
     default:

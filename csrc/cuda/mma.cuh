@@ -2,7 +2,7 @@
 // or TF32, a warp at a time.
 //
 // Everything is counted in words of 32 bits, which are two neighbours along K, or one in TF32: then all types have the
-// same places. A product takes kWords words along K, 8 (K = 16, in TF32 8) or, of 16-bit types only, 4 (K = 8). Its
+// same places. A product takes kWords words along K, 8 (K = 16, in TF32 8) or 4 (K = 8, in TF32 4). Its
 // operands are cut into matrices of 8 rows x 4 words, the same for both: rows are those of A, and the columns of B. A
 // lane has the word (lane / 4, lane % 4) of each, matrix m in register m:
 //
@@ -172,19 +172,21 @@ MFEF_DEVICE void load_transposed(const Warp& warp, const To& to, const Row& row)
 // --- products -----------------------------------------------------------------------------------
 
 #ifdef __CUDACC__
-#define MFEF_MMA(SHAPE)                                                                            \
-  asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
-      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]))
-#define MFEF_HALF_MMA(SHAPE)                                                           \
-  asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
-      : "r"(a.word[0]), "r"(a.word[1]), "r"(b.word[0]))
+#define MFEF_MMA(SHAPE)                                                                                     \
+  asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
+               : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]))
+#define MFEF_HALF_MMA(SHAPE)                                                                    \
+  asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
+               : "r"(a.word[0]), "r"(a.word[1]), "r"(b.word[0]))
 
 template <class T, int kWords>
 MFEF_DEVICE void multiply_add_of_lane(float (&c)[4], const FragmentA<kWords>& a, const FragmentB<kWords>& b) {
-  if constexpr (std::is_same_v<T, Tf32>) {
+  if constexpr (std::is_same_v<T, Tf32> && kWords == 8) {
     MFEF_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+  } else if constexpr (std::is_same_v<T, Tf32>) {
+    MFEF_HALF_MMA("m16n8k4.row.col.f32.tf32.tf32.f32");
   } else if constexpr (std::is_same_v<T, c10::BFloat16> && kWords == 8) {
     MFEF_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
@@ -238,7 +240,7 @@ inline float add_products(const float* a, const float* b, int depth, int togethe
 // C += A B. c(thread), a(thread) and b(thread) are the Accumulator and the fragments of a lane.
 template <class T, int kWords, class C, class A, class B>
 MFEF_DEVICE void multiply_add(const Warp& warp, const C& c, const A& a, const B& b) {
-  static_assert(kWords == 8 || (kWords == 4 && kPerWord<T> == 2));
+  static_assert(kWords == 8 || kWords == 4);
 #ifdef __CUDACC__
   warp.lanes([&](int thread) { multiply_add_of_lane<T, kWords>(c(thread).value, a(thread), b(thread)); });
 #else

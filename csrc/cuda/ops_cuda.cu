@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
+#include <deque>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -32,6 +33,7 @@ struct Device {
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     return bytes;
   }
+  static constexpr int64_t most_partials() { return kMostPartials; }
   void* stream = nullptr;
 
  private:
@@ -40,11 +42,12 @@ struct Device {
 
 #else
 
-extern int64_t host_shared_limit, host_scratch_bytes;
+extern int64_t host_shared_limit, host_most_partials, host_scratch_bytes;
 
 struct Device {
   explicit Device(const Tensor&) {}
   int64_t shared_limit() const { return host_shared_limit; }
+  int64_t most_partials() const { return host_most_partials; }
   void* stream = nullptr;
 };
 
@@ -85,6 +88,24 @@ Parameter parameter(const std::optional<Tensor>& t) { return t ? parameter(*t) :
 
 float* floats(const Tensor& t) { return t.numel() ? static_cast<float*>(t.data_ptr()) : nullptr; }
 int32_t* indices(const Tensor& t) { return t.numel() ? static_cast<int32_t*>(t.data_ptr()) : nullptr; }
+
+// The plan of a problem. It takes from 4 microseconds to some milliseconds to make (wide dense groups), and a step of
+// training asks for those of every layer, forward and backward: a thread keeps the last that it made.
+const Plan& plan_for(const Sizes& sizes, int64_t limit, int64_t most_partials) {
+  constexpr size_t kMostPlans = 64;
+  struct Made {
+    Sizes sizes;
+    int64_t limit, most_partials;
+    Plan plan;
+  };
+  thread_local std::deque<Made> made;
+  for (const Made& one : made) {
+    if (one.limit == limit && one.most_partials == most_partials && one.sizes == sizes) return one.plan;
+  }
+  if (made.size() == kMostPlans) made.pop_back();
+  made.push_front({sizes, limit, most_partials, make_plan(sizes, limit, most_partials)});
+  return made.front().plan;
+}
 
 // BlockArgs with the scratch that it points to.
 class Call {
@@ -174,9 +195,10 @@ class Call {
     g.dy = room(scratch.dy);
     args.stages = plan_.stages_backward;
     args.weights = plan_.weights_backward;
-    if (args.blocks && (s.hidden || args.grad_x.data || g.channel_sums)) run(launch_backward);
+    const bool weights = plan_.weights_in_backward && g.weights;
+    if (args.blocks && (s.hidden || args.grad_x.data || g.channel_sums || weights)) run(launch_backward);
     if (!need_parameters) return;
-    if (s.branch_count && n) {
+    if (args.tiles && n) {
       args.step = plan_.tile_step;
       run(launch_weight_gradient);
     }
@@ -203,17 +225,7 @@ class Call {
 
  private:
   void plan() {
-    // A plan takes from 4 to 70 microseconds to make, and one follows its like: of the same layer, or its backward.
-    thread_local Sizes last_sizes;
-    thread_local int64_t last_limit = -1;
-    thread_local Plan last_plan;
-    const int64_t limit = device_.shared_limit();
-    if (last_limit != limit || !(last_sizes == args.sizes)) {
-      last_plan = make_plan(args.sizes, limit);
-      last_sizes = args.sizes;
-      last_limit = limit;
-    }
-    plan_ = last_plan;
+    plan_ = plan_for(args.sizes, device_.shared_limit(), device_.most_partials());
     STD_TORCH_CHECK(plan_.fits, "mfef: no CUDA kernel for this call: ", plan_.reason);
     if (plan_.large) {
       LargeArgs& l = args.large;
@@ -231,6 +243,7 @@ class Call {
       args.step = plan_.step;
       args.blocks = (args.sizes.batch + plan_.images - 1) / plan_.images;
     }
+    args.weights_in_backward = plan_.weights_in_backward;
     args.tiles = plan_.tiles;
     args.slices = plan_.slices;
     args.slice_images = plan_.slice_images;

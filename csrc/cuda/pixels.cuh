@@ -22,9 +22,9 @@ struct PixelStage {
   int columns, step, group;
 };
 
-// What a thread copies to shared memory without waiting, 16 bytes at a time, in groups: those since the last `commit`
-// are one. Everybody sees a group's copies one barrier after its thread has waited for it. A thread keeps this in
-// Block::Registers, and has waited for all when it ends.
+// What a thread copies to shared memory without waiting, 16 or 4 bytes at a time, in groups: those since the last
+// `commit` are one. Everybody sees a group's copies one barrier after its thread has waited for it. A thread keeps this
+// in Block::Registers, and has waited for all when it ends.
 //
 // On the host the destination is NaN until then, so that products which read too early, or of what is overwritten
 // while they read, are wrong there.
@@ -34,6 +34,13 @@ struct Copies {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                  :
                  : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
+                 : "memory");
+  }
+  // Zeros, and nothing is read, where there is nothing.
+  __device__ __forceinline__ void copy_4_bytes(uint32_t* to, const void* from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 :
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 4 : 0)
                  : "memory");
   }
   __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -48,15 +55,21 @@ struct Copies {
   struct Copy {
     uint32_t* to;
     const void* from;
+    int words;
   };
   using Group = std::vector<Copy>;
   Group issued;
   std::vector<Group> groups;
 
   ~Copies() { assert(issued.empty() && groups.empty()); }
-  void copy_16_bytes(uint32_t* to, const void* from) {
-    for (int i = 0; i < 4; ++i) to[i] = 0x7fff7fff;
-    issued.push_back({to, from});
+  void copy_16_bytes(uint32_t* to, const void* from) { copy(to, from, 4); }
+  void copy_4_bytes(uint32_t* to, const void* from, bool there) {
+    static const uint32_t zero = 0;
+    copy(to, there ? from : &zero, 1);
+  }
+  void copy(uint32_t* to, const void* from, int words) {
+    for (int i = 0; i < words; ++i) to[i] = 0x7fff7fff;
+    issued.push_back({to, from, words});
   }
   void commit() {
     groups.push_back(std::move(issued));
@@ -65,7 +78,7 @@ struct Copies {
   template <int kLeft = 0>
   void wait() {
     while (groups.size() > size_t(kLeft)) {
-      for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+      for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, size_t(4 * copy.words));
       groups.erase(groups.begin());
     }
   }
@@ -86,61 +99,76 @@ MFEF_DEVICE void store_16_bytes(uint32_t* to, const uint32_t (&words)[4]) {
 #endif
 }
 
-template <class T, class From>
-MFEF_DEVICE void load_pixels_from(const Map& map, const Sizes& s, const Region& region, int groups, int group_channels,
-                                  const PixelStage& stage, Copies& copies, int thread, int threads) {
-  constexpr int kSide = MatrixPart::kSide, kPer = kPerWord<T>, kVector = 4 * kPer;
-  const int of_group = MatrixPart::chunks(region.channels) * kSide / kVector, vectors = groups * of_group;
+// f(place, row, column, channel, count) of all vectors of 16 bytes that `thread` has of a region: `count` channels of T
+// from `channel` on of a pixel, which may lie beside the map.
+template <class T, class F>
+MFEF_DEVICE void for_each_pixel_vector(const Map& map, const Region& region, int groups, int group_channels,
+                                       const PixelStage& stage, int thread, int threads, const F& f) {
+  constexpr int kPer = kPerWord<T>, kVector = 4 * kPer;
+  const int of_group = MatrixPart::chunks(region.channels) * MatrixPart::kSide / kVector, vectors = groups * of_group;
   const int columns = region.at.columns, pixels = region.at.rows * columns;
-  const bool last = map.stride[1] == 1, whole = last && has_vectors(map, 1, sizeof(From), kVector);
+  const bool last = map.stride[1] == 1;
   const Quotient by_columns(columns), by_group(of_group), by_inner(last ? vectors : pixels);
-  const From* data = static_cast<const From*>(map.data);
   MFEF_ROLLED
   for (int e = thread; e < vectors * pixels; e += threads) {
     const int outer = by_inner(e), inner = e - outer * (last ? vectors : pixels);
     const int vector = last ? inner : outer, pixel = last ? outer : inner;
     const int row = by_columns(pixel), column = pixel - row * columns;
     const int group = by_group(vector), first = (vector - group * of_group) * kVector;
-    const int channel = region.channel + group * group_channels + first;
-    const int h = region.at.row + row, w = region.at.column + column;
-    uint32_t* to = stage.to + (row * stage.columns + column) * stage.step + group * stage.group + first / kPer;
-    uint32_t words[4] = {};
-    if (h >= 0 && h < s.height && w >= 0 && w < s.width) {
-      const From* from = data + offset_of(map, region.image, channel, h, w);
-      const int left = least(kVector, region.channels - first);
-      if (whole && left == kVector && channel % kVector == 0) {
-        if constexpr (std::is_same_v<T, From>) {
-          copies.copy_16_bytes(to, from);
-        } else {
-          const auto value = *reinterpret_cast<const Vector<From, kVector>*>(from);
-          MFEF_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            float of_word[kPer];
-            MFEF_UNROLL
-            for (int j = 0; j < kPer; ++j) of_word[j] = float(value.value[kPer * i + j]);
-            words[i] = word_of<T>(of_word);
-          }
-          store_16_bytes(to, words);
-        }
-        continue;
-      }
-      MFEF_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        float of_word[kPer] = {};
-        MFEF_UNROLL
-        for (int j = 0; j < kPer; ++j, from += map.stride[1]) {
-          if (kPer * i + j < left) of_word[j] = float(*from);
-        }
-        words[i] = word_of<T>(of_word);
-      }
-    }
-    store_16_bytes(to, words);
+    f(stage.to + (row * stage.columns + column) * stage.step + group * stage.group + first / kPer, region.at.row + row,
+      region.at.column + column, region.channel + group * group_channels + first,
+      least(kVector, region.channels - first));
   }
+}
+
+template <class T, class From>
+MFEF_DEVICE void load_pixels_from(const Map& map, const Sizes& s, const Region& region, int groups, int group_channels,
+                                  const PixelStage& stage, Copies& copies, int thread, int threads) {
+  constexpr int kPer = kPerWord<T>, kVector = 4 * kPer;
+  const bool whole = map.stride[1] == 1 && has_vectors(map, 1, sizeof(From), kVector);
+  const From* data = static_cast<const From*>(map.data);
+  for_each_pixel_vector<T>(map, region, groups, group_channels, stage, thread, threads,
+                           [&](uint32_t* to, int h, int w, int channel, int left) {
+                             uint32_t words[4] = {};
+                             if (h >= 0 && h < s.height && w >= 0 && w < s.width) {
+                               const From* from = data + offset_of(map, region.image, channel, h, w);
+                               const bool aligned = whole && left == kVector && channel % kVector == 0;
+                               if constexpr (std::is_same_v<T, From>) {
+                                 if (aligned) return copies.copy_16_bytes(to, from);
+                               }
+                               if constexpr (std::is_same_v<T, float>) {
+                                 MFEF_UNROLL
+                                 for (int i = 0; i < 4; ++i, from += map.stride[1])
+                                   copies.copy_4_bytes(to + i, from, i < left);
+                                 return;
+                               } else if (aligned) {
+                                 const auto value = *reinterpret_cast<const Vector<From, kVector>*>(from);
+                                 MFEF_UNROLL
+                                 for (int i = 0; i < 4; ++i) {
+                                   float of_word[kPer];
+                                   MFEF_UNROLL
+                                   for (int j = 0; j < kPer; ++j) of_word[j] = float(value.value[kPer * i + j]);
+                                   words[i] = word_of<T>(of_word);
+                                 }
+                               } else {
+                                 MFEF_UNROLL
+                                 for (int i = 0; i < 4; ++i) {
+                                   float of_word[kPer] = {};
+                                   MFEF_UNROLL
+                                   for (int j = 0; j < kPer; ++j, from += map.stride[1]) {
+                                     if (kPer * i + j < left) of_word[j] = float(*from);
+                                   }
+                                   words[i] = word_of<T>(of_word);
+                                 }
+                               }
+                             }
+                             store_16_bytes(to, words);
+                           });
 }
 
 // The channels of a region, and as many `group_channels` further on for each of `groups`, to shared memory as operands
 // T, in chunks of 8 channels of a pixel; zeros beside the map and to the end of a group's last chunk. What needs no
-// change is copied: it is there after `copies` are committed and waited for.
+// change, as nothing of float32 does, is copied: it is there after `copies` are committed and waited for.
 template <class T>
 MFEF_DEVICE void load_pixels(const Map& map, Element element, const Sizes& s, const Region& region, int groups,
                              int group_channels, const PixelStage& stage, Copies& copies, int thread, int threads) {
@@ -150,6 +178,15 @@ MFEF_DEVICE void load_pixels(const Map& map, Element element, const Sizes& s, co
     }
   }
   load_pixels_from<T, float>(map, s, region, groups, group_channels, stage, copies, thread, threads);
+}
+
+// A float32 to TF32, where it is in shared memory: a vector of what `thread` has copied there and waited for.
+MFEF_DEVICE void round_16_bytes(uint32_t* at) {
+  auto words = *reinterpret_cast<const Vector<float, 4>*>(at);
+  uint32_t rounded[4];
+  MFEF_UNROLL
+  for (int i = 0; i < 4; ++i) rounded[i] = tf32_word(words.value[i]);
+  store_16_bytes(at, rounded);
 }
 
 }  // namespace mfef::cuda

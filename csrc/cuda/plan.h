@@ -24,10 +24,16 @@ constexpr int kTileChannels = 32;  // output channels side by side in it
 constexpr int kTileBlocks = 512;
 constexpr int kMostSlices = 64;
 // Of its tiles by tensor cores: bytes of the images in shared memory at a time, so that a multiprocessor of sm_90 and
-// later holds three thread blocks; and words from channel to channel there (see weight_matrices.cuh).
+// later holds three thread blocks.
 constexpr int64_t kMatrixShared = 72 * 1024;
 constexpr int kMostMatrixImages = 4;
-constexpr int kXStep = 68, kGradientStep = 36;
+// Where the backward's thread blocks sum the weight gradient of their images themselves (see weights_in_backward):
+// bytes that they leave at most, all together; multiply-adds by which a thread block may be busier than an equal share
+// for as many multiprocessors would make it, some 3 us of one, about what a launch takes; and what a weight costs
+// beside its products. Constants as above.
+constexpr int64_t kMostPartials = 4 << 20, kMostBusier = 400 * 1000;
+constexpr int kMultiprocessors = 128, kWeightCost = 8;
+constexpr int kWidestWithWeights = 8;  // at 16 floats a row the backward's registers do not suffice
 
 // The convolution of a block runs in stages: the weights of a stage are in shared memory, those of the next
 // take their place. A stage has of every branch an equal share of its chains.
@@ -49,8 +55,9 @@ struct Stages {
   MFEF_HD void channels(const Sizes& s, bool backward, int stage, int b, int* first, int* end) const {
     const Way way(s.branches[b], backward);
     const bool matrices = by_matrices(s, s.branches[b]);
-    const int all = matrices ? MatrixWay(s.branches[b], backward).columns() : way.source_per_group;
-    const int chain = matrices ? 1 : way.chain();
+    const MatrixWay by_columns(s, s.branches[b], backward);
+    const int all = matrices ? by_columns.columns() : way.source_per_group;
+    const int chain = matrices ? by_columns.chain() : way.chain();
     *first = *end = 0;
     if (one_by_one) {
       if (stage / count != b) return;
@@ -64,7 +71,7 @@ struct Stages {
 // Floats of the weights of `count` of what a stage has of branch b.
 MFEF_HD int64_t stage_floats(const Sizes& s, bool backward, int b, int count) {
   const Way way(s.branches[b], backward);
-  if (by_matrices(s, s.branches[b])) return int64_t(count) * way.k * MatrixWay(s.branches[b], backward).tap_step();
+  if (by_matrices(s, s.branches[b])) return int64_t(count) * MatrixWay(s, s.branches[b], backward).column_step();
   return int64_t(count) * way.k * way.k * way.weight_step();
 }
 
@@ -130,29 +137,41 @@ struct Tile {
 // tile is what a thread block's warps hold of one unit, one item after the other in each warp.
 struct MatrixTile {
   static constexpr int kOutputs = 16, kInputs = 8, kWarps = kTileThreads / 32;
+  static constexpr int kBeside = 4;  // columns of zeros on either side of x
 
   int branch, item, item_end;        // of the unit
   int input, input_end;              // runs of 8 input channels
   int in, in_count, out, out_count;  // channels, counted from the branch's first
 
   // Items of a warp: as many as registers have room for.
-  MFEF_HD static constexpr int held(int k) { return k == 3 ? 4 : 2; }
+  MFEF_HD static constexpr int held(int k, bool tf32) { return k == 3 ? 4 : tf32 && k >= 7 ? 1 : 2; }
   MFEF_HD static int items(const Branch& b) { return ceil_div(b.in_per_group(), kInputs) * b.k; }
-  MFEF_HD static int per_unit(const Branch& b) { return ceil_div(items(b), held(b.k) * kWarps); }
+  MFEF_HD static int per_unit(const Sizes& s, const Branch& b) {
+    return ceil_div(items(b), held(b.k, s.tf32) * kWarps);
+  }
   MFEF_HD static int count(const Sizes& s, int branch) {
     const Branch& b = s.branches[branch];
-    return by_matrices(s, b) ? b.groups * ceil_div(b.out_per_group(), kOutputs) * per_unit(b) : 0;
+    return by_matrices(s, b) ? b.groups * ceil_div(b.out_per_group(), kOutputs) * per_unit(s, b) : 0;
   }
-  // Words in shared memory of an image's gradient and x.
-  MFEF_HD static int words(int inputs) { return kOutputs * kGradientStep + inputs * kInputs * kXStep; }
+  // Words of a row in shared memory, of `per_word` pixels each: two of 16 bits, or one in TF32; and from channel to
+  // channel, 4 more than a multiple of 8: 8 channels by 4 words are all banks.
+  MFEF_HD static constexpr int x_row(int per_word) { return (kSide + 2 * kBeside) / per_word; }
+  MFEF_HD static constexpr int gradient_row(int per_word) { return kSide / per_word; }
+  MFEF_HD static constexpr int x_step(int per_word) { return kSide * x_row(per_word) + 4; }
+  MFEF_HD static constexpr int gradient_step(int per_word) { return kSide * gradient_row(per_word) + 4; }
+  // Of an image's gradient and x.
+  MFEF_HD static int words(const Sizes& s, int inputs) {
+    const int per_word = s.tf32 ? 1 : 2;
+    return kOutputs * gradient_step(per_word) + inputs * kInputs * x_step(per_word);
+  }
 
   MFEF_HD int inputs() const { return input_end - input; }
   MFEF_HD MatrixTile(const Sizes& s, int tile) : branch(0) {
     while (tile >= count(s, branch)) tile -= count(s, branch++);
     const Branch& b = s.branches[branch];
-    const int runs = ceil_div(b.out_per_group(), kOutputs), unit = tile / per_unit(b), group = unit / runs;
-    const int run = unit - group * runs, step = held(b.k) * kWarps;
-    item = (tile - unit * per_unit(b)) * step;
+    const int runs = ceil_div(b.out_per_group(), kOutputs), unit = tile / per_unit(s, b), group = unit / runs;
+    const int run = unit - group * runs, step = held(b.k, s.tf32) * kWarps;
+    item = (tile - unit * per_unit(s, b)) * step;
     item_end = least(item + step, items(b));
     input = item / b.k;
     input_end = (item_end - 1) / b.k + 1;
@@ -171,6 +190,12 @@ MFEF_HD int64_t first_sum(const Sizes& s, int branch) {
     first += int64_t(b.out) * b.in_per_group() * b.k * b.k;
   }
   return first;
+}
+// The sum of a weight among those of a branch. In the backward neighbouring threads have neighbouring output channels,
+// and there are as many partial sums as thread blocks: there those are neighbours, (ky, kx, in per group, out).
+MFEF_HD int64_t place_of_sum(const Branch& b, bool in_backward, int out, int in, int ky, int kx) {
+  return in_backward ? (int64_t(ky * b.k + kx) * b.in_per_group() + in) * b.out + out
+                     : ((int64_t(out) * b.in_per_group() + in) * b.k + ky) * b.k + kx;
 }
 
 // --- shared memory ----------------------------------------------------------------------------
@@ -235,7 +260,9 @@ struct Plan {
   Stages stages, stages_backward;
   int weights, weights_backward;                    // floats of a stage's weights
   int64_t shared, shared_backward, shared_weights;  // bytes of each launch; of the weight gradient
+  bool matrices;                                    // whether tensor cores compute a branch
 
+  bool weights_in_backward;                   // then no tiles, and slices are the blocks of images
   int tiles, slices, pass_images, tile_step;  // of the weight gradient
   int matrix_tiles, matrix_images;            // of the tiles the first, by tensor cores, and images of a pass there
   int64_t slice_images;                       // large maps: pieces of images
@@ -272,7 +299,8 @@ inline bool choose_stages(const Sizes& s, bool backward, const Plan& p, int64_t 
   int most_stages = 1;
   for (int b = 0; b < s.branch_count; ++b) {
     const Way way(s.branches[b], backward);
-    most_stages = most(most_stages, by_matrices(s, s.branches[b]) ? MatrixWay(s.branches[b], backward).columns()
+    const MatrixWay by_columns(s, s.branches[b], backward);
+    most_stages = most(most_stages, by_matrices(s, s.branches[b]) ? ceil_div(by_columns.columns(), by_columns.chain())
                                                                   : ceil_div(way.source_per_group, way.chain()));
   }
   for (const bool one_by_one : {false, true}) {
@@ -310,7 +338,27 @@ inline int count_tiles(const Sizes& s, bool small) {
   return over_branches(s, [&](int b) { return Tile::count(s, small, b); });
 }
 
-inline Plan make_small_plan(const Sizes& s, int64_t limit) {
+// Whether the backward's thread blocks sum the weight gradient of their images while that of y is in shared memory.
+// It saves a launch and the gradient of y in memory, and costs a copy of the weights for every thread block, and time
+// where there are few thread blocks, since the tiles of the other way keep all multiprocessors busy.
+inline bool weights_in_backward(const Sizes& s, int images, int64_t most_partials) {
+  if (s.width > kWidestWithWeights) return false;
+  const int64_t blocks = (s.batch + images - 1) / images, weights = first_sum(s, s.branch_count);
+  if (!weights || 4 * weights > most_partials || 4 * weights * blocks > most_partials) return false;
+  // Products of a row of taps with a row of pixels that are not beside the map.
+  auto meeting = [](int k, int side) {
+    const int half = least(k / 2, side - 1);
+    return int64_t(side) * (2 * half + 1) - int64_t(half) * (half + 1);
+  };
+  int64_t work = kWeightCost * weights;
+  for (int i = 0; i < s.branch_count; ++i) {
+    const Branch& b = s.branches[i];
+    work += images * int64_t(b.out) * b.in_per_group() * meeting(b.k, s.height) * meeting(b.k, s.width);
+  }
+  return work * (kMultiprocessors - least(int(blocks), kMultiprocessors)) <= kMostBusier * kMultiprocessors;
+}
+
+inline Plan make_small_plan(const Sizes& s, int64_t limit, int64_t most_partials) {
   Plan p{};
   auto refuse = [&p](const std::string& reason) {
     p.reason = reason;
@@ -337,7 +385,7 @@ inline Plan make_small_plan(const Sizes& s, int64_t limit) {
   if (!ok && p.images > 1) {
     Sizes alone = s;
     alone.batch = 1;
-    Plan one = make_small_plan(alone, limit);
+    Plan one = make_small_plan(alone, limit, most_partials);
     if (!one.fits) return one;
     p.images = 1;
     p.step = one.step;
@@ -352,7 +400,14 @@ inline Plan make_small_plan(const Sizes& s, int64_t limit) {
   }
   p.threads = s.out * p.images * ceil_div(s.height, 2) > 256 ? kMostThreads : 256;
 
+  p.matrices = over_branches(s, [&](int b) { return by_matrices(s, s.branches[b]); }) > 0;
   p.slices = 1;
+  if (weights_in_backward(s, p.images, most_partials)) {
+    p.weights_in_backward = p.fits = true;
+    p.slices = int(s.batch > 0 ? (s.batch + p.images - 1) / p.images : 1);
+    p.shared_weights = p.shared_backward;
+    return p;
+  }
   p.pass_images = most(64 / s.pixels(), 1);
   p.tile_step = channel_step(p.pass_images * s.height, p.row);
   const int direct_tiles = count_tiles(s, true);
@@ -374,9 +429,9 @@ inline Plan make_small_plan(const Sizes& s, int64_t limit) {
                     std::to_string((p.shared_weights + 1023) / 1024) + " KiB of shared memory, a thread block has " +
                     std::to_string(limit / 1024));
     }
-    int64_t bytes = 0;  // of an image by tensor cores; less than 18 KiB
+    int64_t bytes = 0;  // of an image by tensor cores; less than 35 KiB
     for (int t = 0; t < p.matrix_tiles; ++t) {
-      const int64_t of = 4 * MatrixTile::words(MatrixTile(s, t).inputs());
+      const int64_t of = 4 * MatrixTile::words(s, MatrixTile(s, t).inputs());
       bytes = of > bytes ? of : bytes;
     }
     p.matrix_images = kMostMatrixImages;
@@ -416,9 +471,15 @@ inline int64_t shrink(const Sizes& s, int64_t limit, const Bytes& bytes, Cover* 
 }
 
 // Cuts tiles into the pieces of the weight gradient on tensor cores, pairs of rows of spans, one or two at a time in
-// shared memory: of those that fit the fastest in so many slices. Leaves the least bytes where none fit.
+// shared memory: of those that fit the fastest in so many slices. Where none fit, the smallest, one at a time.
 inline void choose_matrix_pieces(const Sizes& s, int slices, LargePlan* maps) {
   LargePlan& m = *maps;
+  auto take = [&](const Cover& pieces, int buffers) {
+    m.matrix_pieces = pieces;
+    m.matrix_buffers = buffers;
+    m.shared_matrix_weights = LargeMatrixTiles::bytes(s, pieces, buffers);
+  };
+  take(Cover::of(s, 2, kSpan), 1);
   int64_t fewest = 0;
   for (const int buffers : {1, 2}) {
     for (int columns = m.tiles.columns; columns > 0; columns -= kSpan) {
@@ -426,16 +487,12 @@ inline void choose_matrix_pieces(const Sizes& s, int slices, LargePlan* maps) {
         // Smaller pieces that are as many: not these.
         if (rows > 2 && ceil_div(m.tiles.rows, rows) == ceil_div(m.tiles.rows, rows - 2)) continue;
         const Cover pieces = Cover::of(s, rows, columns);
-        const int64_t bytes = LargeMatrixTiles::bytes(s, pieces, buffers);
-        if (!fewest) m.shared_matrix_weights = bytes;
-        if (bytes > kLargeShared) continue;
+        if (LargeMatrixTiles::bytes(s, pieces, buffers) > kLargeShared) continue;
         const int64_t of_slice = (s.batch * pieces.count() + slices - 1) / slices;
         const int64_t cycles = LargeMatrixTiles::cycles(s, pieces, of_slice > 1 ? of_slice : 1, buffers);
         if (fewest && cycles >= fewest) continue;
         fewest = cycles;
-        m.matrix_pieces = pieces;
-        m.matrix_buffers = buffers;
-        m.shared_matrix_weights = bytes;
+        take(pieces, buffers);
       }
     }
   }
@@ -509,8 +566,8 @@ inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
 // How a problem would run on a device whose thread blocks may have `limit` bytes of shared memory. Of the device
 // nothing else counts, so sums have the same order on all GPUs with as much; how tensor cores round their products is
 // the architecture's.
-inline Plan make_plan(const Sizes& s, int64_t limit) {
-  Plan p = make_small_plan(s, limit);
+inline Plan make_plan(const Sizes& s, int64_t limit, int64_t most_partials = kMostPartials) {
+  Plan p = make_small_plan(s, limit, most_partials);
   if (!p.fits) make_large_plan(s, limit, &p);
   return p;
 }
@@ -525,12 +582,12 @@ inline void add_convolutions(const Sizes& s, const Plan& p, bool backward, std::
 // The kernels of a whole call, in order; `backward` with all gradients.
 inline std::vector<std::string> launches(const Sizes& s, const Plan& p, bool backward) {
   const bool convolution = s.branch_count > 0, attention = s.hidden > 0;
-  const std::string matrix = p.matrix_tiles ? "Matrix" : "";
+  const std::string matrix = p.matrices ? "Matrix" : "";
   if (!p.large && !backward) return {matrix + "Forward"};
   std::vector<std::string> all;
   if (!p.large) {
     all = {matrix + "Backward"};
-    if (convolution) all.push_back(matrix + "WeightGradient");
+    if (convolution && !p.weights_in_backward) all.push_back(matrix + "WeightGradient");
   } else if (!backward) {
     add_convolutions(s, p, false, &all);
     if (attention) all.insert(all.end(), {"ChannelGates", "PoolChannels", "GateMap"});
@@ -587,7 +644,7 @@ struct Scratch {
       logit = channels;
       hidden_sum = hidden_mean = hidden_max = n * s.hidden;
       spatial = blocks * 2 * s.spatial_k * s.spatial_k;
-      if (convolution) dy = map;
+      if (convolution && !p.weights_in_backward) dy = map;
     }
     if (convolution) weights = p.slices * first_sum(s, s.branch_count);
     if (wanted.bias) channel_sums = channels * (p.large ? p.maps.tiles.count() : 1);
@@ -646,6 +703,7 @@ struct BlockArgs {
   int images, step, weights;
   Stages stages;
   int64_t blocks;  // of images, of large maps: pieces of images; the grid may be smaller
+  bool weights_in_backward;
   int tiles, slices, pass_images, matrix_tiles, matrix_images;
   int64_t slice_images;
   int64_t bias_terms;  // vectors in grads.channel_sums

@@ -3,7 +3,8 @@
 // A thread block writes kOutputs neighbouring elements; for each, kSumParts threads add up a part of the terms, in
 // order, and one adds the parts. Terms are slices of the batch (convolutions), images (MLP and bias, where a term is
 // a product of two vectors that the backward left, an outer product for each image) or blocks of images (spatial).
-// Memory: reads what is left once, neighbouring elements side by side, and writes the gradients in their own strides.
+// Elements are in the order of their partial sums. Memory: reads what is left once, neighbouring elements side by side,
+// and writes the gradients in their own strides.
 #pragma once
 
 #include "device.cuh"
@@ -12,15 +13,34 @@ namespace mfef::cuda {
 
 constexpr int kOutputs = 32, kSumParts = 8;
 
-// One part of the sum over `count` terms; 0 for the part after the last.
-template <class Term>
-MFEF_DEVICE float part_of_sum(int64_t count, int part, const Term& term) {
-  const int64_t first = count * part / kSumParts, end = part < kSumParts ? count * (part + 1) / kSumParts : first;
+// One part of the sum over `count` terms; 0 for the part after the last. run(first, n): of n terms from `first` on.
+template <class Run>
+MFEF_DEVICE float part_of_runs(int64_t count, int part, const Run& run) {
+  const int64_t begin = count * part / kSumParts, end = part < kSumParts ? count * (part + 1) / kSumParts : begin;
   float sum = 0.0f;
-  for (int64_t run = first; run < end; run += kRun) {
-    sum += sum_of(end - run < kRun ? int(end - run) : kRun, [&](int i) { return term(run + i); });
+  for (int64_t first = begin; first < end; first += kRun) {
+    sum += run(first, end - first < kRun ? int(end - first) : kRun);
   }
   return sum;
+}
+
+template <class Term>
+MFEF_DEVICE float part_of_sum(int64_t count, int part, const Term& term) {
+  return part_of_runs(count, part,
+                      [&](int64_t first, int n) { return sum_of(n, [&](int i) { return term(first + i); }); });
+}
+
+// The same of numbers `step` apart, with the loads of a whole run under way at once.
+MFEF_DEVICE float part_of_sum(int64_t count, int part, const float* from, int64_t step) {
+  return part_of_runs(count, part, [&](int64_t first, int n) {
+    const float* at = from + first * step;
+    float terms[kRun], sum = 0.0f;
+    MFEF_UNROLL
+    for (int i = 0; i < kRun; ++i, at += step) terms[i] = i < n ? *at : 0.0f;
+    MFEF_UNROLL
+    for (int i = 0; i < kRun; ++i) sum += terms[i];
+    return sum;
+  });
 }
 
 // A part of element `e` of all gradients; *to and *offset say where the element is.
@@ -35,20 +55,23 @@ MFEF_DEVICE float part_of_output(const BlockArgs& a, int64_t e, int part, Parame
       e -= count;
       continue;
     }
-    const int64_t x = e % full, y = e / full % full, pair = e / (full * full);
-    const int64_t kx = x - (full - b.k) / 2, ky = y - (full - b.k) / 2;
+    const bool taps_last = !a.weights_in_backward;  // see place_of_sum
+    const int64_t pair = taps_last ? e / (full * full) : e % (b.out * inputs),
+                  tap = taps_last ? e % (full * full) : e / (b.out * inputs);
+    const int64_t out = taps_last ? pair / inputs : pair % b.out, in = taps_last ? pair % inputs : pair / b.out;
+    const int64_t x = tap % full, y = tap / full, kx = x - (full - b.k) / 2, ky = y - (full - b.k) / 2;
     *to = g.branches[i];
-    *offset = pair / inputs * to->stride[0] + pair % inputs * to->stride[1] + y * to->stride[2] + x * to->stride[3];
+    *offset = out * to->stride[0] + in * to->stride[1] + y * to->stride[2] + x * to->stride[3];
     if (kx < 0 || kx >= b.k || ky < 0 || ky >= b.k) return 0.0f;
-    const int64_t per_slice = first_sum(s, s.branch_count);
-    const float* from = g.weights + first_sum(s, i) + (pair * b.k + ky) * b.k + kx;
-    return part_of_sum(batch ? a.slices : 0, part, [&](int64_t slice) { return from[slice * per_slice]; });
+    const float* from =
+        g.weights + first_sum(s, i) + place_of_sum(b, a.weights_in_backward, int(out), int(in), int(ky), int(kx));
+    return part_of_sum(batch ? a.slices : 0, part, from, first_sum(s, s.branch_count));
   }
   if (g.bias.data) {
     if (e < channels) {
       *to = g.bias;
       *offset = e * to->stride[0];
-      return part_of_sum(a.bias_terms, part, [&](int64_t n) { return g.channel_sums[n * channels + e]; });
+      return part_of_sum(a.bias_terms, part, g.channel_sums + e, channels);
     }
     e -= channels;
   }
@@ -83,7 +106,7 @@ MFEF_DEVICE float part_of_output(const BlockArgs& a, int64_t e, int part, Parame
     if (e < channels) {
       *to = g.fc2_bias;
       *offset = e * to->stride[0];
-      return 2.0f * part_of_sum(batch, part, [&](int64_t n) { return g.logit[n * channels + e]; });
+      return 2.0f * part_of_sum(batch, part, g.logit + e, channels);
     }
     e -= channels;
   }
@@ -92,8 +115,7 @@ MFEF_DEVICE float part_of_output(const BlockArgs& a, int64_t e, int part, Parame
   *to = g.spatial_weight;
   *offset = map * to->stride[1] + y * to->stride[2] + x * to->stride[3];
   if (kx < 0 || kx >= k || ky < 0 || ky >= k) return 0.0f;
-  const float* from = g.spatial + (map * k + ky) * k + kx;
-  return part_of_sum(a.blocks, part, [&](int64_t block) { return from[block * 2 * k * k]; });
+  return part_of_sum(a.blocks, part, g.spatial + (map * k + ky) * k + kx, 2 * k * k);
 }
 
 struct Sums {

@@ -8,9 +8,10 @@ namespace mfef::cuda {
 const char* launch_weight_gradient(const BlockArgs& args, const Plan& plan, void* stream) {
   const int64_t blocks = int64_t(plan.tiles) * plan.slices;
   if (plan.matrix_tiles) {
-    return launch<MatrixWeightGradient, kTileThreads>(args, blocks, kTileThreads, plan.shared_weights, stream);
+    // Three thread blocks of a multiprocessor, as kMatrixShared is meant for.
+    return launch<MatrixWeightGradient, kTileThreads, 3>(args, blocks, kTileThreads, plan.shared_weights, stream);
   }
-  return launch_for_row<WeightGradient, kTileThreads>(args, plan, blocks, kTileThreads, plan.shared_weights, stream);
+  return launch_for_row<WeightGradient, kTileThreads, 3>(args, plan, blocks, kTileThreads, plan.shared_weights, stream);
 }
 
 const char* launch_sums(const BlockArgs& args, const Plan&, void* stream) {

@@ -24,7 +24,8 @@ def plan(problem: Problem, limit: int | None = None) -> dict[str, object]:
 
     ``limit`` is the device's if not given. Keys: fits; reason (why not, else ""); where it fits
     plan ("small-map" or "large-map"), threads (per thread block; large maps: of the convolution),
-    weight_gradient_tiles, weight_gradient_slices (of the batch), weight_gradient_shared_bytes, and
+    weight_gradient_tiles, weight_gradient_slices (of the batch), weight_gradient_shared_bytes,
+    weights_in_backward (whether the backward's launch sums their gradient, with no tiles then), and
     for ``forward_`` and ``backward_``: launches (the kernels of a whole call), shared_bytes (per
     thread block; large maps: of the convolution), scratch_bytes (of a forward that saves, and of a
     backward with all gradients but a convolution's bias). Small maps: images (per thread block),

@@ -13,7 +13,6 @@ import torch
 
 from mfef_ext import functional
 from mfef_ext.modules import MFEFBlock
-from tests.backends.cuda.conftest import host, host_library  # noqa: F401 (fixtures)
 
 CUDA = torch.cuda.is_available()
 GPU = pytest.mark.gpu

@@ -1,10 +1,11 @@
 // The CUDA backend compiled by the C++ compiler: every thread block of a kernel runs on the host, phase by phase, a
 // loop over its threads between barriers. Registers the same operators for CPU tensors, in the namespace
-// mfef_cuda_host whose schemas the test defines. conftest.py compiles and loads this.
+// mfef_cuda_host whose schemas the test defines. host.py compiles and loads this.
 //
 // Shared memory is full of NaN when a thread block starts and has a guard behind it. Threads run in ascending or in
 // descending order: where that changes a bit, threads of one phase depend on one another, which is a race. A weight
-// gradient can have all of the batch in one slice, whose sums are then as long as those of a batch far larger.
+// gradient of a launch of its own can have all of the batch in one slice, whose sums are then as long as those of a
+// batch far larger; and what a backward's thread blocks may leave of it can be set, nothing for such a launch always.
 #include <utility>
 
 #include "cuda/backward.cu"
@@ -20,7 +21,7 @@
 
 namespace mfef::cuda {
 
-int64_t host_shared_limit = 227 * 1024, host_scratch_bytes = 0;
+int64_t host_shared_limit = 227 * 1024, host_most_partials = kMostPartials, host_scratch_bytes = 0;
 static bool host_backwards = false, host_one_slice = false;
 
 const char* run_on_host(Run run, const BlockArgs& planned, int64_t blocks, int threads, int64_t shared) {
@@ -30,7 +31,7 @@ const char* run_on_host(Run run, const BlockArgs& planned, int64_t blocks, int t
   if (shared > host_shared_limit) return "more shared memory than the device has";
   const int64_t grid = blocks < kMostBlocks ? blocks : kMostBlocks;
   BlockArgs args = planned;
-  if (host_one_slice) {
+  if (host_one_slice && !args.weights_in_backward) {
     args.slice_images *= args.slices;
     args.large.matrix_slice *= args.slices;
     args.slices = 1;
@@ -126,6 +127,8 @@ extern "C" __attribute__((visibility("default"))) bool mfef_cuda_host_multiply(c
   if (how == Reading::kTransposed && depth != 16) return false;
   if (of == "tf32" && depth == 8) {
     multiply_on_host<Tf32, 8>(a, b, c, how);
+  } else if (of == "tf32" && depth == 4) {
+    multiply_on_host<Tf32, 4>(a, b, c, how);
   } else if (of == "bfloat16" && depth == 16) {
     multiply_on_host<c10::BFloat16, 8>(a, b, c, how);
   } else if (of == "bfloat16" && depth == 8) {
@@ -141,12 +144,14 @@ extern "C" __attribute__((visibility("default"))) bool mfef_cuda_host_multiply(c
 }
 
 extern "C" __attribute__((visibility("default"))) void mfef_cuda_host_settings(int64_t shared_limit, bool backwards,
-                                                                               int adding, bool one_slice) {
+                                                                               int adding, bool one_slice,
+                                                                               int64_t most_partials) {
   using namespace mfef::cuda;
   host_shared_limit = shared_limit;
   host_backwards = backwards;
   host_adding = static_cast<Adding>(adding);
   host_one_slice = one_slice;
+  host_most_partials = most_partials >= 0 ? most_partials : kMostPartials;
 }
 
 // Bytes of scratch that calls had since the last question.

@@ -21,7 +21,7 @@ from tests.accuracy import (
     make_case,
     run_block,
 )
-from tests.backends.cuda.conftest import ALIGNED, H200, NEAREST
+from tests.backends.cuda.host import ALIGNED, H200, NEAREST
 from tests.backends.cuda.test_mma import tf32 as rounded_to_tf32
 from tests.backends.cuda.test_plan import problem
 from tests.backends.triton.test_attention import draw_case, expected
@@ -44,7 +44,8 @@ def test_random_blocks(device, arguments, layout):
 
 
 # ImageNet's maps; 33 channels, which no pair divides; several stages of sources; branches that add
-# to the same channels; kernels of any size; several tiles above one another.
+# to the same channels; kernels of any size; several tiles above one another; sources of which a
+# chain does not fit.
 SHAPES = [
     ((1, 64, 56, 56), {}),
     ((1, 128, 28, 28), {}),
@@ -55,10 +56,11 @@ SHAPES = [
     ((2, 24, 10, 18), {"groups": (1, 1, 1, 1), "split": False}),
     ((2, 8, 9, 21), {"kernel_sizes": (21, 3), "spatial_kernel_size": 15}),
     ((1, 4, 130, 17), {"kernel_sizes": (3, 9)}),
+    ((1, 80, 20, 18), {"kernel_sizes": (1,), "groups": (1,)}),
 ]
 
 
-def plan_of(shape, split=True, **options) -> dict[str, object]:
+def plan_of(shape, split=True, **options):
     mode = "split" if split else "pyramid"
     return cuda.plan(problem(shape[0], *shape[1:], mode=mode, **options), H200)
 
@@ -202,16 +204,70 @@ def test_tf32_on_tensor_cores(device, request, tf32, adding, shape, options, bra
     errors.check()
 
 
+@st.composite
+def convolutions(draw):
+    """(shape, [(k, groups, in and out channels per group)], split) of a convolution that tensor
+    cores compute in part: any number of channels, kernels without taps that meet the map."""
+    split = draw(st.booleans())
+    count = draw(st.integers(1, 3))
+    per_group = st.sampled_from([1, 2, 4, 8, 9, 12, 16, 24, 40])
+    branches = []
+    channels = draw(st.sampled_from([24, 48, 72]))
+    for _ in range(count):
+        groups = draw(st.sampled_from([1, 2, 3, 4]))
+        ins = draw(per_group) if split else channels // groups
+        branches.append((draw(st.sampled_from([3, 5, 7, 9, 15])), groups, ins, draw(per_group)))
+    if split:
+        channels = sum(groups * ins for _, groups, ins, _ in branches)
+    shape = (draw(st.integers(1, 2)), channels, draw(st.integers(1, 20)), draw(st.integers(17, 40)))
+    return shape, branches, split
+
+
+@EXAMPLES
+@given(
+    drawn=convolutions(),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.lists(st.sampled_from(LAYOUTS), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_random_convolutions_on_tensor_cores(device, tf32, drawn, dtype, layouts, seed):
+    """Result and all gradients; of operands that TF32 leaves as they are, so that it is no matter
+    which branches tensor cores compute."""
+    shape, branches, split = drawn
+    groups = [g for _, g, _, _ in branches]
+    torch.manual_seed(seed)
+
+    def operand(*size):
+        return torch.from_numpy(rounded_to_tf32(torch.randn(size).numpy())).to(dtype)
+
+    x = operand(*shape)
+    weights = [operand(g * outs, ins, k, k) for k, g, ins, outs in branches]
+    grad = operand(shape[0], sum(w.shape[0] for w in weights), *shape[2:])
+
+    def run(f, d, where="cpu", layouts=(LAYOUTS[0],) * 3, **kw):
+        def laid_out(t, layout):
+            return t.to(where, d).contiguous(memory_format=layout)
+
+        leaves = [laid_out(x, layouts[0]), *(laid_out(w, layouts[1]) for w in weights)]
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        out = f(leaves[0], leaves[1:], groups, split, **kw)
+        grads = torch.autograd.grad(out, leaves, laid_out(grad, layouts[2]))
+        return [t.detach().cpu() for t in (out, *grads)]
+
+    wanted = run(reference.multi_scale_conv2d, torch.float64)
+    got = run(functional.multi_scale_conv2d, dtype, device, layouts, backend="cuda")
+    eager = [run(reference.multi_scale_conv2d, dtype, layouts=(one,) * 3) for one in LAYOUTS]
+    largest_errors = [
+        max(largest(e.double() - w) for e in column)
+        for *column, w in zip(*eager, wanted, strict=True)
+    ]
+    errors = Errors(dtype)
+    errors.add(["out", "x", *(f"weights[{i}]" for i in range(len(weights)))], got, wanted,
+               largest_errors)  # fmt: skip
+    errors.check()
+
+
 KINDS = [*DTYPES[1:], "tf32"]  # on tensor cores
-
-
-@pytest.fixture
-def kind(request):
-    """The dtype of a kind; TF32 switched on for it."""
-    if request.param != "tf32":
-        return request.param
-    request.getfixturevalue("tf32")
-    return torch.float32
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)

@@ -9,7 +9,7 @@ import torch
 from mfef_ext import _C, functional, reference
 from mfef_ext.problem import describe_multi_scale_conv2d
 from tests.accuracy import Errors, largest, make_case
-from tests.backends.cuda.conftest import ALIGNED, H200, NEAREST, TRUNCATED
+from tests.backends.cuda.host import ALIGNED, H200, NEAREST, TRUNCATED
 from tests.backends.cuda.test_mma import tf32 as to_tf32
 from tests.backends.cuda.test_plan import problem
 
@@ -71,6 +71,26 @@ def test_pieces_in_turn(host, dtype, shape, groups, buffers):
             *maps, [weight], [groups], True, None, False, True, True
         )
         assert torch.equal(got, wanted)
+
+
+def test_pieces_of_wide_kernels(host):
+    """No piece of 45 x 45 taps leaves room for two other thread blocks: the smallest, one at a
+    time, takes what it needs."""
+    torch.manual_seed(0)
+    x, grad = torch.randint(-2, 3, (2, 1, 8, 20, 40)).float()
+    weight, groups = torch.zeros(8, 8, 45, 45), [1]
+    leaf = weight.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(reference.multi_scale_conv2d(x, [leaf], groups), leaf, grad)
+    described = describe_multi_scale_conv2d(x, [weight], groups, True, None)
+    plan = _C.cuda_plan(**described.sizes(), tf32=True, shared_limit=H200)
+    assert plan["weight_gradient_buffers"] == 1
+    assert 74 * 1024 < plan["weight_gradient_shared_bytes"] < 80 * 1024
+    _, (got,), _ = torch.ops.mfef_cuda_host.multi_scale_conv2d_backward(
+        grad, x, [weight], groups, True, None, False, True, True
+    )
+    assert torch.equal(got, wanted)
+    small = _C.cuda_plan(**described.sizes(), tf32=True, shared_limit=74 * 1024)
+    assert "the weight gradient takes 77 KiB" in small["reason"]
 
 
 @pytest.mark.parametrize("shape", [(32, 64, 56), (32, 128, 28), (32, 256, 14), (32, 512, 7)])

@@ -12,7 +12,7 @@ from mfef_ext.problem import (
     describe_multi_scale_conv2d,
 )
 from tests.accuracy import make_case
-from tests.backends.cuda.conftest import H200
+from tests.backends.cuda.host import H200
 
 OPS = torch.ops.mfef_cuda_host
 YES_NO = (False, True)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.backends.cuda.conftest import ALIGNED, NEAREST, TRUNCATED
+from tests.backends.cuda.host import ALIGNED, NEAREST, TRUNCATED
 
 WORDS, MATRICES, TRANSPOSED = range(3)  # how operands are read, as in host.cpp
-KINDS = [("tf32", 8), ("bfloat16", 8), ("bfloat16", 16), ("float16", 8), ("float16", 16)]
+KINDS = [("tf32", 4), ("tf32", 8)]
+KINDS += [("bfloat16", 8), ("bfloat16", 16), ("float16", 8), ("float16", 16)]
 
 
 def tf32(values: np.ndarray) -> np.ndarray:

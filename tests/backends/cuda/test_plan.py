@@ -173,6 +173,10 @@ def test_not_chosen_by_itself_before_hardware_has_run_it(gpu):
     text = "\n".join(_explain_problem(one, "cuda", False))
     assert "runs on: cuda (forced)" in text and "small-map plan: 128 thread block(s)" in text
     assert "forward: Forward; scratch 0 bytes" in text
+    assert "gradient of the weights in the backward's launch, 128 sum(s) to add up" in text
+    assert "backward: Backward, Sums; scratch" in text and "tensor cores" not in text
+    text = "\n".join(_explain_problem(problem(128, 64, 8, dtype=torch.bfloat16), "cuda", False))
+    assert "branches on tensor cores: [0], backward [0], weights' gradient []" in text
     text = "\n".join(_explain_problem(problem(128, 128, 8, dtype=torch.bfloat16), "cuda", False))
     assert "branches on tensor cores: [0, 1], backward [0, 1]" in text
     assert "forward: MatrixForward; scratch 0 bytes" in text

@@ -1,6 +1,8 @@
 """The kernels for maps that fit on the chip, block by block, against the float64 reference; and
 what holds for maps that do not (those with 17 columns and more) as well."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from mfef_ext import functional, reference
 from mfef_ext.backends import cuda
 from mfef_ext.modules import MFEFBlock
 from tests.accuracy import (
+    Errors,
     check_block,
     factor,
     largest,
@@ -17,13 +20,15 @@ from tests.accuracy import (
     run_block,
     unit_in_the_last_place,
 )
-from tests.backends.cuda.conftest import H200
+from tests.backends.cuda.host import ALIGNED, H200, NEAREST
+from tests.backends.cuda.test_mma import tf32 as rounded_to_tf32
 from tests.backends.cuda.test_plan import problem
 from tests.drawing import DRAWN, blocks
 from tests.ops.test_accuracy import strided
 from tests.ops.test_contracts import tied_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS = [*DTYPES, "tf32"]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 A100, SMALLEST = 163 * 1024, 99 * 1024
 EXAMPLES = settings(DRAWN, max_examples=25)
@@ -80,10 +85,10 @@ MATRICES = [
 ]
 
 
-def by_tensor_cores(shape, dtype, split=True, **options) -> object:
+def by_tensor_cores(shape, dtype, of="forward", split=True, **options) -> object:
     mode = "split" if split else "pyramid"
     plan = cuda.plan(problem(shape[0], *shape[1:], dtype=dtype, mode=mode, **options), H200)
-    return plan["forward_tensor_core_branches"]
+    return plan[f"{of}_tensor_core_branches"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -95,11 +100,115 @@ def test_branches_by_tensor_cores(device, dtype, layout, shape, options):
     check_block(dtype, layout, backend="cuda", device=device, shape=shape, **options)
 
 
+# In pyramid mode all branches; the one of the list above has one that they do not compute.
+TF32_MATRICES = [entry for entry in MATRICES if entry[1].get("split", True)]
+TF32_MATRICES += [((2, 24, 6, 8), {"kernel_sizes": (3, 5), "groups": (1, 1), "split": False})]
+
+
+def to_tf32(t):
+    """Operands as tensor cores take them, in float64."""
+    return torch.from_numpy(rounded_to_tf32(t.detach().float().numpy())).double()
+
+
+def on_tf32_operands(case, branches):
+    """The case with what tensor cores multiply, of the branches that they compute, rounded."""
+    x, grad = case.x.detach().clone(), case.grad.clone()
+    weights = [w.detach().clone() for w in case.weights]
+    first_in = first_out = 0
+    for b, (w, groups) in enumerate(zip(weights, case.groups, strict=True)):
+        ins = slice(first_in, first_in + w.shape[1] * groups) if case.split else slice(None)
+        outs = slice(first_out, first_out + w.shape[0])
+        first_in, first_out = first_in + w.shape[1] * groups, first_out + w.shape[0]
+        if b in branches:
+            for t, part in ((x, ins), (grad, outs)):
+                t[:, part] = to_tf32(t[:, part])
+            weights[b] = to_tf32(w)
+    return dataclasses.replace(case, x=x, weights=weights, grad=grad)
+
+
+@pytest.mark.parametrize("adding", [NEAREST, ALIGNED])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("shape", "options"), TF32_MATRICES, ids=str)
+def test_branches_by_tensor_cores_in_tf32(device, request, tf32, layout, adding, shape, options):
+    """The convolution and its gradients: what float64 makes of operands rounded to TF32, as near as
+    float32 comes to it, also where tensor cores cut their sums as an A100 does."""
+    branches = by_tensor_cores(shape, torch.float32, **options)
+    of_weights = branches
+    if device == "cpu":  # there the weight gradient is a launch of its own
+        request.getfixturevalue("host").set(adding=adding, apart=True)
+    elif adding != NEAREST:
+        pytest.skip("a GPU adds as it does")
+    else:
+        of_weights = by_tensor_cores(shape, torch.float32, "weight_gradient", **options)
+    errors = Errors(torch.float32)
+    for seed in range(3):
+        case = make_case(shape, dtype=torch.float32, seed=seed, **options)
+        rounded = on_tf32_operands(case, branches)
+        summed = on_tf32_operands(case, of_weights)
+
+        def run(f, of, d, where="cpu", layout=torch.contiguous_format, **kw):
+            at = of.cast(d, where)
+            out = f(at.x.contiguous(memory_format=layout), at.weights, at.groups, at.split, **kw)
+            grads = torch.autograd.grad(out, [at.x, *at.weights], at.grad)
+            return [t.detach().cpu() for t in (out, *grads)]
+
+        def expected(d, layout, rounded=rounded, summed=summed):
+            f = reference.multi_scale_conv2d
+            return run(f, rounded, d, layout=layout)[:2] + run(f, summed, d, layout=layout)[2:]
+
+        wanted = expected(torch.float64, torch.contiguous_format)
+        ours = functional.multi_scale_conv2d
+        got = run(ours, case, torch.float32, device, layout, backend="cuda")
+        eager = [expected(torch.float32, one) for one in LAYOUTS]
+        worst = [
+            max(largest(e.double() - w) for e in column)
+            for *column, w in zip(*eager, wanted, strict=True)
+        ]
+        names = ["out", "x", *(f"weights[{i}]" for i in range(len(case.weights)))]
+        errors.add(names, got, wanted, worst)
+    errors.check()
+
+
+def test_direct_branches_see_what_tensor_cores_see_of_the_same_channels(device, tf32):
+    """Forward in pyramid mode, where x is rounded for all; weights are for the latter only."""
+    shape, options = (2, 24, 6, 8), {"kernel_sizes": (3, 5, 7), "groups": (1, 1, 8)}
+    assert by_tensor_cores(shape, torch.float32, split=False, **options) == [0, 1]
+    case = make_case(shape, split=False, dtype=torch.float32, **options)
+    low = case.cast(torch.float32, device)
+    both = on_tf32_operands(case, [0, 1]).cast(torch.float32, device)
+    first, second = (
+        functional.multi_scale_conv2d(c.x, c.weights, c.groups, False, backend="cuda")
+        for c in (low, both)
+    )
+    assert not torch.equal(low.x, both.x) and torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:], ids=str, indirect=True)
+@pytest.mark.parametrize("split", [True, False])
+def test_layouts_of_weights_give_the_same_bits_on_tensor_cores(device, kind, split):
+    """Taps as neighbours in memory, source channels, destination channels, and none."""
+    options = {"kernel_sizes": (3, 7), "groups": (1, 2)}
+    case = make_case((2, 44, 7, 8), split=split, dtype=kind, **options).cast(kind, device)
+    found = []
+    for change in (
+        lambda w: w,
+        lambda w: w.contiguous(memory_format=torch.channels_last),
+        lambda w: w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+        lambda w: w.repeat_interleave(2, 3)[..., ::2],
+    ):
+        weights = [change(w.detach()).requires_grad_() for w in case.weights]
+        out = functional.multi_scale_conv2d(case.x, weights, case.groups, split, backend="cuda")
+        found.append([out, *torch.autograd.grad(out, [case.x, *weights], case.grad)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("limit", [A100, SMALLEST])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_stages_of_weights_do_not_change_a_bit(host, limit, dtype):
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, "tf32"], ids=str, indirect=True)
+def test_stages_of_weights_do_not_change_a_bit(host, limit, kind):
     """A device with less shared memory has the weights of a convolution in more stages."""
-    case = make_case((2, 128, 8, 8), dtype=dtype).cast(dtype)
+    case = make_case((2, 128, 8, 8), dtype=kind).cast(kind)
     wanted = run_block(case, functional.mfef_block, backend="cuda")
     host.set(shared_limit=limit)
     for a, b in zip(wanted, run_block(case, functional.mfef_block, backend="cuda"), strict=True):
@@ -108,19 +217,22 @@ def test_stages_of_weights_do_not_change_a_bit(host, limit, dtype):
 
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
+    ("shape", "kind"),
     [
         *(((3, 24, 8, 8), torch.float32), ((600, 8, 2, 2), torch.float32)),
         *(((2, 9, 3, 14), torch.float32), ((2, 68, 6, 4), torch.float32)),
         *(((2, 70, 9, 20), torch.float32), ((1, 9, 35, 18), torch.float32)),
         *(((2, 44, 7, 8), torch.bfloat16), ((1, 72, 9, 18), torch.bfloat16)),  # tensor cores
+        ((2, 44, 7, 8), "tf32"),
     ],
     ids=str,
+    indirect=["kind"],
 )
-def test_threads_of_a_phase_do_not_depend_on_one_another(host, shape, dtype, split):
+def test_threads_of_a_phase_do_not_depend_on_one_another(host, shape, kind, split):
     """The same bits with the threads of every phase in descending order: no race."""
-    case = make_case(shape, split=split, dtype=dtype).cast(dtype)
-    bias = torch.randn(shape[1], dtype=dtype)
+    case = make_case(shape, split=split, dtype=kind).cast(kind)
+    bias = torch.randn(shape[1], dtype=kind)
+    tf32 = torch.backends.cudnn.allow_tf32
     weights = [w.detach() for w in case.weights]
 
     def run():
@@ -128,7 +240,7 @@ def test_threads_of_a_phase_do_not_depend_on_one_another(host, shape, dtype, spl
         arguments = (case.x.detach(), weights, case.groups, split, bias)
         out.append(functional.multi_scale_conv2d(*arguments, backend="cuda"))
         backward = torch.ops.mfef_cuda_host.multi_scale_conv2d_backward
-        grad_x, grads, grad_bias = backward(case.grad, *arguments, True, True)
+        grad_x, grads, grad_bias = backward(case.grad, *arguments, True, True, tf32)
         return [*out, grad_x, *grads, grad_bias]
 
     ascending = run()
@@ -163,8 +275,9 @@ def test_multi_scale_conv2d_with_bias(device, dtype):
         assert o <= factor(dtype) * e + 1
 
 
-@pytest.mark.parametrize("shape", [(5, 32, 8, 8), (2, 70, 9, 37)])
-def test_dual_attention_alone_is_the_blocks_second_half(device, shape):
+@pytest.mark.parametrize("kind", [torch.float32, "tf32"], ids=str, indirect=True)
+@pytest.mark.parametrize("shape", [(5, 32, 8, 8), (2, 44, 7, 8), (2, 70, 9, 37)])
+def test_dual_attention_alone_is_the_blocks_second_half(device, shape, kind):
     """The two halves share the block's inner code: the same numbers, to the last bit."""
     case = make_case(shape, dtype=torch.float32).cast(torch.float32, device)
     y = functional.multi_scale_conv2d(case.x, case.weights, case.groups, backend="cuda")
@@ -178,12 +291,12 @@ def test_dual_attention_alone_is_the_blocks_second_half(device, shape):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, "tf32"], ids=str, indirect=True)
 @pytest.mark.parametrize("how", ["slice", "transposed", "every second", "channels_last slice"])
-@pytest.mark.parametrize("shape", [(3, 20, 5, 6), (2, 20, 5, 20)])
-def test_any_strides_give_the_same_bits(device, dtype, how, shape):
+@pytest.mark.parametrize("shape", [(3, 20, 5, 6), (2, 44, 5, 6), (2, 20, 5, 20)])
+def test_any_strides_give_the_same_bits(device, kind, how, shape):
     """Inputs, weights and incoming gradients that are views of larger tensors full of NaN."""
-    case = make_case(shape, dtype=dtype).cast(dtype, device)
+    case = make_case(shape, dtype=kind).cast(kind, device)
 
     def run(x, weights, grad):
         x = x.detach().requires_grad_()
@@ -266,21 +379,23 @@ def test_gradients_for_some_inputs_only(device, wanted, width):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
+    ("shape", "kind"),
     [
         ((1100, 8, 2, 2), torch.float32),
         ((7, 12, 6, 6), torch.float32),
         ((5, 12, 6, 18), torch.float32),
         ((521, 22, 5, 5), torch.bfloat16),
+        ((521, 22, 5, 5), "tf32"),
     ],
     ids=str,
+    indirect=["kind"],
 )
-def test_an_image_does_not_depend_on_its_neighbours(device, shape, dtype):
+def test_an_image_does_not_depend_on_its_neighbours(device, shape, kind):
     """Nor on how many images share a thread block, nor on the last block being a partial one."""
-    case = make_case((1, *shape[1:]), kernel_sizes=(3, 5), dtype=dtype)
-    case = case.cast(dtype, device)
+    case = make_case((1, *shape[1:]), kernel_sizes=(3, 5), dtype=kind)
+    case = case.cast(kind, device)
     arguments = (case.weights, case.groups, *case.attention)
-    x, grad = torch.randn(2, *shape, device=device).to(dtype)
+    x, grad = torch.randn(2, *shape, device=device).to(kind)
 
     def run(images):
         leaf = x[images].requires_grad_()
@@ -369,12 +484,13 @@ def test_nan_and_infinity_pass_through(device, value, width):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_infinity_stay_in_their_group(device, value):
+@pytest.mark.parametrize("kind", [torch.bfloat16, "tf32"], ids=str, indirect=True)
+def test_nan_and_infinity_stay_in_their_group(device, kind, value):
     """Also where tensor cores multiply by the zeros that fill up their matrices."""
-    case = make_case((2, 36, 6, 8), kernel_sizes=(3, 5), groups=(2, 1), dtype=torch.bfloat16)
+    case = make_case((2, 36, 6, 8), kernel_sizes=(3, 5), groups=(2, 1), dtype=kind)
     with torch.no_grad():
         case.x[1, 3, 2, 6] = case.x[0, 20, 0, 0] = value
-    low, plain = case.cast(torch.bfloat16, device), case.cast(torch.float32)
+    low, plain = case.cast(kind, device), case.cast(torch.float32)
     got = functional.multi_scale_conv2d(low.x, low.weights, low.groups, backend="cuda")
     wanted = reference.multi_scale_conv2d(plain.x, plain.weights, plain.groups)
     assert 0 < int(wanted.isfinite().sum()) < wanted.numel()
