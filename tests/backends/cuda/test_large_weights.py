@@ -90,7 +90,7 @@ def test_pieces_of_wide_kernels(host):
     )
     assert torch.equal(got, wanted)
     small = _C.cuda_plan(**described.sizes(), tf32=True, shared_limit=74 * 1024)
-    assert "the weight gradient takes 77 KiB" in small["reason"]
+    assert "the weight gradient takes 80 KiB" in small["reason"]
 
 
 @pytest.mark.parametrize("shape", [(32, 64, 56), (32, 128, 28), (32, 256, 14), (32, 512, 7)])
