@@ -243,6 +243,7 @@ MFEF_DEVICE void matrix_weight_gradient(const BlockArgs& a, const Block& block, 
         load_piece<T>(a, task, image, at, shared + next * words, copies[thread], thread, block.threads);
         copies[thread].commit();
       });
+      warp.together();
       const uint32_t* dy = shared + buffer * words;
       multiply_piece<T>(warp, task, k, dy, kTf32 || l.dy_element == Element::kFloat, cover.columns,
                         dy + task.shape.dy_words(kTf32, cover), cover.columns + k - 1, rows, columns, warps, chained,

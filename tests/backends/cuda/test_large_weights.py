@@ -178,18 +178,30 @@ def test_tf32(device, layout, shape, options, branches):
 
 @pytest.mark.parametrize("adding", [NEAREST, ALIGNED, TRUNCATED])
 def test_long_sums_in_tf32(host, adding):
-    """32,768 products of matrices in a slice."""
+    """32,768 products of matrices in a slice. To the nearest the sums are as good as float32's of
+    rounded operands; where tensor cores cut them, the rule has the error of eager PyTorch in TF32,
+    of which there is at least that of rounding the operands. One long chain has three times that.
+    """
     dtype = torch.float32
     torch.manual_seed(0)
-    x, grad = (rounded(t) for t in torch.randn(2, 1, 8, 512, 512))
+    x, grad = torch.randn(2, 1, 8, 512, 512)
+    if adding == NEAREST:
+        x, grad = rounded(x), rounded(grad)
     weight = torch.randn(8, 8, 1, 1)
-    wanted = torch.einsum("nchw,ndhw->cd", grad.double(), x.double())[..., None, None]
+
+    def exact(x, grad):
+        return torch.einsum("nchw,ndhw->cd", grad.double(), x.double())[..., None, None]
+
+    wanted = exact(x, grad)
     host.set(adding=adding, one_slice=True)
     _, (got,), _ = torch.ops.mfef_cuda_host.multi_scale_conv2d_backward(
         grad, x, [weight], [1], True, None, False, True, True
     )
     host.set()
-    eager = largest(weight_gradient(x, grad, weight, 1, "reference").double() - wanted)
+    if adding == NEAREST:
+        eager = weight_gradient(x, grad, weight, 1, "reference").double()
+    else:
+        eager = exact(rounded(x), rounded(grad))
     errors = Errors(dtype)
-    errors.add(["weight"], [got], [wanted], [eager])
+    errors.add(["weight"], [got], [wanted], [largest(eager - wanted)])
     errors.check()
