@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from unittest import mock
 
 import suites
-import torch
 from torch import Tensor
 
 from mfef_ext.backends.triton import BACKEND, aot
@@ -109,9 +108,9 @@ def count(case: suites.Case, tf32: bool = False) -> list[Counted]:
         found.append(_count(launch, tensors, products))
 
     shape = (case.batch, case.channels, case.side)
-    one = aot.Case("mfef_block", case.dtype, shape, groups=case.groups, backward=case.backward)
-    switch = torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32)
-    with switch, mock.patch.object(Launch, "__call__", keep):
+    dtype = "tf32" if tf32 else case.dtype
+    one = aot.Case("mfef_block", dtype, shape, groups=case.groups, backward=case.backward)
+    with mock.patch.object(Launch, "__call__", keep):
         one.run()
     return found
 

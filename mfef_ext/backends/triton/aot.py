@@ -144,18 +144,19 @@ class Case(NamedTuple):
         convolution = (weights, self.groups, self.split)
         operators = ops._IMPLEMENTATIONS
         operator = operators[self.operator]
+        precision = () if self.operator == "dual_attention" else (self.dtype == "tf32",)
         gradients: tuple
         if self.operator == "multi_scale_conv2d":
-            y = operator(x, *convolution, None)
+            y = operator(x, *convolution, None, *precision)
             gradients = (y, x, *convolution, None)
         elif self.operator == "dual_attention":
             out, *saved = operator(x, *attention, self.backward)
             gradients = (out, x, *attention, *saved)
         else:
-            out, *saved = operator(x, *convolution, *attention, self.backward)
+            out, *saved = operator(x, *convolution, *attention, self.backward, *precision)
             gradients = (out, x, *convolution, *attention, *saved)
         if self.backward:
-            operators[f"{self.operator}_backward"](*gradients, True, True)
+            operators[f"{self.operator}_backward"](*gradients, True, True, *precision)
 
 
 def _blocks(shapes: Iterable[tuple[int, int, int]], *dtypes: str) -> Iterator[Case]:
@@ -307,8 +308,7 @@ def recorded() -> Iterator[list[dict[str, Any]]]:
 def launches(cases: Iterable[Case] = CASES) -> Iterator[Specialisation]:
     """What the cases launch, in order, the same as often as it is launched."""
     for case in cases:
-        tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=case.dtype == "tf32")
-        with recorded() as found, tf32:
+        with recorded() as found:
             case.run()
         for one in found:
             options = json.loads(one["specialization_data"])["options"]
