@@ -54,6 +54,8 @@ struct Sizes {
   int spatial_k, spatial_full;  // live taps per side of the spatial convolution, and all
 
   MFEF_HD int pixels() const { return height * width; }
+  // Whether tensor cores take the elements: 16 bits, or float32 that may be rounded.
+  MFEF_HD bool suit_tensor_cores() const { return element != Element::kFloat || tf32; }
   bool operator==(const Sizes&) const = default;
 };
 
@@ -103,7 +105,7 @@ struct Way {
 // fill at least a matrix, and maps whose rows and columns are those of the matrices. Narrower groups would be mostly
 // zeros.
 MFEF_HD bool by_matrices(const Sizes& s, const Branch& b) {
-  return (s.element != Element::kFloat || s.tf32) && s.width > kSide / 2 && s.width <= kSide && s.height <= kSide &&
+  return s.suit_tensor_cores() && s.width > kSide / 2 && s.width <= kSide && s.height <= kSide &&
          (b.k == 3 || b.k == 5 || b.k == 7 || b.k == 9) && b.in_per_group() >= kSide && b.out_per_group() >= kSide;
 }
 
@@ -129,7 +131,8 @@ struct MatrixWay {
   MFEF_HD int columns() const { return sources / (tf32 ? 4 : 8) * k; }
   // A stage has whole chains of columns. In TF32 a register accumulates one before its sum is added to the map's; of
   // 16-bit elements, which the result is rounded to, all of a stage.
-  MFEF_HD int chain() const { return tf32 ? kChain / (4 * k) : 1; }
+  MFEF_HD static constexpr int tf32_chain(int k) { return kChain / (4 * k); }
+  MFEF_HD int chain() const { return tf32 ? tf32_chain(k) : 1; }
   // The source channel of a word, or the first. In TF32 a chunk is every second one of 8: as the map has them in shared
   // memory, 8 pixels of 4 such channels are all banks.
   MFEF_HD static int source(bool tf32, int word) {

@@ -116,7 +116,7 @@ MFEF_DEVICE void multiply_columns(const Warp& warp, const MatrixTask& task, cons
     for (int m = 0; m < kTiles; ++m) sums[m][thread] = totals[m][thread] = {};
     if (!task.fresh) for_each_sum(results, thread, [](float& sum, const float& at) { sum = at; });
   });
-  int until = least(task.first + kChain / (4 * K), task.end);  // of the chain
+  int until = least(task.first + MatrixWay::tf32_chain(K), task.end);  // of the chain
   MFEF_ROLLED
   for (int column = task.first; column < task.end; ++column) {
     const int chunk = column / K, kx = column - chunk * K;
@@ -154,7 +154,7 @@ MFEF_DEVICE void multiply_columns(const Warp& warp, const MatrixTask& task, cons
       }
     }
     if (kInPlace && column + 1 == until) {
-      until = least(until + kChain / (4 * K), task.end);
+      until = least(until + MatrixWay::tf32_chain(K), task.end);
       warp.lanes([&](int thread) {
         MFEF_UNROLL
         for (int m = 0; m < kTiles; ++m) {

@@ -110,7 +110,7 @@ template <class T, class F>
 MFEF_DEVICE void for_each_weight_vector(const Parameter& weights, const LargeMatrixTask& task,
                                         const LargeMatrixRound& round, bool backward, int thread, int threads,
                                         const F& f) {
-  constexpr int kSide = MatrixPart::kSide, kVector = 4 * kPerWord<T>;
+  constexpr int kVector = 4 * kPerWord<T>;
   const Way& way = task.way;
   const MatrixPart& part = task.part;
   const int count = round.end - round.first;
@@ -179,7 +179,6 @@ MFEF_DEVICE void load_matrix_weights(const Parameter& weights, const LargeMatrix
 template <class T, int kWords, int kPixels, class Sums>
 MFEF_DEVICE void multiply_chunk(const Warp& warp, const MatrixPart& part, const LargeMatrixItem& item,
                                 const int* pixels, const uint32_t* source, const uint32_t* weights, const Sums& sums) {
-  constexpr int kSide = MatrixPart::kSide;
   Warp::Registers<Fragment<kWords / 2>> a[kPixels];
   Warp::Registers<Fragment<kWords / 4>> b;
   MFEF_UNROLL
@@ -211,7 +210,7 @@ MFEF_DEVICE void multiply_chunk(const Warp& warp, const MatrixPart& part, const 
 template <class T, int kPixels, class Sums>
 MFEF_DEVICE void multiply_taps(const Warp& warp, const MatrixPart& part, int k, const LargeMatrixRound& round,
                                const LargeMatrixItem& item, const int* pixels, int begin, int end, const Sums& sums) {
-  const int words = MatrixPart::chunks(round.end - round.first) * MatrixPart::kSide / kPerWord<T>;
+  const int words = MatrixPart::chunks(round.end - round.first) * kSide / kPerWord<T>;
   MFEF_ROLLED
   for (int ky = begin; ky < end; ++ky) {
     MFEF_ROLLED
@@ -294,7 +293,7 @@ MFEF_DEVICE void keep_matrix_sums(const Block& block, const Warp& warp, const La
     for (int j = 0; j < MatrixPart::kItemSlots; ++j) {
       const int group = item.group[j];
       if (group < 0) continue;
-      const int of_group = (item.slot + j - group * part.slots_per_group) * MatrixPart::kSide;
+      const int of_group = (item.slot + j - group * part.slots_per_group) * kSide;
       warp.lanes([&](int thread) {
         const Place in_c = place_in_c(thread % kWarp, 0);
         const int channel = of_group + in_c.column, left = task.way.dest_per_group - channel;
@@ -339,7 +338,6 @@ MFEF_DEVICE void load_round(const BlockArgs& a, const LargeMatrixTask& task, con
     load_pixels<Stored<T>>(l.source, l.source_element, a.sizes, pixels.region, task.way.groups,
                            task.way.source_per_group, pixels.to, copies, thread, threads);
   }
-  copies.commit();
 }
 
 MFEF_DEVICE void round_to_tf32(const BlockArgs& a, const LargeMatrixTask& task, const LargeMatrixRound& round,

@@ -73,7 +73,7 @@ struct MatrixRounds {
 // destination channels of a group, and a warp has up to kWarpItems items of kItemPixels matrices of pixels by
 // kItemSlots slots. Channels of a group are filled up with zeros to whole chunks of 8 in shared memory.
 struct MatrixPart {
-  static constexpr int kSide = 8, kItemPixels = 4, kItemSlots = 2, kWarpItems = 2;
+  static constexpr int kItemPixels = 4, kItemSlots = 2, kWarpItems = 2;
   static constexpr int kItems = kWarpItems * kConvolutionThreads / 32;  // of a thread block, at most
   static constexpr int kTask = 64;                                      // floats of a LargeMatrixTask, behind all else
 
@@ -117,7 +117,7 @@ struct MatrixPart {
   // channels for all branches, which takes groups of whole slots; and the zeros that fill up sources to chunks are at
   // most three in four of all products.
   MFEF_HD static bool suit_sum(const Sizes& s) {
-    if (s.element == Element::kFloat && !s.tf32) return false;
+    if (!s.suit_tensor_cores()) return false;
     int64_t products = 0, filled = 0;
     for (int b = 0; b < s.branch_count; ++b) {
       const Way way(s.branches[b], true);
@@ -129,7 +129,7 @@ struct MatrixPart {
   }
   // Whether tensor cores suit a way; narrower groups would be mostly zeros.
   MFEF_HD static bool suit(const Sizes& s, const Way& way) {
-    return (s.element != Element::kFloat || s.tf32) && way.source_per_group >= kSide && way.dest_per_group >= kSide;
+    return s.suit_tensor_cores() && way.source_per_group >= kSide && way.dest_per_group >= kSide;
   }
 };
 
@@ -402,7 +402,7 @@ inline int64_t exposed_bytes(const Sizes& s, const Cover& tiles, const Way& part
   constexpr int64_t kWait = 16 * 1024, kBarrier = 4 * 1024;
   const MatrixPart shape(s, tiles, part, rounds);
   const int64_t pixels = shape.round_source / shape.pixel_step * part.groups * shape.group * 4;
-  const int64_t weights = int64_t(rounds.rows) * part.k * shape.slots * MatrixPart::kSide * shape.group * 4;
+  const int64_t weights = int64_t(rounds.rows) * part.k * shape.slots * kSide * shape.group * 4;
   const int count = rounds.count(part);
   if (rounds.buffers == 2) return pixels + weights + kWait + (count + 1) * kBarrier;
   return rounds.stages(part) * pixels + count * (weights + kWait + 2 * kBarrier);
@@ -413,14 +413,14 @@ inline int64_t choose_matrices(const Sizes& s, const Cover& tiles, const Way& pa
   if (4 * UnitLayout::statistics(tiles, part.dest()) > limit) return 0;
   const int slots = part.groups * MatrixPart::chunks(part.dest_per_group);
   if (MatrixPart::items(tiles.rows, tiles.columns, slots) > MatrixPart::kItems) return 0;
-  const int sources = part.source_per_group, depth = MatrixPart::kSide * MatrixPart::per_word(s);  // of a product
+  const int sources = part.source_per_group, depth = kSide * MatrixPart::per_word(s);  // of a product
   const int products = ceil_div(sources, depth);
   int64_t cost = 0;
   // The last resort is half a product.
   for (int stages = 1; stages <= products + (cost == 0); ++stages) {
     for (int runs = 1; runs <= part.k; ++runs) {
       for (const int buffers : {1, 2}) {
-        const int stage = stages > products ? MatrixPart::kSide : least(ceil_div(products, stages) * depth, sources);
+        const int stage = stages > products ? kSide : least(ceil_div(products, stages) * depth, sources);
         const MatrixRounds rounds{stage, ceil_div(part.k, runs), buffers};
         if (4 * int64_t(MatrixPart(s, tiles, part, rounds).total) > limit) continue;
         const int64_t of_rounds = exposed_bytes(s, tiles, part, rounds);
@@ -485,14 +485,14 @@ inline bool choose_units(const Sizes& s, bool backward, const Cover& tiles, Unit
   // Destination channels of a unit with at most `slots`: whole groups, or a run of one.
   auto of_slots = [](const Way& way, int slots) {
     const int chunks = MatrixPart::chunks(way.dest_per_group), groups = least(slots / chunks, way.groups);
-    return groups ? groups * way.dest_per_group : ceil_div(chunks, ceil_div(chunks, slots)) * MatrixPart::kSide;
+    return groups ? groups * way.dest_per_group : ceil_div(chunks, ceil_div(chunks, slots)) * kSide;
   };
   constexpr int64_t matrix_limit = kLargeShared - 4 * (MatrixPart::kTask + 4);
   const int columns_of_items = MatrixPart::kItems / MatrixPart::items(tiles.rows, tiles.columns, 1);
-  const int most_slots = least(columns_of_items * MatrixPart::kItemSlots, kUnitChannels / MatrixPart::kSide);
+  const int most_slots = least(columns_of_items * MatrixPart::kItemSlots, kUnitChannels / kSide);
   if (merged) {
     for (int slots = MatrixPart::suit_sum(s) ? most_slots : 0; slots > 0; --slots) {
-      const int channels = least(slots * MatrixPart::kSide, s.in);
+      const int channels = least(slots * kSide, s.in);
       MatrixRounds rounds[kMaxBranches];
       bool all = true;
       for (int b = 0; all && b < s.branch_count; ++b) {

@@ -241,7 +241,6 @@ MFEF_DEVICE void matrix_weight_gradient(const BlockArgs& a, const Block& block, 
       warp.lanes([&](int thread) {
         if (!loads) return;
         load_piece<T>(a, task, image, at, shared + next * words, copies[thread], thread, block.threads);
-        copies[thread].commit();
       });
       warp.together();
       const uint32_t* dy = shared + buffer * words;

@@ -202,39 +202,9 @@ MFEF_DEVICE void multiply_add_of_lane(float (&c)[4], const FragmentA<kWords>& a,
 #endif
 
 #ifndef __CUDACC__
-// How the host adds products up; of tensor cores nothing about it is specified. kAligned is what measurements found of
-// an A100 (Fasi et al. 2021, Khattak and Mikaitis 2025): the sum and 8 products, 4 in TF32, are cut towards zero one
-// place below the last of the largest of them, added, and cut to float32. Of an H100 they are twice as many, cut two
-// places below. kTruncated cuts after every product, which is worse than any hardware known.
-enum class Adding : int { kNearest = 0, kAligned = 1, kTruncated = 2 };
-inline Adding host_adding = Adding::kNearest;
-
-inline float cut_to_float(double value) {
-  const float nearest = float(value);
-  return std::fabs(double(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
-}
-
-// sum + the products of `depth` pairs, of which kAligned adds `together` at a time. Products are exact in double.
-inline float add_products(const float* a, const float* b, int depth, int together, float sum) {
-  if (host_adding == Adding::kNearest) {
-    for (int k = 0; k < depth; ++k) sum = fmaf(a[k], b[k], sum);
-    return sum;
-  }
-  const bool align = host_adding == Adding::kAligned;
-  const int step = align ? together : 1;
-  for (int first = 0; first < depth; first += step) {
-    double exponent = std::logb(sum);  // the largest; infinite where all are zero or one is infinite
-    for (int k = first; k < first + step; ++k) exponent = std::fmax(exponent, std::logb(a[k]) + std::logb(b[k]));
-    // The last place of a float32 is 23 behind the point.
-    const bool cut = align && std::isfinite(exponent);
-    const double unit = cut ? std::ldexp(1.0, int(exponent) - 24) : 0.0;
-    auto aligned = [&](double term) { return cut ? std::trunc(term / unit) * unit : term; };
-    double all = aligned(sum);
-    for (int k = first; k < first + step; ++k) all += aligned(double(a[k]) * double(b[k]));
-    sum = cut_to_float(all);
-  }
-  return sum;
-}
+// sum + the products of `depth` pairs, of which tensor cores may add `together` at once. Defined by the test that runs
+// kernels on the host.
+float add_on_host(const float* a, const float* b, int depth, int together, float sum);
 #endif
 
 // C += A B. c(thread), a(thread) and b(thread) are the Accumulator and the fragments of a lane.
@@ -263,7 +233,7 @@ MFEF_DEVICE void multiply_add(const Warp& warp, const C& c, const A& a, const B&
     for (int i = 0; i < 4; ++i) {
       const Place at = place_in_c(thread % kWarp, i);
       float& sum = c(thread).value[i];
-      sum = add_products(of_a[at.row], of_b[at.column], kDepth, 4 * kPerWord<T>, sum);
+      sum = add_on_host(of_a[at.row], of_b[at.column], kDepth, 4 * kPerWord<T>, sum);
     }
   });
 #endif

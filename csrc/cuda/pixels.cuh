@@ -6,7 +6,6 @@
 #ifndef __CUDACC__
 #include <cassert>
 #include <cstring>
-#include <utility>
 #include <vector>
 #endif
 
@@ -22,9 +21,8 @@ struct PixelStage {
   int columns, step, group;
 };
 
-// What a thread copies to shared memory without waiting, 16 or 4 bytes at a time, in groups: those since the last
-// `commit` are one. Everybody sees a group's copies one barrier after its thread has waited for it. A thread keeps this
-// in Block::Registers, and has waited for all when it ends.
+// What a thread copies to shared memory without waiting, 16 or 4 bytes at a time. Everybody sees the copies one barrier
+// after their thread has waited for them. A thread keeps this in Block::Registers, and has waited when it ends.
 //
 // On the host the destination is NaN until then, so that products which read too early, or of what is overwritten
 // while they read, are wrong there.
@@ -43,12 +41,7 @@ struct Copies {
                  : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 4 : 0)
                  : "memory");
   }
-  __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-  // For all groups but the last kLeft.
-  template <int kLeft = 0>
-  __device__ __forceinline__ void wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-  }
+  __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 };
 #else
 struct Copies {
@@ -57,11 +50,9 @@ struct Copies {
     const void* from;
     int words;
   };
-  using Group = std::vector<Copy>;
-  Group issued;
-  std::vector<Group> groups;
+  std::vector<Copy> issued;
 
-  ~Copies() { assert(issued.empty() && groups.empty()); }
+  ~Copies() { assert(issued.empty()); }
   void copy_16_bytes(uint32_t* to, const void* from) { copy(to, from, 4); }
   void copy_4_bytes(uint32_t* to, const void* from, bool there) {
     static const uint32_t zero = 0;
@@ -71,16 +62,9 @@ struct Copies {
     for (int i = 0; i < words; ++i) to[i] = 0x7fff7fff;
     issued.push_back({to, from, words});
   }
-  void commit() {
-    groups.push_back(std::move(issued));
-    issued.clear();
-  }
-  template <int kLeft = 0>
   void wait() {
-    while (groups.size() > size_t(kLeft)) {
-      for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, size_t(4 * copy.words));
-      groups.erase(groups.begin());
-    }
+    for (const Copy& copy : issued) std::memcpy(copy.to, copy.from, size_t(4 * copy.words));
+    issued.clear();
   }
 };
 #endif
@@ -105,7 +89,7 @@ template <class T, class F>
 MFEF_DEVICE void for_each_pixel_vector(const Map& map, const Region& region, int groups, int group_channels,
                                        const PixelStage& stage, int thread, int threads, const F& f) {
   constexpr int kPer = kPerWord<T>, kVector = 4 * kPer;
-  const int of_group = MatrixPart::chunks(region.channels) * MatrixPart::kSide / kVector, vectors = groups * of_group;
+  const int of_group = MatrixPart::chunks(region.channels) * kSide / kVector, vectors = groups * of_group;
   const int columns = region.at.columns, pixels = region.at.rows * columns;
   const bool last = map.stride[1] == 1;
   const Quotient by_columns(columns), by_group(of_group), by_inner(last ? vectors : pixels);
@@ -168,7 +152,7 @@ MFEF_DEVICE void load_pixels_from(const Map& map, const Sizes& s, const Region& 
 
 // The channels of a region, and as many `group_channels` further on for each of `groups`, to shared memory as operands
 // T, in chunks of 8 channels of a pixel; zeros beside the map and to the end of a group's last chunk. What needs no
-// change, as nothing of float32 does, is copied: it is there after `copies` are committed and waited for.
+// change, as nothing of float32 does, is copied: it is there after `copies` are waited for.
 template <class T>
 MFEF_DEVICE void load_pixels(const Map& map, Element element, const Sizes& s, const Region& region, int groups,
                              int group_channels, const PixelStage& stage, Copies& copies, int thread, int threads) {

@@ -24,6 +24,40 @@ namespace mfef::cuda {
 int64_t host_shared_limit = 227 * 1024, host_most_partials = kMostPartials, host_scratch_bytes = 0;
 static bool host_backwards = false, host_one_slice = false;
 
+// How products are added up; of tensor cores nothing about it is specified. kAligned is what measurements found of an
+// A100 (Fasi et al. 2021, Khattak and Mikaitis 2025): the sum and 8 products, 4 in TF32, are cut towards zero one place
+// below the last of the largest of them, added, and cut to float32. Of an H100 they are twice as many, cut two places
+// below. kTruncated cuts after every product, which is worse than any hardware known.
+enum class Adding : int { kNearest = 0, kAligned = 1, kTruncated = 2 };
+static Adding host_adding = Adding::kNearest;
+
+static float cut_to_float(double value) {
+  const float nearest = float(value);
+  return std::fabs(double(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+// Products are exact in double.
+float add_on_host(const float* a, const float* b, int depth, int together, float sum) {
+  if (host_adding == Adding::kNearest) {
+    for (int k = 0; k < depth; ++k) sum = fmaf(a[k], b[k], sum);
+    return sum;
+  }
+  const bool align = host_adding == Adding::kAligned;
+  const int step = align ? together : 1;
+  for (int first = 0; first < depth; first += step) {
+    double exponent = std::logb(sum);  // the largest; infinite where all are zero or one is infinite
+    for (int k = first; k < first + step; ++k) exponent = std::fmax(exponent, std::logb(a[k]) + std::logb(b[k]));
+    // The last place of a float32 is 23 behind the point.
+    const bool cut = align && std::isfinite(exponent);
+    const double unit = cut ? std::ldexp(1.0, int(exponent) - 24) : 0.0;
+    auto aligned = [&](double term) { return cut ? std::trunc(term / unit) * unit : term; };
+    double all = aligned(sum);
+    for (int k = first; k < first + step; ++k) all += aligned(double(a[k]) * double(b[k]));
+    sum = cut_to_float(all);
+  }
+  return sum;
+}
+
 const char* run_on_host(Run run, const BlockArgs& planned, int64_t blocks, int threads, int64_t shared) {
   constexpr int64_t kMostBlocks = 5;  // as on the device, thread blocks take turns beyond the largest grid
   constexpr int kGuard = 64;

@@ -14,7 +14,7 @@ from mfef_ext import ops
 
 ROOT = Path(__file__).resolve().parents[3]
 H200 = 227 * 1024  # bytes of shared memory that a thread block may have
-NEAREST, ALIGNED, TRUNCATED = range(3)  # how tensor cores add products, as in mma.cuh
+NEAREST, ALIGNED, TRUNCATED = range(3)  # how tensor cores add products, as in host.cpp
 SOURCES = [Path(__file__).with_name("host.cpp")]
 SOURCES += sorted(p for d in ("cuda", "common") for p in (ROOT / "csrc" / d).iterdir())
 

@@ -3,8 +3,6 @@
 What holds for both plans (layouts, strides, ties, empty batches, ...) is in test_small_maps.py.
 """
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,8 +20,8 @@ from tests.accuracy import (
     run_block,
 )
 from tests.backends.cuda.host import ALIGNED, H200, NEAREST
-from tests.backends.cuda.test_mma import tf32 as rounded_to_tf32
 from tests.backends.cuda.test_plan import problem
+from tests.backends.cuda.tf32 import on_tf32_operands, rounded
 from tests.backends.triton.test_attention import draw_case, expected
 from tests.backends.triton.test_attention import eager_errors as eager_errors_of_attention
 from tests.drawing import DRAWN, blocks
@@ -135,25 +133,6 @@ def test_imagenets_last_map_on_tensor_cores(device, dtype):
     errors.check()
 
 
-def on_tf32_operands(case, branches):
-    """The case with what tensor cores multiply, of the branches that they compute, rounded. In
-    pyramid mode, where all see the same channels, these are all branches."""
-    assert case.split or branches == list(range(len(case.weights)))
-    x, grad = case.x.detach().clone(), case.grad.clone()
-    weights = [w.detach().clone() for w in case.weights]
-
-    def round_(t):
-        t.copy_(torch.from_numpy(rounded_to_tf32(t.float().numpy())))
-
-    ins = [w.shape[1] * g for w, g in zip(weights, case.groups, strict=True)]
-    outs = [w.shape[0] for w in weights]
-    for b in branches:
-        round_(x[:, sum(ins[:b]) : sum(ins[: b + 1])] if case.split else x)
-        round_(weights[b])
-        round_(grad[:, sum(outs[:b]) : sum(outs[: b + 1])])
-    return dataclasses.replace(case, x=x, weights=weights, grad=grad)
-
-
 @pytest.mark.parametrize("adding", [NEAREST, ALIGNED])
 @pytest.mark.parametrize(
     ("shape", "options", "branches"),
@@ -183,7 +162,7 @@ def test_tf32_on_tensor_cores(device, request, tf32, adding, shape, options, bra
     errors = Errors(torch.float32)
     for seed in range(3):
         case = make_case(shape, dtype=torch.float32, seed=seed, **options)
-        rounded = on_tf32_operands(case, branches)
+        low = on_tf32_operands(case, branches)
 
         def run(f, of, d, where="cpu", layout=torch.contiguous_format, **kw):
             at = of.cast(d, where)
@@ -191,10 +170,10 @@ def test_tf32_on_tensor_cores(device, request, tf32, adding, shape, options, bra
             (grad,) = torch.autograd.grad(out, [at.x], at.grad)
             return [t.detach().cpu() for t in (out, grad)]
 
-        wanted = run(reference.multi_scale_conv2d, rounded, torch.float64)
+        wanted = run(reference.multi_scale_conv2d, low, torch.float64)
         got = run(functional.multi_scale_conv2d, case, torch.float32, device, LAYOUTS[seed % 2],
                   backend="cuda")  # fmt: skip
-        eager = [run(reference.multi_scale_conv2d, rounded, torch.float32, layout=one)
+        eager = [run(reference.multi_scale_conv2d, low, torch.float32, layout=one)
                  for one in LAYOUTS]  # fmt: skip
         largest_errors = [
             max(largest(e.double() - w) for e in column)
@@ -238,7 +217,7 @@ def test_random_convolutions_on_tensor_cores(device, tf32, drawn, dtype, layouts
     torch.manual_seed(seed)
 
     def operand(*size):
-        return torch.from_numpy(rounded_to_tf32(torch.randn(size).numpy())).to(dtype)
+        return rounded(torch.randn(size)).to(dtype)
 
     x = operand(*shape)
     weights = [operand(g * outs, ins, k, k) for k, g, ins, outs in branches]

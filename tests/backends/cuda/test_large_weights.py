@@ -10,8 +10,8 @@ from mfef_ext import _C, functional, reference
 from mfef_ext.problem import describe_multi_scale_conv2d
 from tests.accuracy import Errors, largest, make_case
 from tests.backends.cuda.host import ALIGNED, H200, NEAREST, TRUNCATED
-from tests.backends.cuda.test_mma import tf32 as to_tf32
 from tests.backends.cuda.test_plan import problem
+from tests.backends.cuda.tf32 import rounded
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -119,11 +119,6 @@ def test_layouts_give_the_blocks_weights_the_same_bits(device, dtype):
         found.append(torch.autograd.grad(out, low.weights, grad))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
-
-
-def rounded(t):
-    """What tensor cores take float32 for in TF32."""
-    return torch.from_numpy(to_tf32(t.detach().numpy())).contiguous()
 
 
 def weight_gradients(f, case, dtype, layout=torch.contiguous_format):

@@ -5,17 +5,11 @@ import pytest
 import torch
 
 from tests.backends.cuda.host import ALIGNED, NEAREST, TRUNCATED
+from tests.backends.cuda.tf32 import tf32
 
 WORDS, MATRICES, TRANSPOSED = range(3)  # how operands are read, as in host.cpp
 KINDS = [("tf32", 4), ("tf32", 8)]
 KINDS += [("bfloat16", 8), ("bfloat16", 16), ("float16", 8), ("float16", 16)]
-
-
-def tf32(values: np.ndarray) -> np.ndarray:
-    """To the nearest float32 with 10 bits of mantissa, ties away from zero."""
-    mantissa, exponent = np.frexp(values.astype(np.float64))
-    scaled = np.ldexp(mantissa, 11)
-    return np.ldexp(np.trunc(scaled + np.copysign(0.5, scaled)), exponent - 11).astype(np.float32)
 
 
 def rounded(operand: str, values: np.ndarray) -> np.ndarray:

@@ -1,8 +1,6 @@
 """The kernels for maps that fit on the chip, block by block, against the float64 reference; and
 what holds for maps that do not (those with 17 columns and more) as well."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,8 +19,8 @@ from tests.accuracy import (
     unit_in_the_last_place,
 )
 from tests.backends.cuda.host import ALIGNED, H200, NEAREST
-from tests.backends.cuda.test_mma import tf32 as rounded_to_tf32
 from tests.backends.cuda.test_plan import problem
+from tests.backends.cuda.tf32 import on_tf32_operands
 from tests.drawing import DRAWN, blocks
 from tests.ops.test_accuracy import strided
 from tests.ops.test_contracts import tied_case
@@ -103,27 +101,6 @@ def test_branches_by_tensor_cores(device, dtype, layout, shape, options):
 # In pyramid mode all branches; the one of the list above has one that they do not compute.
 TF32_MATRICES = [entry for entry in MATRICES if entry[1].get("split", True)]
 TF32_MATRICES += [((2, 24, 6, 8), {"kernel_sizes": (3, 5), "groups": (1, 1), "split": False})]
-
-
-def to_tf32(t):
-    """Operands as tensor cores take them, in float64."""
-    return torch.from_numpy(rounded_to_tf32(t.detach().float().numpy())).double()
-
-
-def on_tf32_operands(case, branches):
-    """The case with what tensor cores multiply, of the branches that they compute, rounded."""
-    x, grad = case.x.detach().clone(), case.grad.clone()
-    weights = [w.detach().clone() for w in case.weights]
-    first_in = first_out = 0
-    for b, (w, groups) in enumerate(zip(weights, case.groups, strict=True)):
-        ins = slice(first_in, first_in + w.shape[1] * groups) if case.split else slice(None)
-        outs = slice(first_out, first_out + w.shape[0])
-        first_in, first_out = first_in + w.shape[1] * groups, first_out + w.shape[0]
-        if b in branches:
-            for t, part in ((x, ins), (grad, outs)):
-                t[:, part] = to_tf32(t[:, part])
-            weights[b] = to_tf32(w)
-    return dataclasses.replace(case, x=x, weights=weights, grad=grad)
 
 
 @pytest.mark.parametrize("adding", [NEAREST, ALIGNED])
