@@ -40,7 +40,7 @@ def train(config: TrainConfig, display: Display, processes: Processes) -> Run:
     elif run.writes:
         run.save(checkpoint.LAST)  # so that there is one from the first step on
     if run.writes and not (run.path / "config.json").exists():
-        folder.write_json(run.path / "config.json", run.resolved)
+        folder.write_json(run.path / "config.json", run.resolved | {"data": run.fingerprint})
     if config.tensorboard and run.writes:
         display.record(run.path / "tensorboard", len(run.rows) + 1)
     module = processes.share(

@@ -30,6 +30,7 @@ def summary(run: Run) -> dict[str, Any]:
     """
     seconds = sum(t["train_seconds"] for t in run.timings)
     return {
+        "data": run.fingerprint,
         "last_epoch": len(run.rows),
         "last_test_accuracy": scores(run.rows[-1], "test"),
         "best_epoch": run.best_epoch,

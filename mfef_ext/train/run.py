@@ -33,6 +33,7 @@ class Run:
     path: Path
     processes: Processes
     dataset: data.Dataset
+    fingerprint: dict[str, Any]  # of the data set
     specs: list[StudentSpec]
     distiller: OnlineDistiller
     optimizer: torch.optim.Optimizer
@@ -111,6 +112,7 @@ class Run:
             "metrics": self.rows,
             "timings": self.timings,
             "config": self.resolved,
+            "data": self.fingerprint,
             "distiller": self.distiller.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -199,8 +201,11 @@ def prepare(config: TrainConfig, processes: Processes, path: Path | None = None)
             labels_per_class=config.labels_per_class,
             seed=config.seed,
         )
-    ).to(processes.device)
-    make = partial(_make, config, processes, dataset, path or config.out or Path("runs"))
+    )
+    fingerprint = data.fingerprint(dataset)
+    dataset = dataset.to(processes.device)
+    path_or_new = path or config.out or Path("runs")
+    make = partial(_make, config, processes, dataset, fingerprint, path_or_new)
     run, found = processes.together(make)  # nobody writes before all have read
     if found is not None:
         file, state, run.complaints = found
@@ -215,7 +220,11 @@ Found = tuple[Path, dict[str, Any], list[str]]
 
 
 def _make(
-    config: TrainConfig, processes: Processes, dataset: data.Dataset, path: Path
+    config: TrainConfig,
+    processes: Processes,
+    dataset: data.Dataset,
+    fingerprint: dict[str, Any],
+    path: Path,
 ) -> tuple[Run, Found | None]:
     """The run in ``path`` with fresh weights, and the checkpoint to go on from, if there is one."""
     if config.batch_size > len(dataset.train):
@@ -274,7 +283,18 @@ def _make(
     if config.compile:
         distiller.compile_students()
     found = checkpoint.newest(config.out) if config.resume and config.out else None
-    run = Run(config, path, processes, dataset, specs, distiller, optimizer, scaler, average)
+    run = Run(
+        config,
+        path,
+        processes,
+        dataset,
+        fingerprint,
+        specs,
+        distiller,
+        optimizer,
+        scaler,
+        average,
+    )
     return run, found
 
 

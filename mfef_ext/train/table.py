@@ -13,8 +13,9 @@ from . import UsageError
 from .checkpoint import CheckpointError
 from .config import METHOD_OPTIONS
 
-# Runs that differ in nothing else are one experiment, repeated. Threads change rounding alone.
-_NOT_COMPARED = ("seed", "seeds", "out", "resume", "threads", "tensorboard")
+# Runs that differ in nothing else are one experiment, repeated. Threads change rounding alone, and
+# data that lie elsewhere are the same; which test images they hold is compared.
+_NOT_COMPARED = ("seed", "seeds", "out", "resume", "threads", "tensorboard", "data_dir", "download")
 _ALWAYS_SHOWN = ("method", "dataset", "students")
 
 
@@ -29,7 +30,10 @@ class FinishedRun:
     @property
     def experiment(self) -> dict[str, str]:
         """Everything that makes a difference, by name, as JSON."""
-        return {k: json.dumps(v) for k, v in self.config.items() if k not in _NOT_COMPARED}
+        compared = {k: v for k, v in self.config.items() if k not in _NOT_COMPARED}
+        if data := compared.pop("data", None):
+            compared["test images"] = data["sha256"]["test"][:12]
+        return {k: json.dumps(v) for k, v in compared.items()}
 
 
 def table(paths: Sequence[Path]) -> str:
@@ -53,12 +57,13 @@ def table(paths: Sequence[Path]) -> str:
                     "which would count twice; leave one out"
                 )
         same.append(run)
-    options = dict.fromkeys(name for run in runs for name in run.experiment)
-    differ = [name for name in options if name not in _ALWAYS_SHOWN and _differs(name, runs)]
+    names = dict.fromkeys(name for run in runs for name in run.experiment)
+    differ = [name for name in names if name not in _ALWAYS_SHOWN and _differs(name, runs)]
     head = [*_ALWAYS_SHOWN, *differ, "seeds", "role", "last epoch, %", "best epoch, %", "best on"]
     lines = [head, ["---"] * (len(head) - 3) + ["---:", "---:", "---"]]
     for same in groups.values():
-        shown = [_text(same[0].config.get(name)) for name in (*_ALWAYS_SHOWN, *differ)]
+        options = same[0].experiment
+        shown = [_text(json.loads(options.get(n, "null"))) for n in (*_ALWAYS_SHOWN, *differ)]
         seeds = " ".join(str(run.config["seed"]) for run in same)
         for role in same[0].summary["last_test_accuracy"]:
             last, best = (

@@ -6,7 +6,6 @@ A file per kind of data set; each has a reader that turns a :class:`Source` into
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,6 +25,7 @@ from .dataset import (
     draw_per_class,
     stratified_split,
 )
+from .fingerprint import SPLITS, difference, digest, fingerprint
 
 __all__ = [
     "DATASETS",
@@ -35,6 +35,8 @@ __all__ = [
     "Images",
     "Normalisation",
     "Source",
+    "difference",
+    "fingerprint",
     "load",
     "stratified_split",
     "training_batches",
@@ -123,16 +125,14 @@ def verify(name: str, data_dir: Path) -> tuple[list[str], list[str]]:
     dataset = _read(name, source)
     if dataset is not None:
         source.fact(f"{len(dataset.classes)} classes: {', '.join(dataset.classes)}")
-        for split in ("train", "validation", "test"):
+        for split in SPLITS:
             images: Images = getattr(dataset, split)
             if not len(images):
                 continue
             counts = np.bincount(images.y.numpy(), minlength=len(dataset.classes))
-            digest = hashlib.sha256(images.pixels.numpy().tobytes())
-            digest.update(images.y.numpy().tobytes())
             source.fact(
                 f"{split}: {len(images)} images of {'x'.join(map(str, dataset.shape))}, "
                 f"{counts.min()} to {counts.max()} per class, "
-                f"SHA-256 of pixels and labels {digest.hexdigest()}"
+                f"SHA-256 of pixels and labels {digest(images)}"
             )
     return source.facts, source.problems
