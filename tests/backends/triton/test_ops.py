@@ -50,7 +50,7 @@ def test_repeats_are_bit_identical(device, layout):
         assert torch.equal(a, b)
 
 
-def test_an_image_does_not_depend_on_its_neighbours(device):
+def test_an_image_does_not_depend_on_its_neighbours(device, sums_in_order):
     case = small(device, (4, 8, 5, 5), kernel_sizes=(3, 5))
     arguments = (case.weights, case.groups, *case.attention)
     whole = functional.mfef_block(case.x, *arguments, backend="triton")
