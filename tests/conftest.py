@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import importlib.util
 import os
+import tempfile
 
 import pytest
 import torch
@@ -29,6 +30,15 @@ WAYS = {
     "spectra": ("images", "fourier"),
     "pixels": ("pixels", "direct"),
 }
+
+
+def pytest_configure(config):
+    """torch.compile starts from nothing: the code that it keeps in /tmp for the next process may be
+    for other instructions (ATEN_CPU_CAPABILITY is no part of the key), and then does not compile."""
+    if not hasattr(config, "workerinput"):  # processes of pytest-xdist inherit the folder
+        cache = tempfile.TemporaryDirectory(prefix="mfef-inductor-")
+        config.add_cleanup(cache.cleanup)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
 
 
 def pytest_collection_modifyitems(items):
