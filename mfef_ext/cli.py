@@ -55,6 +55,9 @@ def _run(argv: Sequence[str] | None) -> int:
         command.add_argument("path", type=Path, metavar="RUN", help="a run folder")
         command.add_argument("--checkpoint", choices=("last", "previous", "best"), default="last")
         command.add_argument("--device", help="where to compute; where it was trained by default")
+        command.add_argument(
+            "--data-dir", type=Path, metavar="DIR", help="where the run's data are, if they moved"
+        )
     evaluate.add_argument(
         "--student", type=Path, metavar="FILE", help="score this .safetensors file instead"
     )

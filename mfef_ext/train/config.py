@@ -56,7 +56,8 @@ class TrainConfig:
     (any images), all in --data-dir; fake and fake32 (drawn, 16x16 and 32x32, for trials)."""
     data_dir: Path | None = None
     """The folder that holds the data set: cifar-10-batches-py, cifar-100-python, CINIC-10, or for
-    folder train/CLASS/* and perhaps test/CLASS/*, else a fifth of train is the test set."""
+    folder train/CLASS/*, perhaps val/CLASS/* to choose the best epoch, and perhaps test/CLASS/*,
+    else a fifth of train is the test set."""
     download: bool = False
     """Fetch a cifar10, cifar100 or cinic10 that is not in --data-dir, and check its hash."""
     image_size: int | None = None

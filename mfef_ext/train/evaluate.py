@@ -4,26 +4,39 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..distill.method import METHODS
-from . import UsageError
-from .checkpoint import CheckpointError, load
+from . import UsageError, data
+from .checkpoint import CheckpointError, load, load_student
 from .config import TrainConfig
 from .display import scores
 from .loop import accuracy
+from .models import StudentSpec
 from .processes import join
-from .run import Run, load_student_for, prepare
+from .run import Run, build, changes, load_data, load_student_for
 
 
-def restore(path: Path, which: str, device: str | None = None) -> Run:
+def restore(path: Path, which: str, device: str | None = None, data_dir: Path | None = None) -> Run:
     """The run in the folder ``path`` as its checkpoint ``which`` (last, previous or best) holds it,
-    in eval mode, on ``device`` or where it was trained.
+    in eval mode, on ``device`` or where it was trained, with its data from ``data_dir`` or where
+    they were.
 
-    Raises CheckpointError if that is not intact, UsageError if what the run was made of (a device,
-    a teacher) is not here.
+    Raises CheckpointError if the checkpoint is not intact, DataError if the data are missing or
+    others than it was trained on, UsageError if what else the run was made of is not here.
     """
+    run, known = rebuild(path, which, device, data_dir)
+    add_data(run, known, path / f"{which}.ckpt")
+    return run
+
+
+def rebuild(
+    path: Path, which: str, device: str | None, data_dir: Path | None
+) -> tuple[Run, dict[str, Any] | None]:
+    """As :func:`restore`, but with no images, and the fingerprint of those that the run was trained
+    on, as far as the checkpoint has one."""
     file = path / f"{which}.ckpt"
     state = load(file)
     if not state["metrics"]:
@@ -36,6 +49,8 @@ def restore(path: Path, which: str, device: str | None = None) -> Run:
     saved = state["config"] | {"resume": None, "download": False}
     if device is not None:  # which chooses its own backend
         saved |= {"device": device, "backend": None}
+    if data_dir is not None:
+        saved |= {"data_dir": data_dir}
     options = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}
     for f in fields(TrainConfig):
         if "Path" in str(f.type) and options.get(f.name) is not None:
@@ -46,36 +61,65 @@ def restore(path: Path, which: str, device: str | None = None) -> Run:
             f"{path} was trained with method {config.method!r}, which is registered by a file of "
             "its own; run that file in place of mfef"
         )
+    config.check()
     torch.set_num_threads(config.thread_count)
-    run = prepare(config, join(config.device), path)
+    known = state.get("data")
+    # Before there were fingerprints, only the data could say how many classes there are.
+    dataset = data.without_images(known) if known else load_data(config)
+    processes = join(config.device)
+    teacher = about = None
+    if config.teacher is not None and (about := state.get("teacher")):
+        built = about["build"]
+        teacher = StudentSpec(**{**built, "strides": tuple(built["strides"])}).build()
+    elif config.teacher is not None:
+        teacher, about = load_student(config.teacher)
+    fingerprint = data.fingerprint(dataset) if known is None else known
+    run = build(config, processes, path, dataset, fingerprint, teacher, about)
     try:
         run.distiller.load_state_dict(state["distiller"])
         if run.average is not None:
             run.average.load_state_dict(state["average"])
     except RuntimeError as error:
+        changed = changes(saved, run.resolved)
         raise CheckpointError(
-            f"{file} does not fit the networks that this version builds; "
-            f"use mfef_ext {saved['versions']['mfef_ext']}, which wrote it"
+            f"{file} does not fit the networks that its options describe here "
+            f"({str(error).splitlines()[0]}); "
+            + (f"undo what has changed: {changed}" if changed else "use another checkpoint")
         ) from error
     run.distiller.eval()
+    if config.compile:
+        run.distiller.compile_students()
     run.rows, run.best_epoch = state["metrics"], state["best_epoch"]
-    return run
+    return run, known
+
+
+def add_data(run: Run, known: dict[str, Any] | None, file: Path) -> None:
+    """Loads the run's images and compares them with the fingerprint of those that it was trained
+    on, which the checkpoint ``file`` holds."""
+    dataset = load_data(run.config)
+    run.fingerprint = data.fingerprint(dataset)
+    run.check_data(known, file)
+    run.dataset = dataset.to(run.processes.device)
 
 
 def evaluate(
-    path: Path, checkpoint: str = "last", student: Path | None = None, device: str | None = None
+    path: Path,
+    checkpoint: str = "last",
+    student: Path | None = None,
+    device: str | None = None,
+    data_dir: Path | None = None,
 ) -> str:
     """A table of test accuracies by role, as they are now and as they were recorded.
 
     ``student``: a .safetensors file that is scored instead, on the same images.
     """
-    run = restore(path, checkpoint, device)
+    run = restore(path, checkpoint, device, data_dir)
     test = run.dataset.test
     if student is None:
         what, recorded = path / f"{checkpoint}.ckpt", scores(run.rows[-1], "test")
         found = accuracy(run, test)
     else:
-        network, about = load_student_for(run.dataset, student, "--student")
+        network, about = load_student_for(run.fingerprint, student, "--student")
         what, recorded = student, {"student": about["test_accuracy"]}
         with torch.no_grad():
             answers = torch.cat([network.to(x.device)(x).argmax(1) for x in test.x.split(512)])
@@ -85,4 +129,4 @@ def evaluate(
     lines += [f"{role:12}{found[role]:8.2f}{recorded[role]:10.2f}" for role in found]
     if found != recorded:
         lines.append("Not as recorded: another device, number of threads or version computes here.")
-    return "\n".join(lines)
+    return "\n".join([*run.complaints, *lines])

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import UsageError
+from . import DataError, UsageError
 from .checkpoint import CheckpointError, load_student, save_student, write_whole
-from .evaluate import restore
+from .evaluate import add_data, rebuild
+from .run import Run
 
 SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
 # Test images on which an exported student must answer as the trained one does. ONNX's own evaluator
@@ -38,17 +39,20 @@ def export(
     checkpoint: str = "last",
     device: str | None = None,
     ema: bool = False,
+    data_dir: Path | None = None,
 ) -> str:
     """Writes one student of the run ``path`` into one file (``safetensors``: and a .json), and says
     where and what it was compared on. ``ema``: with its averaged weights, in place of those of the
     last step. ``out``: RUN/export/student<i> by default.
 
-    Raises UsageError if there is no such student, no average or the file is there already,
-    CheckpointError if the file's logits are not the trained student's. There is no file then.
+    The run's images are needed for the comparison alone: where they cannot be had, random ones take
+    their place. Raises UsageError if there is no such student, no average or the file is there
+    already, CheckpointError if the file's logits are not the trained student's, DataError if
+    ``data_dir`` is given and does not hold the run's images. There is no file then.
     """
     if format == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
         raise UsageError("--format onnx needs two packages; run: pip install onnx onnxscript")
-    run = restore(path, checkpoint, device)
+    run, known = rebuild(path, checkpoint, device, data_dir)
     if not 0 <= student < len(run.specs):
         raise UsageError(f"--student={student} must be from 0 to {len(run.specs) - 1} in {path}")
     if ema and not run.averaged:
@@ -65,7 +69,8 @@ def export(
         if file.exists():
             raise UsageError(f"--out={file} exists and nothing is ever overwritten; name another")
     network, about = run.students[role].cpu().eval(), run.about(role)
-    x = run.dataset.test.x.cpu()[: ONNX_IMAGES if format == "onnx" else IMAGES]
+    count = ONNX_IMAGES if format == "onnx" else IMAGES
+    x, inputs = _images(run, known, path / f"{checkpoint}.ckpt", data_dir is not None, count)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export") as unchecked:
         file = Path(unchecked) / out.name
@@ -82,7 +87,23 @@ def export(
             os.replace(written, out.parent / written.name)
     same = f"within {tolerance:g} of the largest" if tolerance else "bit for bit"
     what = f"student {student}{', averaged weights,' * ema} of {path}"
-    return f"{out}: {what}; logits of {len(x)} test images are its, {same}"
+    said = f"{out}: {what}; logits of {len(x)} {inputs} are its, {same}"
+    return "\n".join([*run.complaints, said])
+
+
+def _images(
+    run: Run, known: dict[str, Any] | None, file: Path, needed: bool, count: int
+) -> tuple[Tensor, str]:
+    """Up to ``count`` test images of the run, or as many random ones, and which they are."""
+    try:
+        add_data(run, known, file)
+    except (DataError, UsageError) as error:
+        if needed:
+            raise
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(count, *run.dataset.shape, generator=draw)
+        return x, f"random images (those of the run cannot be had: {error})"
+    return run.dataset.test[:count][0].cpu(), "test images"
 
 
 def _program(network: nn.Module, x: Tensor) -> torch.export.ExportedProgram:

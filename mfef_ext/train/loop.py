@@ -33,8 +33,15 @@ def train(config: TrainConfig, display: Display, processes: Processes) -> Run:
     checkpoint of the last whole epoch.
     """
     run = prepare(config, processes)
+    for remark in run.dataset.remarks:
+        display.say(remark)
+    if not len(run.dataset.validation):
+        display.say(
+            f"{run.path}: no training images are held out, so the test set chooses the best epoch; "
+            "the last one is what to quote"
+        )
     for complaint in run.complaints:
-        display.say(f"{complaint}. Going on from the one before it.")
+        display.say(complaint)
     if run.rows or run.step:
         display.say(f"{run.path}: going on after epoch {len(run.rows)}, step {run.step}")
     elif run.writes:

@@ -19,10 +19,15 @@ from .evaluate import restore
 TSNE_IMAGES = 1000
 
 
-def plot(path: Path, checkpoint: str = "last", device: str | None = None) -> str:
+def plot(
+    path: Path,
+    checkpoint: str = "last",
+    device: str | None = None,
+    data_dir: Path | None = None,
+) -> str:
     """Draws what the run ``path`` makes of its test images into PNG files in it; says which they
     are, and how diverse the students. Other checkpoints than the last are named in the files'."""
-    run = restore(path, checkpoint, device)
+    run = restore(path, checkpoint, device, data_dir)
     test, which = run.dataset.test, "" if checkpoint == "last" else f"-{checkpoint}"
     with torch.no_grad():
         outputs = [run.distiller(x).logits for x in test.x.split(512)]
@@ -50,7 +55,7 @@ def plot(path: Path, checkpoint: str = "last", device: str | None = None) -> str
         f"answers for {disagreement[i, j]:.2f} % of {len(test)} test images"
         for i, j in combinations(range(len(students)), 2)
     ]
-    return "\n".join([*lines, f"{path}: {', '.join(drawn)}"])
+    return "\n".join([*run.complaints, *lines, f"{path}: {', '.join(drawn)}"])
 
 
 def diversity(students: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from .config import TrainConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     # What the papers of online distillation have in common on CIFAR; temperatures, and a ramp of 80
-    # epochs, are the methods' own.
+    # epochs, are the methods' own. They train on all images and quote the last epoch.
     "okd-cifar": {
         "dataset": "cifar100",
         "students": ("resnet32", "resnet32"),
@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_drops": (0.5, 0.75),
         "momentum": 0.9,
         "weight_decay": 5e-4,
+        "validation": 0.0,
         "seeds": (0, 1, 2),
     },
     # To see that everything works.

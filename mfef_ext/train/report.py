@@ -29,12 +29,14 @@ def summary(run: Run) -> dict[str, Any]:
     :class:`~mfef_ext.train.timing.HeadClock` measures it; evaluation is in neither time.
     """
     seconds = sum(t["train_seconds"] for t in run.timings)
+    held_out = len(run.dataset.validation)
     return {
         "data": run.fingerprint,
         "last_epoch": len(run.rows),
         "last_test_accuracy": scores(run.rows[-1], "test"),
         "best_epoch": run.best_epoch,
-        "best_chosen_on": "validation" if len(run.dataset.validation) else "test",
+        "best_chosen_on": "validation" if held_out else "test",
+        "to_quote": "best" if held_out else "last",
         "best_test_accuracy": scores(run.rows[run.best_epoch - 1], "test"),
         "images_per_second": len(run.dataset.train) * len(run.timings) / seconds,
         "method_share_of_step": sum(t["method_seconds"] for t in run.timings) / seconds,
@@ -49,7 +51,7 @@ def table(run: Run) -> Table:
         title=f"{config.method} on {config.dataset}: % of {size} test images recognised",
         caption=f"best: mean of the students on {held_out} validation images, not on the test set"
         if held_out
-        else "best: chosen ON THE TEST SET (--validation 0), so it flatters",
+        else "best: chosen ON THE TEST SET (--validation 0), so it flatters; quote the last epoch",
     )
     grid.add_column("")
     grid.add_column(f"last epoch ({result['last_epoch']})", justify="right")

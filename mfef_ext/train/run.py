@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
+import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,10 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..distill import OnlineDistiller
+from ..distill import METHODS, OnlineDistiller
 from ..distill.distiller import method_options
 from ..version import __version__
-from . import UsageError, checkpoint, data, folder
+from . import DataError, UsageError, checkpoint, data, folder
 from .config import TrainConfig, typed
 from .models import StudentSpec, build_students
 from .processes import Processes
@@ -39,13 +42,16 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: GradScaler
     average: AveragedModel | None
+    # How to build the teacher, and the SHA-256 of its weights' file, if there is one.
+    teacher: dict[str, Any] | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
     # Within an epoch that was stopped: the steps done, and the sums of the loss terms so far.
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
-    # What was wrong with checkpoints newer than the one that was resumed.
+    # What was wrong with checkpoints newer than the one that was resumed, and what of it is not
+    # here as it was.
     complaints: list[str] = field(default_factory=list)
 
     @property
@@ -87,16 +93,13 @@ class Run:
             "threads": torch.get_num_threads(),
             "processes": self.processes.ranks,
             "out": str(self.path),
-            "versions": {"mfef_ext": __version__, "torch": str(torch.__version__)},
+            "versions": versions(self.config),
         }
 
     def about(self, role: str) -> dict[str, Any]:
         """What someone who has only the student's weights needs to know, as plain values."""
         return {
-            "dataset": self.dataset.name,
-            "classes": self.dataset.classes,
-            "input_shape": self.dataset.shape,
-            **asdict(self.dataset.normalisation),
+            **{name: self.fingerprint[name] for name in _OF_STUDENTS},
             "epoch": len(self.rows),
             "test_accuracy": self.rows[-1][f"test/{role}"],
         }
@@ -113,6 +116,7 @@ class Run:
             "timings": self.timings,
             "config": self.resolved,
             "data": self.fingerprint,
+            "teacher": self.teacher,
             "distiller": self.distiller.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -129,7 +133,8 @@ class Run:
     def restore(self, path: Path, state: dict[str, Any]) -> None:
         """Becomes what :meth:`save` wrote into ``path``, files of metrics included.
 
-        Raises UsageError if that was a run with other options.
+        Raises UsageError if that was a run with other options, DataError if it was one on other
+        data.
         """
         there, here = state["config"], self.resolved
         begun_with, now = there.get("processes"), here["processes"]
@@ -146,6 +151,19 @@ class Run:
                     f"({typed(name, there.get(name))}); resume it with the same options, or name a "
                     "new --out"
                 )
+        self.check_data(state.get("data"), path)
+        taught_by, teacher = state.get("teacher"), self.teacher
+        if taught_by and teacher and taught_by["sha256"] != teacher["sha256"]:
+            raise UsageError(
+                f"--teacher={self.config.teacher} is not the network that the run in {self.path} "
+                f"was begun with, whose SHA-256 is {taught_by['sha256']}; give that one, or name a "
+                "new --out"
+            )
+        if changed := changes(there, here):
+            self.complaints.append(
+                f"{path} was written under other conditions, so numbers may differ in their last "
+                f"digits from here on: {changed}"
+            )
         try:
             self.distiller.load_state_dict(state["distiller"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -170,6 +188,28 @@ class Run:
             folder.write_rows(self.path / f"metrics{suffix}", self.rows)
         folder.write_rows(self.path / "timings.jsonl", self.timings)
 
+    def check_data(self, known: dict[str, Any] | None, path: Path) -> None:
+        """DataError unless the data set is the ``known`` one, which the checkpoint ``path`` names;
+        a complaint if it names none."""
+        if known is None:
+            self.complaints.append(
+                f"{path} is of a version that did not note which data a run is trained on: those "
+                "that are here are taken for its own"
+            )
+        elif differs := data.difference(known, self.fingerprint):
+            raise DataError(
+                f"{path} was trained on other data than {self.where_from} holds: {differs}; name "
+                "the folder with its own by --data-dir, or train on these into a new --out"
+            )
+
+    @property
+    def where_from(self) -> str:
+        """The data set's folder, or its name where it has none."""
+        return str(self.config.data_dir or self.config.dataset)
+
+
+# What a student's file says of its data.
+_OF_STUDENTS = ("dataset", "classes", "input_shape", "mean", "std", "scale")
 
 # Options that two runs may differ in and still compute the same.
 NOT_OF_THE_RESULT = {
@@ -178,42 +218,69 @@ NOT_OF_THE_RESULT = {
 }
 
 
+def versions(config: TrainConfig) -> dict[str, str]:
+    """What else a run's numbers depend on: versions of libraries, the processor's instructions, and
+    a method's own file by its hash."""
+    packages = ["numpy"]
+    packages += ["pillow"] * (config.dataset in ("folder", "cinic10"))
+    packages += {name.partition(":")[0] for name in sorted(config.students) if ":" in name}
+    found = {"mfef_ext": __version__, "torch": str(torch.__version__)}
+    found |= {name: version(name) for name in packages}
+    module = METHODS[config.method].__module__
+    source = getattr(sys.modules[module], "__file__", None)
+    if source and not module.startswith("mfef_ext."):
+        content = Path(source).read_bytes()
+        found[Path(source).name] = hashlib.sha256(content).hexdigest()[:12]
+    return found
+
+
+def changes(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """In which versions, devices and numbers of threads two configurations differ, or ""."""
+    was, now = (
+        config.get("versions", {}) | {name: config.get(name) for name in ("threads", "device")}
+        for config in (there, here)
+    )
+    differ = [name for name in now if now[name] != was.get(name)]
+    return ", ".join(f"{name} is {now[name]} here and was {was.get(name)}" for name in differ)
+
+
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def prepare(config: TrainConfig, processes: Processes, path: Path | None = None) -> Run:
-    """Data and students on the device, weights drawn from the seed, and a new run folder, unless
-    ``path`` is one that exists.
+def prepare(config: TrainConfig, processes: Processes) -> Run:
+    """Data and students on the device, weights drawn from the seed, and a new run folder, or the
+    state of the run that is resumed.
 
     Raises UsageError, before anything is written, if an option, the device or the backend does
     not work out.
     """
     config.check()
-    dataset = processes.in_turn(
-        partial(
-            data.load,
-            config.dataset,
-            config.validation,
-            config.data_dir,
-            image_size=config.image_size,
-            download=config.download,
-            labels_per_class=config.labels_per_class,
-            seed=config.seed,
-        )
-    )
+    dataset = processes.in_turn(partial(load_data, config))
     fingerprint = data.fingerprint(dataset)
-    dataset = dataset.to(processes.device)
-    path_or_new = path or config.out or Path("runs")
-    make = partial(_make, config, processes, dataset, fingerprint, path_or_new)
+    make = partial(_make, config, processes, dataset.to(processes.device), fingerprint)
     run, found = processes.together(make)  # nobody writes before all have read
     if found is not None:
-        file, state, run.complaints = found
+        file, state, damaged = found
+        run.complaints = [f"{newer}. Going on from the one before it." for newer in damaged]
         processes.together(lambda: run.restore(file, state))
-    elif path is None:
+    else:
         name = f"{config.method}-{config.dataset}"
         run.path = processes.first(partial(folder.create, config.out, name))
     return run
+
+
+def load_data(config: TrainConfig) -> data.Dataset:
+    """The data set that the options name, on the CPU."""
+    return data.load(
+        config.dataset,
+        config.validation,
+        config.data_dir,
+        image_size=config.image_size,
+        download=config.download,
+        labels_per_class=config.labels_per_class,
+        seed=config.seed,
+    )
 
 
 Found = tuple[Path, dict[str, Any], list[str]]
@@ -224,21 +291,52 @@ def _make(
     processes: Processes,
     dataset: data.Dataset,
     fingerprint: dict[str, Any],
-    path: Path,
 ) -> tuple[Run, Found | None]:
-    """The run in ``path`` with fresh weights, and the checkpoint to go on from, if there is one."""
+    """The run with fresh weights, and the checkpoint to go on from, if there is one."""
     if config.batch_size > len(dataset.train):
         raise UsageError(
             f"--batch-size={config.batch_size} is more than the {len(dataset.train)} training "
             f"images of {config.dataset}; use {len(dataset.train)} or fewer"
         )
     torch.manual_seed(config.seed)
-    classes = len(dataset.classes)
-    options = config.method_options()
+    network = about = None
     if config.teacher is not None:
-        options["teacher"], about = load_student_for(dataset, config.teacher, "--teacher")
+        network, about = load_student_for(fingerprint, config.teacher, "--teacher")
+    path = config.out or Path("runs")
+    run = build(config, processes, path, dataset, fingerprint, network, about)
+    if run.distiller.method.held_out and not len(dataset.validation):
+        raise UsageError(
+            f"--method {config.method} --variant {config.variant} weighs the students on held-out "
+            "images; give --validation a share of the training images, such as 0.1"
+        )
+    _check_single_images(config, processes, dataset, run.distiller)
+    if config.compile:
+        run.distiller.compile_students()
+    found = checkpoint.newest(config.out) if config.resume and config.out else None
+    return run, found
+
+
+def build(
+    config: TrainConfig,
+    processes: Processes,
+    path: Path,
+    dataset: data.Dataset,
+    fingerprint: dict[str, Any],
+    teacher: nn.Module | None = None,
+    about_teacher: dict[str, Any] | None = None,
+) -> Run:
+    """A run with fresh weights on the device, for the classes and the shape of ``dataset``, of
+    whose images none is looked at. ``about_teacher``: what the .json beside its file says.
+
+    Raises UsageError if the students, the device or the backend do not work out.
+    """
+    options = config.method_options()
+    if teacher is not None and about_teacher is not None:
+        options["teacher"] = teacher
         if "teacher_tap" in method_options(config.method):
-            options["teacher_tap"] = about["build"]["tap"]
+            options["teacher_tap"] = about_teacher["build"]["tap"]
+        about_teacher = {name: about_teacher[name] for name in ("build", "sha256")}
+    classes = len(dataset.classes)
     students, specs = build_students(config.students, dataset.shape, classes, config.tap)
     try:
         distiller = OnlineDistiller(
@@ -252,21 +350,17 @@ def _make(
         ).to(processes.device)
     except ValueError as error:  # too few students, an unknown variant
         raise UsageError(str(error)) from error
-    if distiller.method.held_out and not len(dataset.validation):
-        raise UsageError(
-            f"--method {config.method} --variant {config.variant} weighs the students on held-out "
-            "images; give --validation a share of the training images, such as 0.1"
-        )
     try:
+        images = torch.zeros(2, *dataset.shape, device=processes.device)
+        labels = torch.zeros(2, dtype=torch.int64, device=processes.device)
         with torch.no_grad():
-            distiller.eval()(*dataset.test[:2], 0.0)
+            distiller.eval()(images, labels, 0.0)
     except (RuntimeError, ValueError) as error:
         forced = os.environ.get("MFEF_BACKEND")
         if not (config.backend or forced):
             raise
         asked = f"--backend={config.backend}" if config.backend else f"MFEF_BACKEND={forced}"
         raise UsageError(f"{asked} does not work here: {error}") from error
-    _check_single_images(config, processes, dataset, distiller)
     optimizer = torch.optim.SGD(
         distiller.parameter_groups(),
         lr=config.lr,
@@ -280,22 +374,19 @@ def _make(
         average = AveragedModel(
             distiller.students, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
         ).eval()
-    if config.compile:
-        distiller.compile_students()
-    found = checkpoint.newest(config.out) if config.resume and config.out else None
-    run = Run(
-        config,
-        path,
-        processes,
-        dataset,
-        fingerprint,
-        specs,
-        distiller,
-        optimizer,
-        scaler,
-        average,
+    return Run(
+        config=config,
+        path=path,
+        processes=processes,
+        dataset=dataset,
+        fingerprint=fingerprint,
+        specs=specs,
+        distiller=distiller,
+        optimizer=optimizer,
+        scaler=scaler,
+        average=average,
+        teacher=about_teacher,
     )
-    return run, found
 
 
 def _check_single_images(
@@ -332,18 +423,16 @@ def parts(config: TrainConfig, size: int, ranks: int) -> int:
 
 
 def load_student_for(
-    dataset: data.Dataset, path: Path, flag: str
+    fingerprint: dict[str, Any], path: Path, flag: str
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network in ``path`` and what its .json says; UsageError unless it was trained for
-    the images and classes of ``dataset``. ``flag``: the option that named it."""
+    classes and images as those of ``fingerprint``, normalised alike. ``flag``: the option that
+    named it."""
     network, about = checkpoint.load_student(path)
-    for what, learnt, here in (
-        ("classes", about["classes"], dataset.classes),
-        ("images of shape", about["input_shape"], dataset.shape),
-    ):
-        if list(learnt) != list(here):
-            raise UsageError(
-                f"{flag}={path} was trained for {what} {tuple(learnt)}, but {dataset.name} has "
-                f"{tuple(here)}; train it on this data set"
-            )
+    compared = {name: about[name] for name in _OF_STUDENTS if name != "dataset"}
+    if differs := data.difference(compared, fingerprint):
+        raise UsageError(
+            f"{flag}={path} was trained for other images or classes than those of "
+            f"{fingerprint['dataset']}: {differs}; train it on this data set"
+        )
     return network, about

@@ -75,7 +75,10 @@ def table(paths: Sequence[Path]) -> str:
     text = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     text += ["", "Accuracy on the test images; mean ± standard deviation over the seeds (n - 1)."]
     if any(run.summary["best_chosen_on"] == "test" for run in runs):
-        text.append("Best on test: the test images chose the epoch, so that column flatters.")
+        text.append(
+            "Best on test: the test images chose the epoch, so that column flatters; quote the "
+            "last epoch."
+        )
     if unfinished:
         text.append(f"Left out, as they have not come to their end: {', '.join(unfinished)}.")
     return "\n".join(text)

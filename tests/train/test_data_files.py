@@ -181,6 +181,17 @@ def test_a_missing_folder_and_file(tiny):
     assert not tiny.root.exists()  # nothing is downloaded unless asked
 
 
+def test_the_right_level_is_the_remedy(tiny, server):
+    """And nothing is downloaded for the second time."""
+    for wrong in (tiny.folder, tiny.root.parent):
+        for download in (False, True):
+            with pytest.raises(DataError) as error:
+                data.load(tiny.name, 0.0, wrong, download=download)
+            one_sentence(error, f"--data-dir={wrong} does not hold the data set")
+            assert str(error.value).endswith(f"use --data-dir {tiny.root}")
+    assert list(tiny.folder.glob("*.gz")) == []
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
 def test_damaged_files_are_named(tiny, damage):
     file, expected = tiny.loader.test_list[0]
@@ -333,6 +344,21 @@ def test_cinic_is_read_with_its_own_validation_images(tiny_cinic, tmp_path):
     (tmp_path / "parent").mkdir()
     tiny_cinic.rename(tmp_path / "parent" / "CINIC-10")  # as the archive is unpacked here
     assert torch.equal(data.load("cinic10", 0, tmp_path / "parent").train.y, dataset.train.y)
+
+
+def test_cinic_one_level_off(tiny_cinic):
+    for wrong in (tiny_cinic / "train", tiny_cinic / "test" / "cat", tiny_cinic.parent):
+        with pytest.raises(DataError) as error:
+            data.load("cinic10", 0.1, wrong)
+        one_sentence(error, f"use --data-dir {tiny_cinic}")
+
+
+def test_cinic_with_what_the_system_leaves_behind(tiny_cinic):
+    before = data.load("cinic10", 0.1, tiny_cinic)
+    shutil.copytree(tiny_cinic / "train" / "cat", tiny_cinic / "train" / ".ipynb_checkpoints")
+    shutil.copy(tiny_cinic / "test" / "cat" / "0.png", tiny_cinic / "test" / "cat" / "._0.png")
+    after = data.load("cinic10", 0.1, tiny_cinic)
+    assert data.fingerprint(after) == data.fingerprint(before) and len(after.remarks) == 1
 
 
 def test_cinic_in_decay(tiny_cinic, capsys):

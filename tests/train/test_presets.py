@@ -1,5 +1,6 @@
 """Options by the name of a recipe and out of YAML files: what counts more, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def test_the_papers_recipe():
     assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001])
     assert (config.epochs, config.batch_size, config.ramp_length) == (300, 128, 80)
     assert (config.momentum, config.weight_decay, config.seeds) == (0.9, 5e-4, (0, 1, 2))
+    assert config.validation == 0 and config.labels_per_class is None  # on all 50,000 images
     for name, options in PRESETS.items():
         if options["dataset"] != "digits":
             options = options | {"data_dir": Path("x")}
@@ -50,6 +52,18 @@ def test_the_command_line_counts_most(tmp_path):
     assert main([*options, "--dataset", "fake", "--epochs", "1", "--out", str(out)]) == 0
     content = (out / "config.json").read_text()
     assert '"epochs": 1' in content and '"method": "ce"' in content
+
+
+def test_without_validation_images_the_last_epoch_is_to_be_quoted(tmp_path, capsys):
+    options = ["--dataset", "fake", "--method", "ce", "--epochs", "1", "--threads", "1"]
+    for share, chosen, quoted in (("0", "test", "last"), ("0.1", "validation", "best")):
+        out = tmp_path / share
+        assert main([*options, "--validation", share, "--out", str(out)]) == 0
+        summary = json.loads((out / "summary.json").read_text())
+        assert (summary["best_chosen_on"], summary["to_quote"]) == (chosen, quoted)
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("the test set chooses the best epoch" in said) is (quoted == "last")
+        assert ("quote the last epoch" in said) is (quoted == "last")
 
 
 @pytest.mark.parametrize(

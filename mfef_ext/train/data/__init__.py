@@ -25,7 +25,8 @@ from .dataset import (
     draw_per_class,
     stratified_split,
 )
-from .fingerprint import SPLITS, difference, digest, fingerprint
+from .files import some
+from .fingerprint import SPLITS, difference, digest, fingerprint, without_images
 
 __all__ = [
     "DATASETS",
@@ -41,6 +42,7 @@ __all__ = [
     "stratified_split",
     "training_batches",
     "verify",
+    "without_images",
 ]
 
 # Readers by name. None is returned only where problems were collected.
@@ -89,6 +91,12 @@ def load(
     dataset = _read(name, source)
     assert dataset is not None  # a problem would have been raised
     dataset = _hold_out(dataset, validation)
+    if passed_over := sum(map(len, source.passed_over.values())):
+        remark = (
+            f"passed over {passed_over} files or folders that are no part of the data set; "
+            f"mfef data verify --dataset {name} --data-dir {source.folder} says which and why"
+        )
+        dataset = replace(dataset, remarks=(*dataset.remarks, remark))
     if labels_per_class is None:
         return dataset
     try:
@@ -123,6 +131,8 @@ def verify(name: str, data_dir: Path) -> tuple[list[str], list[str]]:
     """Reads the whole data set; what was found, and every problem, a sentence each."""
     source = Source(data_dir, collect=True)
     dataset = _read(name, source)
+    for what, paths in source.passed_over.items():
+        source.fact(f"passed over, {what}: {some(paths)}")
     if dataset is not None:
         source.fact(f"{len(dataset.classes)} classes: {', '.join(dataset.classes)}")
         for split in SPLITS:

@@ -11,7 +11,15 @@ import torch
 from .. import library
 from .archive import Archive, expect_md5
 from .augmentation import Augmentation
-from .dataset import Dataset, Images, Normalisation, Source, check_labels
+from .dataset import (
+    Dataset,
+    Images,
+    Normalisation,
+    Source,
+    check_labels,
+    expect_level,
+    is_folder,
+)
 
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 # What the papers do: a random crop of the image with 4 zeros on every side, mirrored or not.
@@ -44,6 +52,9 @@ def read(name: str, source: Source) -> Dataset | None:
     kind = KINDS[name]
     loader = getattr(library("torchvision").datasets, kind.loader)
     archive = Archive(loader.filename, loader.tgz_md5, loader.url, PAGE)
+    expect_level(source, lambda folder: is_folder(folder / loader.base_folder))
+    if source.problems:
+        return None
     folder = source.folder / loader.base_folder
     meta = (loader.meta["filename"], loader.meta["md5"])
     files = {folder / file: md5 for file, md5 in (*loader.train_list, *loader.test_list, meta)}

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import torch
+from itertools import chain
+from pathlib import Path
 
 from .archive import Archive
 from .cifar import CROP_AND_FLIP
-from .dataset import Dataset, Images, Normalisation, Source, check_labels
-from .files import pixel_statistics, read_images
+from .dataset import (
+    Dataset,
+    Images,
+    Normalisation,
+    Source,
+    check_labels,
+    expect_level,
+    is_folder,
+)
+from .files import class_folders, find_images, labels, pixel_statistics, read_images
 
 ARCHIVE = Archive(
     "CINIC-10.tar.gz",
@@ -16,6 +25,7 @@ ARCHIVE = Archive(
     "https://github.com/BayesWatch/cinic-10",
 )
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SPLITS = ("train", "valid", "test")
 PER_CLASS = 9000  # in each of train, valid and test
 NORMALISATION = Normalisation(
     (0.47889522, 0.47227842, 0.43047404), (0.24205776, 0.23828046, 0.25874835), 255
@@ -24,13 +34,19 @@ NORMALISATION = Normalisation(
 _STATISTICS_WITHIN = 0.01
 
 
+def _is_here(folder: Path) -> bool:
+    return any(all(is_folder(f / split) for split in SPLITS) for f in (folder, folder / "CINIC-10"))
+
+
 def read(source: Source) -> Dataset | None:
     """CINIC-10 in ``source.folder``, or in a folder CINIC-10 there.
 
     Its own validation images are the validation split.
     """
+    expect_level(source, _is_here)
+    if source.problems:
+        return None
     below = source.folder / "CINIC-10"
-    splits = ("train", "valid", "test")
     if source.download and not any((f / "train").is_dir() for f in (source.folder, below)):
         ARCHIVE.obtain(source, below)
     folder = below if below.is_dir() else source.folder
@@ -38,18 +54,18 @@ def read(source: Source) -> Dataset | None:
         ARCHIVE.check(source)
     remedy = ARCHIVE.remedy(source)
     parts = []
-    for split in splits:
+    for split in SPLITS:
         where = folder / split
         if not where.is_dir():
             source.problem(f"{where} is missing; {remedy}")
             continue
-        extra = sorted({p.name for p in where.iterdir() if p.is_dir()} - set(CLASSES))
+        extra = sorted(set(class_folders(source, where)) - set(CLASSES))
         if extra:
             source.problem(f"{where / extra[0]} is no class of CINIC-10; {remedy}")
-        files = [(p, c) for c, n in enumerate(CLASSES) for p in sorted((where / n).glob("*.png"))]
-        y = torch.tensor([c for _, c in files], dtype=torch.int64)
+        files = find_images(source, [where / name for name in CLASSES])
+        y = labels(files)
         check_labels(source, str(where), y, CLASSES, PER_CLASS, remedy)
-        x = read_images(source, [p for p, _ in files], 32, remedy)
+        x = read_images(source, [*chain.from_iterable(files)], 32, remedy)
         parts.append(Images(x, y, NORMALISATION))
     if source.problems:
         return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -71,7 +72,8 @@ class Images:
 class Dataset:
     """A data set split three ways, normalised all alike; ``validation`` may be empty.
 
-    ``own_validation``: the split was made by the data set's authors.
+    ``own_validation``: the split was made by the data set's authors. ``remarks``: what a reader of
+    the files has to say to who trains on them, a sentence each.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Dataset:
     test: Images
     augmentation: Augmentation
     own_validation: bool = False
+    remarks: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -113,10 +116,15 @@ class Source:
     collect: bool = False
     facts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    passed_over: dict[str, list[Path]] = field(default_factory=dict)
 
     def fact(self, text: str) -> None:
         """Notes what was found."""
         self.facts.append(text)
+
+    def pass_over(self, what: str, path: Path) -> None:
+        """Notes a file or folder that is no part of the data set; ``what`` it is, in the plural."""
+        self.passed_over.setdefault(what, []).append(path)
 
     def problem(self, text: str) -> None:
         """Notes what is wrong, in one sentence; raises DataError unless problems are collected."""
@@ -145,6 +153,26 @@ def draw_per_class(labels: np.ndarray, classes: int, count: int, seed: int) -> n
     if fewest < count:
         raise ValueError(f"{fewest} images are all that a class has")
     return np.sort(np.concatenate(drawn))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether the path leads to a folder that may be looked into."""
+    return os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)
+
+
+def expect_level(source: Source, holds: Callable[[Path], bool]) -> None:
+    """A problem if ``source.folder`` does not hold the data set, as ``holds`` tells, but a folder
+    around it or in it does."""
+    if holds(source.folder) or not is_folder(source.folder):
+        return
+    inside = sorted(filter(is_folder, source.folder.iterdir()))
+    for folder in (*source.folder.resolve().parents[:2], *inside):
+        if holds(folder):
+            source.problem(
+                f"--data-dir={source.folder} does not hold the data set, but {folder} does; use "
+                f"--data-dir {folder}"
+            )
+            return
 
 
 def check_labels(

@@ -6,7 +6,10 @@ import hashlib
 import math
 from typing import Any
 
-from .dataset import Dataset, Images
+import torch
+
+from .augmentation import Augmentation
+from .dataset import Dataset, Images, Normalisation
 
 SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 # Where images are decoded by other libraries, statistics differ by less, and those of other images
@@ -17,9 +20,9 @@ _SAME_NUMBER = 1e-4
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
     """What ``dataset`` is, in JSON's types, independent of machine and path.
 
-    ``dataset``: its name. ``classes``, ``input_shape`` (C, H, W), ``mean``, ``std`` and ``scale`` of
-    the normalisation. ``images`` and ``sha256``: by split, their number, and the hash of pixels and
-    labels in their order. Hashing takes about a second per GB of pixels.
+    ``dataset``: its name. ``classes``, ``input_shape`` (C, H, W); ``mean``, ``std`` and ``scale``
+    of the normalisation. ``images`` and ``sha256``: by split, their number, and the hash of pixels
+    and labels in their order. Hashing takes about a second per GB of pixels.
     """
     splits: dict[str, Images] = {name: getattr(dataset, name) for name in SPLITS}
     normalisation = dataset.normalisation
@@ -33,6 +36,18 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
         "images": {name: len(images) for name, images in splits.items()},
         "sha256": {name: digest(images) for name, images in splits.items()},
     }
+
+
+def without_images(fingerprint: dict[str, Any]) -> Dataset:
+    """The data set of a fingerprint, with its classes, shape and normalisation and no image."""
+    numbers = tuple(fingerprint["mean"]), tuple(fingerprint["std"])
+    images = Images(
+        torch.empty(0, *fingerprint["input_shape"]),
+        torch.empty(0, dtype=torch.int64),
+        Normalisation(*numbers, fingerprint["scale"]),
+    )
+    classes = tuple(fingerprint["classes"])
+    return Dataset(fingerprint["dataset"], classes, images, images, images, Augmentation(0))
 
 
 def digest(images: Images) -> str:
@@ -58,12 +73,6 @@ def difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
         return _other_classes(list(there["classes"]), list(here["classes"]))
     if both("input_shape") and list(there["input_shape"]) != list(here["input_shape"]):
         return f"images are {_by(here['input_shape'])} here and {_by(there['input_shape'])} there"
-    for name in ("scale", "mean", "std"):
-        if both(name) and not _same_numbers(there[name], here[name]):
-            return (
-                f"images are normalised with {name}={_rounded(here[name])} here and "
-                f"{_rounded(there[name])} there"
-            )
     for name, word in SPLITS.items():
         if both("images") and there["images"][name] != here["images"][name]:
             count = here["images"][name], there["images"][name]
@@ -71,6 +80,12 @@ def difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     for name, word in SPLITS.items():
         if both("sha256") and there["sha256"][name] != here["sha256"][name]:
             return f"the {word} images, their labels or their order are others here than there"
+    for name in ("scale", "mean", "std"):
+        if both(name) and not _same_numbers(there[name], here[name]):
+            return (
+                f"images are normalised with {name}={_rounded(here[name])} here and "
+                f"{_rounded(there[name])} there"
+            )
     return None
 
 

@@ -1,13 +1,12 @@
-"""Any images in folders: ROOT/train/CLASS/*, and ROOT/test/CLASS/* or a share of train."""
+"""Any images in folders: ROOT/train/CLASS/*, ROOT/test/CLASS/* or a share of train, ROOT/val."""
 
 from __future__ import annotations
 
 import os
+from itertools import chain
 from pathlib import Path
 
-import torch
-
-from .. import UsageError, library
+from .. import UsageError
 from .augmentation import Augmentation
 from .dataset import (
     SPLIT_SEED,
@@ -16,13 +15,24 @@ from .dataset import (
     Normalisation,
     Source,
     check_labels,
+    expect_level,
+    is_folder,
     stratified_split,
 )
-from .files import pixel_statistics, read_images
+from .files import (
+    class_folders,
+    find_images,
+    is_left_behind,
+    labels,
+    pixel_statistics,
+    read_images,
+)
 
 TEST_SHARE = 0.2  # of every class, without ROOT/test
+VALIDATION = ("val", "valid", "validation")
 LAYOUT = (
-    "expected are folders ROOT/train/CLASS with images, and ROOT/test/CLASS if there is a test set"
+    "expected are folders ROOT/train/CLASS with images, ROOT/test/CLASS if there is a test set, "
+    "ROOT/val/CLASS if there are validation images"
 )
 
 
@@ -31,32 +41,32 @@ def read(source: Source) -> Dataset | None:
 
     Normalised by the mean and standard deviation of the training images.
     """
-    torchvision = library("torchvision").datasets.folder
-    splits = ["train"] + ["test"] * (source.folder / "test").is_dir()
+    expect_level(source, lambda folder: is_folder(folder / "train"))
+    if source.problems:
+        return None
+    splits = _splits(source)
+    if splits is None:
+        return None
     classes: list[str] = []
-    found: dict[str, tuple[list[Path], torch.Tensor]] = {}
-    for split in splits:
-        where = source.folder / split
-        if not where.is_dir():
-            missing = where if source.folder.is_dir() else source.folder
-            source.problem(f"{missing} is no folder; {LAYOUT}")
-            return None
-        here = sorted(p.name for p in where.iterdir() if p.is_dir())
-        classes = classes or here
-        if here != classes or len(classes) < 2:
+    folders: list[Path] = []
+    for where in splits.values():
+        here = class_folders(source, where)
+        classes = classes or list(here)
+        if list(here) != classes or len(classes) < 2:
             odd = sorted(set(here) ^ set(classes))
             what = (
                 f"and train differ in the class {odd[0]}" if odd else "has fewer than two classes"
             )
             source.problem(f"{where} {what}; {LAYOUT}")
             return None
-        index = {name: i for i, name in enumerate(classes)}
-        samples = torchvision.make_dataset(
-            str(where), index, torchvision.IMG_EXTENSIONS, allow_empty=True
-        )
-        y = torch.tensor([c for _, c in samples], dtype=torch.int64)
-        check_labels(source, str(where), y, classes, None, LAYOUT)
-        found[split] = [Path(p) for p, _ in samples], y
+        folders += here.values()
+    # All at once: no file is to be met in two splits.
+    files = find_images(source, folders)
+    found = {}
+    for i, (split, where) in enumerate(splits.items()):
+        by_class = files[i * len(classes) : (i + 1) * len(classes)]
+        found[split] = [*chain.from_iterable(by_class)], labels(by_class)
+        check_labels(source, str(where), found[split][1], classes, None, LAYOUT)
     _check_memory(sum(len(y) for _, y in found.values()), source.image_size)
     remedy = "replace or remove it"
     parts = {
@@ -73,14 +83,42 @@ def read(source: Source) -> Dataset | None:
         check_labels(source, share, y[held], classes, None, more)
         if source.problems:
             return None
-        parts = {"train": (x[kept], y[kept]), "test": (x[held], y[held])}
+        parts |= {"train": (x[kept], y[kept]), "test": (x[held], y[held])}
     mean, std = pixel_statistics(parts["train"][0])
     # A channel that is the same everywhere has nothing to divide by.
     normalisation = Normalisation(mean, tuple(s or 1.0 for s in std), 255)
-    train, test = (Images(*parts[split], normalisation) for split in ("train", "test"))
-    # The same share of the side as the 4 of 32 pixels of CIFAR's recipe.
-    augmentation = Augmentation(max(source.image_size // 8, 1), flip=True, border="constant")
-    return Dataset("folder", tuple(classes), train, train.part(slice(0, 0)), test, augmentation)
+    images = {split: Images(*part, normalisation) for split, part in parts.items()}
+    return Dataset(
+        "folder",
+        tuple(classes),
+        images["train"],
+        images.get("validation", images["train"].part(slice(0, 0))),
+        images["test"],
+        # The same share of the side as the 4 of 32 pixels of CIFAR's recipe.
+        Augmentation(max(source.image_size // 8, 1), flip=True, border="constant"),
+        own_validation="validation" in images,
+    )
+
+
+def _splits(source: Source) -> dict[str, Path] | None:
+    """The folder of each split that there is, training first; None after a problem."""
+    if not (source.folder / "train").is_dir():
+        missing = source.folder / "train" if source.folder.is_dir() else source.folder
+        source.problem(f"{missing} is no folder; {LAYOUT}")
+        return None
+    held_out = [name for name in VALIDATION if (source.folder / name).is_dir()]
+    if len(held_out) > 1:
+        source.problem(
+            f"{source.folder} has validation images in {' and in '.join(held_out)}; leave one of "
+            "these folders"
+        )
+        return None
+    names = {"train": "train", "validation": "".join(held_out), "test": "test"}
+    for path in sorted(source.folder.iterdir()):
+        if path.name not in names.values() and not is_left_behind(source, path):
+            source.pass_over("files and folders beside train, val and test", path)
+    splits = {split: source.folder / name for split, name in names.items() if name}
+    return {split: where for split, where in splits.items() if where.is_dir()}
 
 
 def _check_memory(images: int, side: int) -> None:
