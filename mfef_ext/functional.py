@@ -159,13 +159,18 @@ def kd_loss(
 
     Args:
         student, target: logits, (N, classes), any floating dtype; computed in float32 at least.
-        temperature: T > 0.
+            Those of classes that are masked may be -inf.
+        temperature: T, from 1e-6 to 1e6: a number, NumPy's too, or a tensor with one element on the
+            CPU, without a gradient.
         detach_target: whether the target is a constant (the default) or gets a gradient too.
         backend: None to choose automatically, or "reference", "cpu", "triton", "cuda".
 
-    Returns a scalar, 0 for an empty batch. Raises TypeError, ValueError, RuntimeError.
+    Returns a scalar, 0 for an empty batch. A class whose target probability is 0 adds nothing, also
+    where the student has -inf; a student with -inf where the target allows the class makes the loss
+    infinite, and a row of -inf alone NaN. Raises TypeError, ValueError, RuntimeError.
     """
-    described = problem.describe_kd_loss(student, target, temperature)
+    temperature = problem.check_temperature(temperature)
+    described = problem.describe_kd_loss(student, target)
     run = backends.choose(described, backend).operators["kd_loss"]
     return run(student, target, temperature, detach_target=detach_target)
 
@@ -183,8 +188,9 @@ def kd_losses(
     In one launch each way where the backend that runs them has such a kernel and they are of one
     shape; else they are exactly those calls. Arguments and errors as in :func:`kd_loss`.
     """
+    temperature = problem.check_temperature(temperature)
     described = [
-        problem.describe_kd_loss(student, target, temperature)
+        problem.describe_kd_loss(student, target)
         for student, target in zip(students, targets, strict=True)
     ]
     if not described:

@@ -8,9 +8,12 @@ asked whether they can solve it.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
+from decimal import Decimal
+from math import gcd, inf, prod
+from numbers import Real
 from typing import Any
 
 import torch
@@ -175,6 +178,52 @@ def check_int(name: str, value: object) -> int:
     except TypeError:
         pass
     raise TypeError(f"{name} must be an int, got {_kind(value)} {value!r}")
+
+
+def _number(name: str, value: Any) -> float:
+    """What stands for one real number, as a float: see :func:`check_number`."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{name} requires a gradient, but it is a constant that gets none; give {name}.item()"
+        )
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        raise TypeError(
+            f"{name} is a tensor on {value.device}, which every call would have to wait for; give "
+            f"a number, {name}.item(), read once"
+        )
+    if hasattr(value, "item") and prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
+        raise TypeError(f"{name} must be a number, got {_kind(value)} {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return inf
+
+
+def check_number(
+    name: str,
+    value: Any,
+    low: float = 0.0,
+    high: float = sys.float_info.max,
+    must_be: str = "0 or more, and finite",
+) -> float:
+    """A number from ``low`` to ``high`` as a float; TypeError or ValueError for others.
+
+    NumPy's numbers will do, fractions, and tensors and arrays of one element; booleans and text
+    will not, nor a tensor that requires a gradient or lies on a GPU. ``must_be`` says in an error
+    what would do.
+    """
+    number = value if type(value) is float else _number(name, value)
+    if not low <= number <= high:
+        raise ValueError(f"{name}={number} must be {must_be}")
+    return number
+
+
+def check_temperature(value: Any) -> float:
+    """A temperature as a float; TypeError or ValueError."""
+    usual = "from 1e-6 to 1e6; 3.0 is usual for distillation"
+    return check_number("temperature", value, 1e-6, 1e6, usual)
 
 
 def check_kernel_size(name: str, k: object) -> int:
@@ -389,7 +438,7 @@ def describe_mfef_block(
     )
 
 
-def describe_kd_loss(student: Tensor, target: Tensor, temperature: float) -> Problem:
+def describe_kd_loss(student: Tensor, target: Tensor) -> Problem:
     """The problem of one distillation loss. Raises TypeError or ValueError."""
     student = _check_tensor("student", student)
     target = _check_tensor("target", target)
@@ -404,12 +453,6 @@ def describe_kd_loss(student: Tensor, target: Tensor, temperature: float) -> Pro
         raise ValueError(
             f"target is on {target.device} but student is on {student.device}; "
             f"move it with .to({str(student.device)!r})"
-        )
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a number, got {_kind(temperature)}")
-    if not 1e-6 <= temperature <= 1e6:
-        raise ValueError(
-            f"temperature={temperature} must be from 1e-6 to 1e6; 3.0 is usual for distillation"
         )
     n, classes = student.shape
     return Problem("kd_loss", n, classes, 1, 1, student.dtype, student.device)

@@ -115,11 +115,18 @@ def kd_loss(
 
     student, target: logits, (N, classes). Computed in float32 at least. Returns a scalar; 0 for
     an empty batch. The target gets no gradient unless ``detach_target=False``.
+
+    0 log 0 is 0: a class whose target probability is 0 adds nothing, whatever the student makes of
+    it, so that classes masked with -inf on both sides drop out. A student that masks a class which
+    its target allows is infinitely wrong. A row of which everything is masked has no softmax, and
+    gives NaN, as do logits of NaN and +inf.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
     if detach_target:
         target = target.detach()
-    log_p = F.log_softmax(student.to(dtype) / temperature, dim=1)
-    log_q = F.log_softmax(target.to(dtype) / temperature, dim=1)
-    divergence = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+    log_q = F.log_softmax(student.to(dtype) / temperature, dim=1)
+    log_p = F.log_softmax(target.to(dtype) / temperature, dim=1)
+    p = log_p.exp()
+    # Masked before the product, whose gradient would have 0 times infinity in it.
+    divergence = (p * (log_p - log_q).masked_fill(p == 0, 0)).sum()
     return divergence * (temperature**2 / max(student.shape[0], 1))

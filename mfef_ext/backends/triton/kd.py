@@ -136,11 +136,16 @@ def _log_sum_along(row, classes, inverse_temperature, IMAGES: tl.constexpr, CLAS
 
 
 @triton.jit
-def _divergence(log_p, log_q, start, classes, CLASSES: tl.constexpr):
+def _log_ratio(p, log_p, log_q):
+    """``log p_j - log q_j``, and 0 where p_j is 0: at masked classes, and where there is none."""
+    return tl.where(p == 0, 0.0, log_p - log_q)
+
+
+@triton.jit
+def _divergence(log_p, log_q):
     """``sum_j p_j (log p_j - log q_j)`` along the rows of a tile."""
-    columns = start + tl.arange(0, CLASSES)
-    terms = tl.exp(log_p) * (log_p - log_q)
-    return tl.sum(tl.where((columns < classes)[None, :], terms, 0.0), 1)
+    p = tl.exp(log_p)
+    return tl.sum(p * _log_ratio(p, log_p, log_q), 1)
 
 
 @triton.jit
@@ -155,7 +160,7 @@ def _divergence_along(
         log_q = _log_softmax(logits, s_largest, s_log_sum, inverse_temperature)
         logits = _load(target, start, classes, CLASSES)
         log_p = _log_softmax(logits, t_largest, t_log_sum, inverse_temperature)
-        divergence += _divergence(log_p, log_q, start, classes, CLASSES)
+        divergence += _divergence(log_p, log_q)
     return divergence
 
 
@@ -191,7 +196,7 @@ def forward_kernel(
             logits = _load(t, 0, classes, CLASSES)
             largest, log_sum = _log_sum_of(logits, inverse_temperature)
             log_p = _log_softmax(logits, largest, log_sum, inverse_temperature)
-            divergence = _divergence(log_p, log_q, 0, classes, CLASSES)
+            divergence = _divergence(log_p, log_q)
         else:
             s_max, s_log = _log_sum_along(s, classes, inverse_temperature, IMAGES, CLASSES)
             t_max, t_log = _log_sum_along(t, classes, inverse_temperature, IMAGES, CLASSES)
@@ -251,8 +256,7 @@ def backward_kernel(
         if need_students:
             _store(ds, inside, g * (tl.exp(log_q) - p), 0, classes, CLASSES)
         if need_targets:
-            divergence = _divergence(log_p, log_q, 0, classes, CLASSES)
-            gradient = g * p * (log_p - log_q - divergence[:, None])
+            gradient = g * p * (_log_ratio(p, log_p, log_q) - _divergence(log_p, log_q)[:, None])
             _store(dt, inside, gradient, 0, classes, CLASSES)
     else:
         s_max, s_log = _log_sum_along(s, classes, inverse_temperature, IMAGES, CLASSES)
@@ -271,7 +275,7 @@ def backward_kernel(
             if need_students:
                 _store(ds, inside, g * (tl.exp(log_q) - p), start, classes, CLASSES)
             if need_targets:
-                gradient = g * p * (log_p - log_q - divergence[:, None])
+                gradient = g * p * (_log_ratio(p, log_p, log_q) - divergence[:, None])
                 _store(dt, inside, gradient, start, classes, CLASSES)
 
 
@@ -439,7 +443,7 @@ def _losses(
 ) -> Tensor:
     students, targets = _one_dtype(students), _one_dtype(targets)
     records = _records(students, targets, detach_target)
-    return ops._call(_FORWARD, records, students, targets, float(temperature), detach_target)
+    return ops._call(_FORWARD, records, students, targets, temperature, detach_target)
 
 
 def kd_loss(
@@ -483,8 +487,9 @@ def kd_losses(
             f"students has {len(students)} entries but targets has {len(targets)}: give one target "
             "per student, the same one several times if they share it"
         )
+    temperature = problem.check_temperature(temperature)
     for student, target in zip(students, targets, strict=True):
-        asked = problem.describe_kd_loss(student, target, temperature)
+        asked = problem.describe_kd_loss(student, target)
         if asked.dtype not in DTYPES:
             raise TypeError(
                 f"students has dtype {asked.dtype}; Triton's kernels take float32, bfloat16 and "

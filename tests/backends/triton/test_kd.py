@@ -144,13 +144,54 @@ def test_nan_stays_in_its_row(classes, device):
         assert torch.equal(g.isnan(), w.isnan())
 
 
+INF = float("inf")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [7, 20, 1030])
+@pytest.mark.parametrize("sides", ["both", "target", "least"])
+def test_masked_classes_as_in_the_specification(sides, classes, dtype, device):
+    """Some classes, all but one, and of long rows the whole first tile."""
+    student, target = draw_logits(5, classes, dtype, device, 0)
+    for z in (student, target) if sides == "both" else (target,):
+        value = torch.finfo(dtype).min if sides == "least" else -INF
+        z[:, 1] = z[1, 2:5] = z[2, :-1] = value
+        if classes > 1024:
+            z[3, :1024] = value
+    loss, *grads = run(functional.kd_loss, student, target, 0.5, backend="triton")
+    exact, *wanted = run(reference.kd_loss, student.double(), target.double(), 0.5)
+    torch.testing.assert_close(loss, exact.float(), rtol=1e-5, atol=0)
+    for g, w in zip(grads, wanted, strict=True):
+        assert g.isfinite().all() and torch.equal(g[w == 0], torch.zeros_like(g[w == 0]))
+        torch.testing.assert_close(g.double(), w, rtol=0.02, atol=1e-5)
+    assert (grads[1][:, 1] == 0).all()
+
+
 @pytest.mark.parametrize("classes", [7, 1030])
-def test_minus_infinity_as_in_the_specification(classes, device):
-    """A student that excludes a class which its target allows is infinitely wrong."""
+def test_a_student_that_masks_what_its_target_allows(classes, device):
+    """Is infinitely wrong; the gradients of other rows know nothing of it."""
     student, target = draw_logits(4, classes, torch.float32, device, 0)
-    student[1, 2] = student[2, :-1] = -float("inf")
-    loss = functional.kd_loss(student, target, 3.0, backend="triton")
-    assert loss == reference.kd_loss(student, target, 3.0) == float("inf")
+    student[1, 2] = student[2, :-1] = -INF
+    target[1, 3] = -INF
+    loss, *grads = run(functional.kd_loss, student, target, 3.0, backend="triton")
+    exact, *wanted = run(reference.kd_loss, student, target, 3.0)
+    assert loss == exact == INF and grads[0].isfinite().all()
+    for g, w in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(g, w, equal_nan=True)
+
+
+@pytest.mark.parametrize("classes", [7, 1030])
+@pytest.mark.parametrize("value", [-INF, INF])
+@pytest.mark.parametrize("side", [0, 1])
+def test_rows_without_a_softmax_are_nan(side, value, classes, device):
+    pair = draw_logits(4, classes, torch.float32, device, 0)
+    pair[side][1, slice(None) if value < 0 else -1] = value
+    loss, *grads = run(functional.kd_loss, *pair, 3.0, backend="triton")
+    exact, *wanted = run(reference.kd_loss, *pair, 3.0)
+    assert loss.isnan() and exact.isnan()
+    for g, w in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(g, w, equal_nan=True)
+        assert g[[0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
