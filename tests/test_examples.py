@@ -1,5 +1,6 @@
 """The documents' examples of the trainer, run as they stand there."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+from mfef_ext.distill import OnlineDistiller
 from mfef_ext.distill.method import METHODS
 from mfef_ext.train.__main__ import main
 
@@ -40,6 +43,21 @@ def test_own_networks_and_images(photos):
     exec(code.replace("range(10)", "range(2)").replace("batch_size=64", "batch_size=10"), {})
     weights = torch.load("student.pt", weights_only=True)
     assert weights["fc.weight"].shape == (2, 512)
+
+
+def test_mixed_labels():
+    layers = [nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+    net = nn.Sequential(*layers)
+    students = [net, copy.deepcopy(net)]
+    distiller = OnlineDistiller(students, num_classes=10, tap="0", input_shape=(3, 8, 8))
+    optimizer = torch.optim.SGD(distiller.parameter_groups(), lr=0.1)
+    before = copy.deepcopy(distiller.state_dict())
+    given = {"distiller": distiller, "optimizer": optimizer, "epoch": 1}
+    given["loader"] = [(torch.randn(6, 3, 8, 8), torch.arange(6)) for _ in range(4)]
+    exec(example("docs/recipes.md", "v2.MixUp"), given)
+    assert given["out"].loss.isfinite()
+    after = distiller.state_dict()
+    assert all(not torch.equal(before[n], after[n]) for n, _ in distiller.named_parameters())
 
 
 def test_own_method(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..problem import check_number
 from .kd import SoftTargets
-from .method import Batch, StudentShape, register
+from .method import Batch, StudentShape, register, wide
 from .tap import forward_with_map, probe
 
 
@@ -54,7 +55,7 @@ class ActivationBoundaries(SoftTargets):
             for shape in shapes
         )
         self.teacher_tap = teacher_tap
-        self.boundary_epochs = boundary_epochs
+        self.boundary_epochs = check_number("boundary_epochs", boundary_epochs)
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if batch.labels is None:
@@ -69,8 +70,9 @@ class ActivationBoundaries(SoftTargets):
             with torch.no_grad():
                 active = forward_with_map(self.teacher, self.teacher_tap, x)[1] > 0
             height, width = active.shape[2:]
-            s = self.connectors[i](F.adaptive_avg_pool2d(last_map, (height, width)))
-            terms[f"ab/student{i}"] = F.relu(1 - torch.where(active, s, -s)).square().mean()
+            s = wide(self.connectors[i](F.adaptive_avg_pool2d(last_map, (height, width))))
+            beyond = F.relu(1 - torch.where(active, s, -s)).square()
+            terms[f"ab/student{i}"] = beyond.sum() / max(beyond.numel(), 1)
         return {}, terms
 
     def kd_weight(self, epoch: float) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..names import unknown
+from ..problem import check_int, check_number
 from .method import METHODS, Batch, Method
 from .stem import computing_once
 from .stem import share_stem as share_stem_of
@@ -21,8 +22,9 @@ class Distilled:
     """What one forward pass gives.
 
     logits: (N, num_classes) by role: ``student0``, ``student1``, ..., ``ensemble`` (the mean of the
-    students' logits) and what the method adds, such as ``fused``. losses: scalars by name, weights
-    included, so that their sum is :attr:`loss`; empty without labels.
+    students' logits) and what the method adds, such as ``fused``. What a student masks with -inf is
+    masked in these too. losses: scalars by name, weights included, so that their sum is
+    :attr:`loss`; empty without labels.
     """
 
     logits: dict[str, Tensor]
@@ -46,17 +48,40 @@ def method_options(method: str) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "input_shape")
 
 
-def check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
-    """TypeError or ValueError unless labels are (N,) int64 for N images and, where looking does not
-    make a GPU wait, below ``num_classes``."""
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels have dtype {labels.dtype}; give class numbers: labels.long()")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)} for {images.shape[0]} images; give one class "
-            f"number for each, ({images.shape[0]},)"
+def check_labels(labels: Tensor, count: int, num_classes: int) -> None:
+    """TypeError or ValueError unless labels are (N,) int64 or class probabilities (N, num_classes)
+    for ``count`` images, and of values that can be where looking does not make a GPU wait."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels must be a torch.Tensor, got {type(labels).__name__}; give "
+            "torch.as_tensor(labels)"
         )
-    if labels.device.type == "cpu" and labels.numel() > 0:
+    shares = labels.is_floating_point() and labels.dim() == 2
+    if labels.dtype != torch.int64 and not shares:
+        raise TypeError(
+            f"labels have dtype {labels.dtype} and shape {tuple(labels.shape)}; give class numbers "
+            f"(N,), labels.long(), or class probabilities (N, {num_classes}), labels.float()"
+        )
+    if labels.shape != ((count, num_classes) if shares else (count,)):
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} for {count} images; give one class number "
+            f"for each, ({count},), or class probabilities ({count}, {num_classes}), floating"
+        )
+    if labels.device.type != "cpu" or labels.numel() == 0:
+        return
+    if shares:
+        sums = labels.detach().sum(1, dtype=torch.float64)
+        # What rounding to 8 or 11 bits makes of a sum.
+        close = (sums - 1).abs() <= max(1e-3, torch.finfo(labels.dtype).eps)
+        odd_rows = (~close | (labels < 0).any(1)).nonzero()
+        if len(odd_rows):
+            row = int(odd_rows[0])
+            raise ValueError(
+                f"labels[{row}] are no class probabilities: from {float(labels[row].min()):g} to "
+                f"{float(labels[row].max()):g}, with a sum of {float(sums[row]):g}; none may be "
+                "below 0, and they must add up to 1"
+            )
+    else:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
             odd = low if low < 0 else high
@@ -110,6 +135,10 @@ class OnlineDistiller(nn.Module):
                 f"{unknown[0]}={options[unknown[0]]!r} is no option of method={method!r}; "
                 + (f"it takes {', '.join(accepted)}" if accepted else "it takes none")
             )
+        networks = isinstance(students, (list, tuple, nn.ModuleList))
+        if not networks or not all(isinstance(student, nn.Module) for student in students):
+            what = [type(s).__name__ for s in students] if networks else type(students).__name__
+            raise TypeError(f"students must be a list of networks, nn.Module, got {what}")
         if len(students) == 0:
             raise ValueError("students=[] is empty; give at least one network")
         if len({id(student) for student in students}) < len(students):
@@ -122,9 +151,10 @@ class OnlineDistiller(nn.Module):
                 f"tap={tap!r} must be the name of a layer, as in named_modules(), or a list of one "
                 "for each student"
             )
-        if len(input_shape) != 3 or not all(size > 0 for size in input_shape):
+        sizes = input_shape if isinstance(input_shape, (list, tuple)) else ()
+        if len(sizes) != 3 or not all(check_int("input_shape", size) > 0 for size in sizes):
             raise ValueError(
-                f"input_shape={tuple(input_shape)} must be (channels, height, width) of one image"
+                f"input_shape={input_shape!r} must be (channels, height, width) of one image"
             )
         taps = (tap,) * len(students) if isinstance(tap, str) else tuple(tap)
         if len(taps) != len(students):
@@ -136,7 +166,7 @@ class OnlineDistiller(nn.Module):
         self._forward_with_map = forward_with_map
         self.students = nn.ModuleList(students)
         self.taps = taps
-        self.num_classes = num_classes
+        self.num_classes = num_classes = check_int("num_classes", num_classes)
         shapes = [
             probe(student, taps[i], input_shape, num_classes, f"student {i}")
             for i, student in enumerate(students)
@@ -145,22 +175,49 @@ class OnlineDistiller(nn.Module):
             options["input_shape"] = input_shape
         self.method: Method = METHODS[method](shapes, num_classes, **options)
 
-    def _students(
-        self, x: Tensor | Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """What each student sees, its logits and its last map."""
-        images = [x] * len(self.students) if isinstance(x, Tensor) else list(x)
+    def _images(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """What each student is to see."""
+        images = [x] * len(self.students) if isinstance(x, Tensor) else x
+        if not isinstance(images, (list, tuple)) or not all(isinstance(v, Tensor) for v in images):
+            raise TypeError(
+                "x must be a torch.Tensor (N, C, H, W), or a list of one such tensor for each "
+                f"student, got {type(x).__name__}"
+            )
         if len(images) != len(self.students):
             raise ValueError(
                 f"x holds {len(images)} batches of images for {len(self.students)} students: "
                 "give one tensor for all or one each"
             )
+        shapes = [tuple(v.shape) for v in images]
+        if any(len(s) != 4 or s[0] != shapes[0][0] for s in shapes):
+            raise ValueError(
+                f"x has shape {shapes if len(set(shapes)) > 1 else shapes[0]}; give (N, C, H, W), "
+                "with the same images for every student"
+            )
+        return list(images)
+
+    def _students(self, images: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The logits and the last map of each student."""
         with computing_once(self._stem):
             pairs = [
                 self._forward_with_map(s, tap, x)
                 for s, tap, x in zip(self.students, self.taps, images, strict=True)
             ]
-        return images, [logits for logits, _ in pairs], [last_map for _, last_map in pairs]
+        logits, maps = map(list, zip(*pairs, strict=True))
+        for i, z in enumerate(logits):
+            wanted = (len(images[i]), self.num_classes)
+            if not isinstance(z, Tensor) or z.shape != wanted:
+                what = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+                raise ValueError(
+                    f"student {i} gives {what} and not logits {wanted}; wrap it in a module that "
+                    "returns its logits alone"
+                )
+            if z.device != logits[0].device:
+                raise ValueError(
+                    f"student {i} gives logits on {z.device} and student 0 on {logits[0].device}; "
+                    "move all to one device, since they learn from one another"
+                )
+        return logits, maps
 
     def compile_students(self) -> None:
         """From now on torch.compile makes the students' forward and backward passes."""
@@ -174,11 +231,25 @@ class OnlineDistiller(nn.Module):
         self, x: Tensor | Sequence[Tensor], labels: Tensor | None = None, epoch: float = 0.0
     ) -> Distilled:
         """x: (N, C, H, W), or one such tensor per student where each sees the images in an
-        augmentation of its own. labels: (N,) int64 or None. epoch: epochs trained so far, with
-        which the weight of the distillation grows: without it that stays at its beginning."""
+        augmentation of its own. labels: class numbers (N,) int64, or class probabilities
+        (N, num_classes) of any floating dtype, as mixup, CutMix and label smoothing make them, or
+        None. epoch: epochs trained so far, with which the weight of the distillation grows: without
+        it that stays at its beginning.
+
+        Labels are constants. TypeError or ValueError for labels of another dtype, shape or device;
+        on the CPU also for class numbers out of range, and for rows that are not 0 or more and add
+        up to 1."""
+        images, epoch = self._images(x), check_number("epoch", epoch)
         if labels is not None:
-            check_labels(labels, x if isinstance(x, Tensor) else x[0], self.num_classes)
-        images, logits, maps = self._students(x)
+            check_labels(labels, len(images[0]), self.num_classes)
+            labels = labels.detach()
+        logits, maps = self._students(images)
+        if labels is not None and labels.device != logits[0].device:
+            device = str(logits[0].device)
+            raise ValueError(
+                f"labels are on {labels.device} but the students' logits on {device}; give "
+                f"labels.to({device!r})"
+            )
         added, losses = self.method(Batch(images, logits, maps, labels, epoch))
         roles = {f"student{i}": z for i, z in enumerate(logits)}
         roles["ensemble"] = torch.stack(logits).mean(0)
@@ -186,11 +257,11 @@ class OnlineDistiller(nn.Module):
 
     def spatial_gates(self, x: Tensor) -> list[Tensor]:
         """One spatial gate (N, H_i, W_i) per student for the images x, or [] without gates."""
-        return self.method.spatial_gates(self._students(x)[2])
+        return self.method.spatial_gates(self._students(self._images(x))[1])
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
         """Pooled last maps by role, (N, C_i): ``student<i>``, and ``fused`` where there is one."""
-        maps = self._students(x)[2]
+        maps = self._students(self._images(x))[1]
         pooled = {f"student{i}": last_map.mean((2, 3)) for i, last_map in enumerate(maps)}
         fused = self.method.fused_features(maps)
         return pooled if fused is None else pooled | {"fused": fused}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..functional import kd_losses
+from ..problem import check_temperature
 from .method import Batch, Method, StudentShape, at_least_two, label_losses, register
 
 
@@ -23,7 +24,7 @@ class MutualLearning(Method):
     ) -> None:
         super().__init__()
         at_least_two(shapes, "dml", "they teach one another")
-        self.temperature = temperature
+        self.temperature = check_temperature(temperature)
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if batch.labels is None:

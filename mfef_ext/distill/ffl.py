@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import kd_losses
 from ..modules import FeatureFusion
-from .method import Batch, Method, StudentShape, label_losses, register
+from ..problem import check_number, check_temperature
+from .method import Batch, Method, StudentShape, cross_entropy, label_losses, register
 from .ramp import ramp_up
 
 
@@ -39,7 +40,8 @@ class FeatureFusionLearning(Method):
 
         L = sum_i CE(z_i) + CE(z_f) + w(t) [sum_i kd(z_i <- z_f) + kd(z_f <- z_e)]
 
-    Kim 2021, equations 3 to 7, with the ramp-up for both directions.
+    Kim 2021, equations 3 to 7, with the ramp-up for both directions. What z_e masks with -inf is
+    masked in z_f.
 
     Args:
         temperature: T of the kd terms.
@@ -58,8 +60,8 @@ class FeatureFusionLearning(Method):
     ) -> None:
         super().__init__()
         self.head: nn.Module = FusedHead(shapes, num_classes)
-        self.temperature = temperature
-        self.ramp_epochs = ramp_epochs
+        self.temperature = check_temperature(temperature)
+        self.ramp_epochs = check_number("ramp_epochs", ramp_epochs)
         self.detach_features = detach_features
 
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -67,13 +69,13 @@ class FeatureFusionLearning(Method):
         return [x.detach() if self.detach_features else x for x in maps]
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        fused = self.head(self.features(batch.maps))
+        ensemble = torch.stack(list(batch.logits)).mean(0)
+        fused = self.head(self.features(batch.maps)).masked_fill(ensemble == -inf, -inf)
         if batch.labels is None:
             return {"fused": fused}, {}
-        ensemble = torch.stack(list(batch.logits)).mean(0)
         weight = self.kd_weight(batch.epoch)
         terms = label_losses(batch.logits, batch.labels)
-        terms["ce/fused"] = F.cross_entropy(fused.float(), batch.labels)
+        terms["ce/fused"] = cross_entropy(fused, batch.labels)
         students, targets = [*batch.logits, fused], [*(fused for _ in batch.logits), ensemble]
         *of_students, of_fused = kd_losses(students, targets, self.temperature)
         for i, loss in enumerate(of_students):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..functional import kd_losses
-from .method import Batch, StudentShape, check_share, label_losses, register
+from ..problem import check_number, check_temperature
+from .method import Batch, StudentShape, label_losses, register
 from .teacher import TaughtByTeacher
 
 
@@ -31,9 +32,8 @@ class SoftTargets(TaughtByTeacher):
         alpha: float = 0.9,
     ) -> None:
         super().__init__("kd", teacher)
-        check_share(alpha, usual=0.9)
-        self.temperature = temperature
-        self.alpha = alpha
+        self.temperature = check_temperature(temperature)
+        self.alpha = check_number("alpha", alpha, 0, 1, "from 0 to 1; 0.9 is usual")
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if batch.labels is None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,9 +28,10 @@ class Batch:
     """What the students made of one batch.
 
     images: what each student was shown, (N, C, H, W); one and the same tensor unless the method has
-    ``views``. logits: (N, num_classes) per student. maps: the last maps, (N, C_i, H_i, W_i).
-    labels: (N,) int64, or None where only logits are wanted. epoch: epochs trained so far,
-    fractions included.
+    ``views``. logits: (N, num_classes) per student; -inf masks a class. maps: the last maps,
+    (N, C_i, H_i, W_i). labels: class numbers (N,) int64, or class probabilities (N, num_classes) of
+    a floating dtype, or None where only logits are wanted. epoch: epochs trained so far, fractions
+    included.
     """
 
     images: Sequence[Tensor]
@@ -93,12 +96,41 @@ def at_least_two(shapes: Sequence[StudentShape], method: str, why: str) -> None:
         raise ValueError(f"method={method!r} needs at least two students: {why}; got {len(shapes)}")
 
 
-def check_share(alpha: float, usual: float) -> None:
-    """ValueError unless ``alpha`` can be the distillation terms' share of the loss."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha} must be from 0 to 1; {usual} is usual")
+def wide(z: Tensor) -> Tensor:
+    """In float32 at least."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Image by image, (N,), in float32 at least.
+
+    labels: class numbers (N,), or class probabilities (N, classes), of which 0 adds nothing where
+    the class is masked with -inf.
+    """
+    log_p = F.log_softmax(wide(logits), dim=1)
+    if not labels.is_floating_point():
+        # By default -100 would be no label, without a word; here it is as wrong as -1.
+        nobody = torch.iinfo(torch.int64).min
+        return F.nll_loss(log_p, labels, reduction="none", ignore_index=nobody)
+    return -(labels.to(log_p.dtype) * log_p.masked_fill(labels == 0, 0)).sum(1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The batch mean of :func:`cross_entropies`, 0 for an empty batch."""
+    return cross_entropies(logits, labels).sum() / max(len(logits), 1)
 
 
 def label_losses(logits: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
-    """``ce/student<i>``: cross-entropy of each student, in float32 at least, batch mean."""
-    return {f"ce/student{i}": F.cross_entropy(z.float(), labels) for i, z in enumerate(logits)}
+    """``ce/student<i>``: the :func:`cross_entropy` of each student."""
+    return {f"ce/student{i}": cross_entropy(z, labels) for i, z in enumerate(logits)}
+
+
+def weighted_sum(weights: Tensor, logits: Tensor) -> Tensor:
+    """``sum_i w_i z_i`` (N, classes) of logits (students, N, classes), with weights (students, N)
+    or (students, 1).
+
+    What a student of any weight but 0 masks with -inf is masked in the sum, and moves no weight.
+    """
+    masked, w = logits == -inf, weights[..., None]
+    total = (w * logits.masked_fill(masked, 0)).sum(0)
+    return total.masked_fill((masked & (w != 0)).any(0), -inf)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .method import Batch, StudentShape, label_losses, register
+from ..problem import check_number
+from .method import Batch, StudentShape, label_losses, register, wide
 from .teacher import TaughtByTeacher
 
 
@@ -15,7 +16,8 @@ from .teacher import TaughtByTeacher
 class LogitRegression(TaughtByTeacher):
     """``L = sum_i CE(z_i) + a mean (z_i - z_teacher)^2``, mean over batch and classes.
 
-    Ba & Caruana 2014, equation 1, beside the labels' loss.
+    Ba & Caruana 2014, equation 1, beside the labels' loss. Classes that both mask with -inf do not
+    count.
 
     Args:
         teacher: the trained network.
@@ -31,16 +33,17 @@ class LogitRegression(TaughtByTeacher):
         alpha: float = 0.9,
     ) -> None:
         super().__init__("mimic", teacher)
-        if not alpha >= 0:
-            raise ValueError(f"alpha={alpha} must be 0 or more; 0.9 is the default")
-        self.alpha = alpha
+        self.alpha = check_number("alpha", alpha)
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if batch.labels is None:
             return {}, {}
         terms = label_losses(batch.logits, batch.labels)
         for i, (z, target) in enumerate(zip(batch.logits, self.taught(batch), strict=True)):
-            terms[f"mse/student{i}"] = self.alpha * F.mse_loss(z.float(), target.float())
+            masked = (z == -inf) & (target == -inf)
+            errors = (wide(z) - wide(target)).masked_fill(masked, 0).square()
+            mean = errors.sum() / (~masked).sum().clamp(min=1)
+            terms[f"mse/student{i}"] = self.alpha * mean
         return {}, terms
 
     def kd_weight(self, epoch: float) -> float:

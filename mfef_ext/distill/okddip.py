@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import kd_loss
-from .method import Batch, Method, StudentShape, label_losses, register
+from ..problem import check_number, check_temperature
+from .method import Batch, Method, StudentShape, label_losses, register, weighted_sum
 from .ramp import ramp_up
 
 
@@ -47,8 +48,8 @@ class DiversePeers(Method):
         peers = [shape.channels for shape in shapes[:-1]]
         self.queries = nn.ModuleList(nn.Linear(c, width, bias=False) for c in peers)
         self.keys = nn.ModuleList(nn.Linear(c, width, bias=False) for c in peers)
-        self.temperature = temperature
-        self.ramp_epochs = ramp_epochs
+        self.temperature = check_temperature(temperature)
+        self.ramp_epochs = check_number("ramp_epochs", ramp_epochs)
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if batch.labels is None:
@@ -59,14 +60,14 @@ class DiversePeers(Method):
             for layers in (self.queries, self.keys)
         )
         attention = torch.softmax(queries @ keys.transpose(1, 2), dim=2)  # (N, peers, peers)
-        peers = torch.stack(list(batch.logits[:-1]), dim=1)
-        targets = attention.to(peers.dtype) @ peers
+        peers = torch.stack(list(batch.logits[:-1]))
         weight = self.kd_weight(batch.epoch)
         terms = label_losses(batch.logits, batch.labels)
         for i, z in enumerate(batch.logits[:-1]):
-            loss = kd_loss(z, targets[:, i], self.temperature, detach_target=False)
+            target = weighted_sum(attention[:, i].T, peers)
+            loss = kd_loss(z, target, self.temperature, detach_target=False)
             terms[f"kd/student{i}"] = weight * loss
-        leader = kd_loss(batch.logits[-1], peers.mean(1), self.temperature)
+        leader = kd_loss(batch.logits[-1], peers.mean(0), self.temperature)
         terms[f"kd/student{len(pooled)}"] = weight * leader
         return {}, terms
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import kd_losses
-from .method import Batch, Method, StudentShape, at_least_two, label_losses, register
+from ..problem import check_number, check_temperature
+from .method import (
+    Batch,
+    Method,
+    StudentShape,
+    at_least_two,
+    cross_entropy,
+    label_losses,
+    register,
+    weighted_sum,
+)
 from .ramp import ramp_up
 
 
@@ -41,18 +50,18 @@ class GatedEnsemble(Method):
         self.gate = nn.Sequential(
             nn.Linear(width, len(shapes)), nn.BatchNorm1d(len(shapes)), nn.ReLU()
         )
-        self.temperature = temperature
-        self.ramp_epochs = ramp_epochs
+        self.temperature = check_temperature(temperature)
+        self.ramp_epochs = check_number("ramp_epochs", ramp_epochs)
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         pooled = torch.cat([x.mean((2, 3)) for x in batch.maps], dim=1)
         gates = torch.softmax(self.gate(pooled), dim=1)
-        gated = torch.einsum("ni,nic->nc", gates, torch.stack(list(batch.logits), dim=1))
+        gated = weighted_sum(gates.T, torch.stack(list(batch.logits)))
         if batch.labels is None:
             return {"gated": gated}, {}
         weight = self.kd_weight(batch.epoch)
         terms = label_losses(batch.logits, batch.labels)
-        terms["ce/gated"] = F.cross_entropy(gated.float(), batch.labels)
+        terms["ce/gated"] = cross_entropy(gated, batch.labels)
         targets = [gated] * len(batch.logits)
         for i, loss in enumerate(kd_losses(batch.logits, targets, self.temperature)):
             terms[f"kd/student{i}"] = weight * loss

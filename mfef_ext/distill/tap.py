@@ -35,7 +35,7 @@ def forward_with_map(network: nn.Module, tap: str, x: Tensor) -> tuple[Tensor, T
 def _shown_zeros(network: nn.Module, input_shape: tuple[int, int, int]) -> Iterator[Tensor]:
     """One zero image to show to the network, which is in eval mode meanwhile: running statistics
     stay as they are. No gradients."""
-    like = next(network.parameters())
+    like = next(network.parameters(), torch.empty(0))
     was_training = {module: module.training for module in network.modules()}
     network.eval()
     try:

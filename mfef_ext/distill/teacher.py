@@ -40,10 +40,11 @@ class TaughtByTeacher(Method):
             if id(x) in known:
                 continue
             with torch.no_grad():
-                known[id(x)] = self.teacher(x)
-            if known[id(x)].shape != z.shape:
+                known[id(x)] = answer = self.teacher(x)
+            if not isinstance(answer, Tensor) or answer.shape != z.shape:
+                isa = isinstance(answer, Tensor)
                 raise ValueError(
-                    f"teacher gives {tuple(known[id(x)].shape)} where the students give "
-                    f"{tuple(z.shape)}; it must know the same classes"
+                    f"teacher gives {tuple(answer.shape) if isa else type(answer).__name__} where "
+                    f"the students give {tuple(z.shape)}; it must give logits of the same classes"
                 )
         return [known[id(x)] for x in batch.images]
