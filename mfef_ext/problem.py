@@ -108,9 +108,18 @@ def _check_tensor(name: str, value: object, like: Tensor | None = None) -> Tenso
     return value
 
 
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# What torch.compiler.assume_constant_result does: it would import Dynamo, which takes a second.
+# Dynamo of torch 2.10 and 2.11 cannot trace the question.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _autocast_enabled(device_type: str) -> bool:
     # Some devices (meta) have no autocast, and asking them is an error.
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -145,6 +145,27 @@ def test_compile_sees_a_forced_backend():
     torch.testing.assert_close(native, plain)
 
 
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "around"])
+def test_compile_under_autocast(inside):
+    torch._dynamo.reset()
+    block = MFEFBlock(16, kernel_sizes=(3, 5), groups="auto")
+    x = torch.randn(4, 16, 6, 6, requires_grad=True)
+
+    def cast(layer):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return layer(x)
+
+    if inside:
+        out = torch.compile(cast, fullgraph=True, backend="aot_eager")(block)
+    else:
+        out = cast(torch.compile(block, fullgraph=True, backend="aot_eager"))
+    eager = cast(block)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, eager)
+    grads = (torch.autograd.grad(y.float().sum(), [x, *block.parameters()]) for y in (out, eager))
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     """bfloat16 runs natively; float16 has no CPU kernel, and the automatic choice falls through."""
