@@ -11,10 +11,11 @@ from . import backends, problem
 
 __all__ = ["dual_attention", "kd_loss", "kd_losses", "mfef_block", "multi_scale_conv2d"]
 
-# The functions to call for arguments like those that have passed all checks before. To describe
-# arguments anew takes longer than the forward of one small image.
-_passed: dict[object, Callable] = {}
-MOST_PASSED = 1024
+# The problems of arguments like those that have passed all checks before. To describe arguments
+# anew takes longer than the forward of one small image. Which backend runs a problem is asked at
+# every call: it may change with what is forced, with the environment and with what is installed.
+_described: dict[object, problem.Problem] = {}
+MOST_DESCRIBED = 1024
 
 
 def _operator(
@@ -27,25 +28,24 @@ def _operator(
     split: bool = True,
 ) -> Callable:
     """The function that runs ``op``; raises if the arguments are wrong or nothing can run them."""
-    key = None
+    described = key = None
     # A tracer passes here once, with symbols or tensors for sizes; torch.compile would guard on
     # whatever is looked up.
     if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         signature = problem.signature(tensors, weights, groups, split)
         if signature is not None:
-            key = (op, backends.forced_name(backend), signature)
+            key = (op, signature)
             try:
-                return _passed[key]
-            except KeyError:
-                pass
+                described = _described.get(key)
             except TypeError:  # what has no hash is refused below
                 key = None
-    run = backends.choose(describe(), backend).operators[op]
-    if key is not None:
-        if len(_passed) >= MOST_PASSED:
-            _passed.clear()
-        _passed[key] = run
-    return run
+    if described is None:
+        described = describe()
+        if key is not None:
+            if len(_described) >= MOST_DESCRIBED:
+                _described.clear()
+            _described[key] = described
+    return backends.choose(described, backend).operators[op]
 
 
 def multi_scale_conv2d(

@@ -218,8 +218,8 @@ def test_a_forced_backend_is_heeded_by_every_call():
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit.trace warns of every size that is checked
 def test_what_is_remembered_is_bounded_and_holds_no_tensor(monkeypatch):
-    monkeypatch.setattr(functional, "MOST_PASSED", 4)
-    functional._passed.clear()
+    monkeypatch.setattr(functional, "MOST_DESCRIBED", 4)
+    functional._described.clear()
     for n in range(1, 12):
         x = torch.randn(n, 4, 5, 5)
         torch.jit.trace(lambda x: conv(x=x), x, check_trace=False)  # sizes are tensors in there
@@ -227,8 +227,8 @@ def test_what_is_remembered_is_bounded_and_holds_no_tensor(monkeypatch):
         conv(x=x)
         del x
         assert alive() is None
-        assert len(functional._passed) <= 4
-    sizes = [fact[0] for _, _, (facts, *_) in functional._passed for fact in facts if fact]
+        assert len(functional._described) <= 4
+    sizes = [fact[0] for _, (facts, *_) in functional._described for fact in facts if fact]
     assert sizes and all(type(n) is int for size in sizes for n in size)
 
 

@@ -72,18 +72,18 @@ def test_only_problems_of_float32_may_be_rounded(switch):
 
 
 def test_the_switch_is_part_of_what_was_checked_before(monkeypatch, switch):
-    """A backend chosen for one precision is not taken for the other without being asked."""
+    """A backend is asked with the precision of the call, whatever the calls before had."""
     asked = []
     choose = functional.backends.choose
     monkeypatch.setattr(
         functional.backends, "choose", lambda p, name: asked.append(p.tf32) or choose(p, name)
     )
-    monkeypatch.setattr(functional, "_passed", {})
+    monkeypatch.setattr(functional, "_described", {})
     weights = [torch.randn(4, 4, 3, 3)]
     for on in (True, True, False, False, True):
         switch(on)
         functional.multi_scale_conv2d(torch.ones(1, 4, 5, 5), weights, [1])
-    assert asked == [True, False]
+    assert asked == [True, True, False, False, True]
 
 
 def test_the_switch_does_not_break_a_compiled_graph():

@@ -32,6 +32,8 @@ def problem(batch, channels, height, width=None, dtype=torch.float32, groups="au
 def gpu(monkeypatch):
     """A device that looks like an H200, under a library that is loaded."""
     monkeypatch.setattr(ops, "CUDA_LOADED", True)
+    said = {"architectures": "90-real", "nvcc": "13.0.88", "runtime": "13.0", "driver": "13.0"}
+    monkeypatch.setattr(cuda, "library", lambda: said)
     monkeypatch.setattr(cuda, "shared_limit", lambda device: H200)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return monkeypatch
