@@ -13,11 +13,12 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 SETTINGS := MFEF_CUDA=$(MFEF_CUDA) MFEF_CPU_ISA=$(MFEF_CPU_ISA) ARCHS=$(TORCH_CUDA_ARCH_LIST) CXX=$(CXX)
 
 .DELETE_ON_ERROR:
-.PHONY: help build demo test bench lint format clean distclean FORCE
+.PHONY: help build demo test test-torch-versions bench lint format clean distclean FORCE
 
 help:
 	@echo "make demo    train two students on real images, time the layer, say where the pictures are"
 	@echo "make test    all tests, and the operator tests of the wheel under a second torch"
+	@echo "make test-torch-versions   the wheel under every other torch that is promised (3 GB each)"
 	@echo "make bench   the whole kernel benchmark (five minutes on two cores)"
 	@echo "make lint    ruff, mypy, clang-format; make format repairs what can be repaired"
 	@echo "make build   the package in place, for development"
@@ -55,6 +56,11 @@ test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python scripts/check_second_torch.py
 
+# What else the README promises, before a release: see docs/torch_versions.md.
+TORCH_VERSIONS ?= 2.10.0 2.11.0 2.12.1 2.14.1
+test-torch-versions: build
+	$(BIN)/python scripts/check_second_torch.py --delete --torch $(TORCH_VERSIONS)
+
 bench: build
 	$(BIN)/python benchmarks/bench_fusion.py
 
@@ -76,4 +82,4 @@ clean:
 	find mfef_ext tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) .venv-torch213
+	rm -rf $(VENV) .venv-torch*

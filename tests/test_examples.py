@@ -36,6 +36,12 @@ def photos(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def test_the_layer_in_five_lines():
+    names: dict = {}
+    exec(example("README.md", "MFEFBlock(64)"), names)
+    assert names["out"].shape == names["x"].grad.shape == (128, 64, 8, 8)
+
+
 @pytest.mark.slow
 def test_own_networks_and_images(photos):
     code = example("README.md", "OnlineDistiller")

@@ -28,6 +28,13 @@ def test_remainder_goes_to_the_first_branches():
     assert MultiScaleConv2d(64, groups="auto").groups == (1, 4, 8, 16)
 
 
+def test_parameters_that_groups_cost():
+    """As the README counts them."""
+    for groups, thousands in (("auto", 181), ((1, 3, 11, 11), 34)):
+        block = MFEFBlock(132, groups=groups, device="meta")
+        assert round(sum(p.numel() for p in block.parameters()) / 1000) == thousands
+
+
 @pytest.mark.parametrize("mode", ["split", "pyramid"])
 def test_block_is_its_specification(mode):
     block = MFEFBlock(32, groups="auto", mode=mode)
