@@ -132,7 +132,7 @@ def _refusal(problem: Problem, limit: int) -> str:
     return "" if found["fits"] else str(found["reason"])
 
 
-# While torch.compile traces, the size of a batch may be a symbol that stands for all of them. What
+# While a call is traced, the size of a batch may be a symbol that stands for all of them. What
 # fits alone and among very many fits in any number: only whether the weights' gradient is summed
 # in the backward depends on it, and how many tiny images share a thread block, at most.
 BATCHES = (1, 2**30)
@@ -167,9 +167,11 @@ _refusal_when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined
 
 
 def _why_not(p: Problem) -> str:
-    if not torch.compiler.is_compiling():
+    # Tracers other than torch.compile have symbols or tensors for sizes.
+    numbers = type(p.batch) is type(p.channels) is type(p.height) is type(p.width) is int
+    if numbers and not torch.compiler.is_compiling():
         return _refusal(p, shared_limit(p.device))
-    # `index` has whoever traces compile anew for maps and channels of another size.
+    # `index` has whoever traces do it anew for maps and channels of another size.
     index = operator.index
     return _refusal_when_traced(
         p.op,

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mfef_ext import backends, functional, ops, reference
 from mfef_ext.backends import cuda
@@ -230,6 +231,22 @@ def test_a_choice_is_made_anew_for_each_size_of_symbols(compiled):
     for shape, added in ((FITS, 1), (TOO_LARGE, 2), ((5, *FITS[1:]), 1), ((3, *TOO_LARGE[1:]), 2)):
         assert call(torch.zeros(shape)).unique().item() == added
     assert len(graphs) == 2  # a batch of another size is not compiled for
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace warns of every size
+def test_other_tracers_choose_for_the_sizes_that_they_see(compiled):
+    class Adds(torch.nn.Module):
+        def forward(self, x):
+            return adds(x, k=201)
+
+    for shape, added in ((FITS, 1), (TOO_LARGE, 2)):
+        x = torch.zeros(shape)
+        any_batch = ({0: torch.export.Dim.DYNAMIC},)
+        for strict in (True, False):
+            program = torch.export.export(Adds(), (x,), strict=strict, dynamic_shapes=any_batch)
+            assert program.module()(torch.zeros(5, *shape[1:])).unique().item() == added
+        assert make_fx(Adds(), tracing_mode="symbolic")(x)(x).unique().item() == added
+        assert torch.jit.trace(Adds(), x)(x).unique().item() == added
 
 
 def test_a_gpu_that_is_not_served_is_seen_when_traced(compiled, gpu):
