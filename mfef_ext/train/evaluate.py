@@ -80,7 +80,7 @@ def rebuild(
         if run.average is not None:
             run.average.load_state_dict(state["average"])
     except RuntimeError as error:
-        changed = changes(saved, run.resolved)
+        changed = changes(state["config"], run.resolved)
         raise CheckpointError(
             f"{file} does not fit the networks that its options describe here "
             f"({str(error).splitlines()[0]}); "
@@ -90,6 +90,7 @@ def rebuild(
     if config.compile:
         run.distiller.compile_students()
     run.rows, run.best_epoch = state["metrics"], state["best_epoch"]
+    run.changed = changes(state["config"], run.resolved)
     return run, known
 
 
@@ -128,5 +129,6 @@ def evaluate(
     lines.append(f"{'':12}{'now':>8}{'recorded':>10}")
     lines += [f"{role:12}{found[role]:8.2f}{recorded[role]:10.2f}" for role in found]
     if found != recorded:
-        lines.append("Not as recorded: another device, number of threads or version computes here.")
+        why = run.changed or "nothing that a checkpoint notes has changed"
+        lines.append(f"Not as recorded: {why}.")
     return "\n".join([*run.complaints, *lines])

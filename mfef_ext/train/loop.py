@@ -35,11 +35,6 @@ def train(config: TrainConfig, display: Display, processes: Processes) -> Run:
     run = prepare(config, processes)
     for remark in run.dataset.remarks:
         display.say(remark)
-    if not len(run.dataset.validation):
-        display.say(
-            f"{run.path}: no training images are held out, so the test set chooses the best epoch; "
-            "the last one is what to quote"
-        )
     for complaint in run.complaints:
         display.say(complaint)
     if run.rows or run.step:

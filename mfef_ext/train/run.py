@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..distill import METHODS, OnlineDistiller
 from ..distill.distiller import method_options
+from ..inspection import build_info
 from ..version import __version__
 from . import DataError, UsageError, checkpoint, data, folder
 from .config import TrainConfig, typed
@@ -50,6 +51,8 @@ class Run:
     # Within an epoch that was stopped: the steps done, and the sums of the loss terms so far.
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    # What of its conditions is not as the checkpoint says that the run was restored from.
+    changed: str = ""
     # What was wrong with checkpoints newer than the one that was resumed, and what of it is not
     # here as it was.
     complaints: list[str] = field(default_factory=list)
@@ -94,6 +97,7 @@ class Run:
             "processes": self.processes.ranks,
             "out": str(self.path),
             "versions": versions(self.config),
+            **_ways_to_compute(),
         }
 
     def about(self, role: str) -> dict[str, Any]:
@@ -159,10 +163,11 @@ class Run:
                 f"was begun with, whose SHA-256 is {taught_by['sha256']}; give that one, or name a "
                 "new --out"
             )
-        if changed := changes(there, here):
+        self.changed = changes(there, here)
+        if self.changed:
             self.complaints.append(
                 f"{path} was written under other conditions, so numbers may differ in their last "
-                f"digits from here on: {changed}"
+                f"digits from here on: {self.changed}"
             )
         try:
             self.distiller.load_state_dict(state["distiller"])
@@ -208,13 +213,14 @@ class Run:
         return str(self.config.data_dir or self.config.dataset)
 
 
-# What a student's file says of its data.
+# What a student's file says of its data. All but the name is compared.
 _OF_STUDENTS = ("dataset", "classes", "input_shape", "mean", "std", "scale")
 
 # Options that two runs may differ in and still compute the same.
 NOT_OF_THE_RESULT = {
     *("out", "resume", "threads", "versions", "device", "teacher", "tensorboard"),
     *("data_dir", "download", "seeds", "processes"),
+    *("instruction_set", "forced_backend"),
 }
 
 
@@ -234,14 +240,20 @@ def versions(config: TrainConfig) -> dict[str, str]:
     return found
 
 
+def _ways_to_compute() -> dict[str, Any]:
+    info = build_info()
+    return {"instruction_set": info["isa_used"], "forced_backend": info["backend_forced"]}
+
+
 def changes(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """In which versions, devices and numbers of threads two configurations differ, or ""."""
+    """In what two configurations differ that changes the last digits, or worse, or ""."""
+    others = ("threads", "device", "instruction_set", "forced_backend")
     was, now = (
-        config.get("versions", {}) | {name: config.get(name) for name in ("threads", "device")}
+        config.get("versions", {}) | {name: config[name] for name in others if name in config}
         for config in (there, here)
     )
-    differ = [name for name in now if now[name] != was.get(name)]
-    return ", ".join(f"{name} is {now[name]} here and was {was.get(name)}" for name in differ)
+    differ = [name for name in now if name in was and now[name] != was[name]]
+    return ", ".join(f"{name} is {now[name]} here and was {was[name]}" for name in differ)
 
 
 def _plain(value: object) -> object:
@@ -429,7 +441,7 @@ def load_student_for(
     classes and images as those of ``fingerprint``, normalised alike. ``flag``: the option that
     named it."""
     network, about = checkpoint.load_student(path)
-    compared = {name: about[name] for name in _OF_STUDENTS if name != "dataset"}
+    compared = {name: about[name] for name in _OF_STUDENTS[1:] if name in about}
     if differs := data.difference(compared, fingerprint):
         raise UsageError(
             f"{flag}={path} was trained for other images or classes than those of "

@@ -15,7 +15,10 @@ from .config import METHOD_OPTIONS
 
 # Runs that differ in nothing else are one experiment, repeated. Threads change rounding alone, and
 # data that lie elsewhere are the same; which test images they hold is compared.
-_NOT_COMPARED = ("seed", "seeds", "out", "resume", "threads", "tensorboard", "data_dir", "download")
+_NOT_COMPARED = (
+    *("seed", "seeds", "out", "resume", "tensorboard", "data_dir", "download"),
+    *("threads", "instruction_set", "forced_backend"),
+)
 _ALWAYS_SHOWN = ("method", "dataset", "students")
 
 

@@ -244,6 +244,19 @@ def test_other_libraries_are_said_when_a_run_goes_on(made, tmp_path, capsys):
     assert "and was 1.7" in said and "threads is 1 here and was 64" in said
 
 
+def test_eval_says_what_has_changed_where_numbers_have(made, tmp_path, capsys):
+    state = checkpoint.load(made / "run" / "last.ckpt")
+    state["metrics"][-1]["test/student0"] += 1.0
+    checkpoint.save(tmp_path / "last.ckpt", state)
+    assert cli.main(["eval", str(tmp_path)]) == 0
+    assert "Not as recorded: nothing that a checkpoint notes" in capsys.readouterr().out
+    state["config"] |= {"instruction_set": "other", "forced_backend": "triton"}
+    checkpoint.save(tmp_path / "last.ckpt", state)
+    assert cli.main(["eval", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "and was other" in said and "forced_backend is None here and was triton" in said
+
+
 @pytest.mark.parametrize("name", ["mean", "std", "scale", "classes", "input_shape"])
 def test_a_teacher_of_other_data_is_refused(made, photos, tmp_path, capsys, name):
     network, about = checkpoint.load_student(made / "run" / "student0.safetensors")

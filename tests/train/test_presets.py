@@ -62,7 +62,7 @@ def test_without_validation_images_the_last_epoch_is_to_be_quoted(tmp_path, caps
         summary = json.loads((out / "summary.json").read_text())
         assert (summary["best_chosen_on"], summary["to_quote"]) == (chosen, quoted)
         said = " ".join(capsys.readouterr().out.split())
-        assert ("the test set chooses the best epoch" in said) is (quoted == "last")
+        assert ("chosen ON THE TEST SET" in said) is (quoted == "last")
         assert ("quote the last epoch" in said) is (quoted == "last")
 
 

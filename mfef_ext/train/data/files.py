@@ -275,7 +275,8 @@ def _upright(image: Picture, file: Picture) -> Picture:
     from PIL.Image import Transpose
 
     try:  # TIFF's decoder has turned it already, and taken the tag away
-        turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION))
+        value = file.getexif().get(_ORIENTATION)
+        turn = _UPRIGHT.get(value) if isinstance(value, int) else None
     except Exception:  # damaged in one of many ways: the pixels are none the worse
         turn = None
     return image.transpose(Transpose[turn]) if turn else image

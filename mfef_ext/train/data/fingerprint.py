@@ -52,8 +52,8 @@ def without_images(fingerprint: dict[str, Any]) -> Dataset:
 
 def digest(images: Images) -> str:
     """The SHA-256 of pixels and labels."""
-    whole = hashlib.sha256(images.pixels.cpu().contiguous().numpy())
-    whole.update(images.y.cpu().numpy())
+    whole = hashlib.sha256(images.pixels.cpu().contiguous().numpy().data)
+    whole.update(images.y.cpu().numpy().data)
     return whole.hexdigest()
 
 
