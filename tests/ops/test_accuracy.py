@@ -150,6 +150,19 @@ def test_layouts_are_kept_and_agree(engine):
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_no_layout_is_converted_by_a_copy(layout):
+    case = make_case((2, 8, 5, 6), kernel_sizes=(3, 5), dtype=torch.float32).cast(torch.float32)
+    x = case.x.detach().contiguous(memory_format=layout).requires_grad_()
+    grad = case.grad.contiguous(memory_format=layout)
+    with torch.autograd.profiler.profile() as profile:
+        out = functional.mfef_block(x, case.weights, case.groups, *case.attention, backend="cpu")
+        torch.autograd.grad(out, [x, *case.weights], grad)
+    names = {event.name for event in profile.function_events}
+    assert any("mfef::mfef_block_backward" in name for name in names)
+    assert not names & {"aten::copy_", "aten::clone", "aten::contiguous", "aten::_to_copy"}
+
+
 def test_expanded_gradient(engine):
     """sum().backward() sends a gradient with strides of 0."""
     case = make_case((3, 8, 4, 4), kernel_sizes=(3, 5), dtype=torch.float32)

@@ -86,6 +86,24 @@ def test_the_switch_is_part_of_what_was_checked_before(monkeypatch, switch):
     assert asked == [True, True, False, False, True]
 
 
+def test_a_compiled_program_keeps_what_it_was_compiled_with(switch):
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto")
+    compiled = torch.compile(block, fullgraph=True, backend=keep)
+    for on in (True, False):
+        switch(on)
+        compiled(torch.randn(2, 8, 5, 6))
+    (graph,) = graphs
+    (call,) = (n for n in graph.graph.nodes if "mfef_block" in str(n.target))
+    assert call.args[-1] is True
+
+
 def test_the_switch_does_not_break_a_compiled_graph():
     block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto")
     x = torch.randn(2, 8, 5, 6)

@@ -28,6 +28,12 @@ def test_parameter_counts_of_table_6(name, millions):
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 2) == millions
 
 
+def test_parameters_of_the_default_student():
+    """As README.md and docs/recipes.md count them: for digits."""
+    net = StudentSpec("resnet8", 1, 10, (1, 1, 1)).build()
+    assert sum(p.numel() for p in net.parameters()) == 75_002
+
+
 # For 100 classes: millions of parameters as the papers print them (None: not printed), exactly,
 # and the last map of 32x32 images.
 NETWORKS = {
