@@ -6,32 +6,103 @@ import argparse
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TextIO, cast
 
+from .signals import Terminated, sigterm_raises
 from .version import __version__
+
+OUTPUT, FAULT, TERMINATED, INTERRUPTED = 1, 70, 75, 130
+
+
+class _Output:
+    """A standard stream that a command outlives: after the first error, which is kept, what is
+    written goes nowhere. A long training does not end because nobody reads its lines."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.error = None if stream is not None else "it is closed"
+        self._stream = stream if stream is not None else io.StringIO()
+        if isinstance(stream, io.TextIOWrapper):  # a folder's name need not be in the encoding
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        try:
+            return len(text) if self.error else self._stream.write(text)
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            if not self.error:
+                self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.error = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, OSError):
+            # What is still buffered goes nowhere, so that the exit does not complain once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``mfef`` with ``argv`` (the process's own by default); returns the exit status.
 
-    130: interrupted before there was anything to keep. 1: standard output was closed or full.
+    130: interrupted before there was anything to keep. 75: stopped by SIGTERM. 70: a fault in this
+    package. 1: standard output was closed or full; what was to be done is done all the same.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a folder's name need not be in the encoding
-            stream.reconfigure(errors="backslashreplace")
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: else the next file would get the number, and what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    streams = sys.stdout, sys.stderr
+    out, err = _Output(sys.stdout), _Output(sys.stderr)
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     try:
-        status = _run(argv)
-        sys.stdout.flush()
+        with sigterm_raises(for_good=argv is None):
+            status = _guarded(argv, out)
+            out.flush()
+            err.flush()
+    finally:
+        sys.stdout, sys.stderr = streams
+    processes = sys.modules.get("mfef_ext.train.processes")
+    if argv is None and processes is not None and processes.is_waiting():
+        os._exit(status)  # what waits is a thread of C++, and not to meet the interpreter's end
+    return status
+
+
+def _guarded(argv: Sequence[str] | None, out: _Output) -> int:
+    """The command's exit status, whatever ends it."""
+    try:
+        try:
+            status = _run(argv)
+        finally:
+            out.flush()
+    except SystemExit as exit:  # how option parsers leave
+        if out.error is None or exit.code:
+            raise
+        status = 0
+    except Terminated:
+        print("mfef: stopped by SIGTERM; files already written are whole", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print("mfef: interrupted; nothing was left half done", file=sys.stderr)
-        return 130
-    except OSError as error:
-        # What is still buffered goes nowhere, so that the exit does not complain once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"mfef: the output could not be written ({error.strerror})", file=sys.stderr)
-        return 1
-    return status
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        print("mfef: this is a fault of mfef_ext; report it with the lines above", file=sys.stderr)
+        return FAULT
+    if out.error is None:
+        return status
+    print(f"mfef: the output could not be written ({out.error})", file=sys.stderr)
+    return status or OUTPUT
 
 
 def _run(argv: Sequence[str] | None) -> int:

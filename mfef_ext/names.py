@@ -12,6 +12,7 @@ def unknown(what: str, name: str, known: Sequence[str], prefix: str = "", choice
     ``prefix`` stands before the known names in ``what``; ``choice`` says which to use, where there
     are too many to list.
     """
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(name[:100], known, n=1)
     hint = f"did you mean {prefix}{near[0]}? " if near else ""
+    what = what if len(what) <= 400 else what[:400] + "..."
     return f"{what} is unknown; {hint}use one of {choice or ', '.join(known)}"

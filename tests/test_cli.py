@@ -1,8 +1,11 @@
 """The command dispatches, helps, and imports nothing that it does not need."""
 
+import itertools
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -93,24 +96,90 @@ def test_extras_are_imported_by_train_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def mfef(*argv, **environment):
-    """The command in a process of its own, its output sent to a full device."""
-    with open("/dev/full", "w") as full:
-        return subprocess.run(
-            [sys.executable, "-m", "mfef_ext.cli", *argv],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
+def mfef(*argv, to="/dev/full", **environment):
+    """The command in a process of its own, its output sent to a full device, or closed."""
+    command = [sys.executable, "-m", "mfef_ext.cli", *argv]
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" >{to}', "sh", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
 
 
-@pytest.mark.parametrize("argv", [["doctor"], ["train", "--help"]])
-def test_a_full_output_is_one_sentence(argv):
-    run = mfef(*argv)
+@pytest.mark.parametrize("to", ["/dev/full", "&-"])
+@pytest.mark.parametrize("argv", [["doctor"], ["train", "--help"], ["--version"]])
+def test_a_full_or_closed_output_is_one_sentence(argv, to):
+    run = mfef(*argv, to=to)
     assert run.returncode == 1
     assert run.stderr.startswith("mfef: the output could not be written (")
     assert "Traceback" not in run.stderr and len(run.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("to", ["/dev/full", "&-"])
+def test_a_training_outlives_its_output(tmp_path, to):
+    out = tmp_path / "run"
+    options = ("--dataset", "fake", "--method", "ce", "--epochs", "1", "--threads", "1")
+    run = mfef("train", *options, "--out", str(out), to=to)
+    assert run.returncode == 1 and len(run.stderr.splitlines()) == 1
+    assert run.stderr.startswith("mfef: the output could not be written (")
+    assert (out / "summary.json").exists()
+    for command in (["show", str(out)], ["table", str(out)], ["eval", str(out)]):
+        assert subcommand(command, to) == 1, command
+
+
+def subcommand(argv, to):
+    """The exit status of a command in this process, with an output that takes nothing."""
+    before = sys.stdout
+    with open("/dev/full", "w") as full:
+        sys.stdout = full if to == "/dev/full" else None
+        try:
+            return cli.main(argv)
+        finally:
+            sys.stdout = before
+
+
+def test_everything_closed(tmp_path):
+    """No file gets the number of a standard stream, into which something else would be printed."""
+    command = [sys.executable, "-m", "mfef_ext.cli", "show", str(tmp_path)]
+    closed = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command])
+    assert closed.returncode == 4
+
+
+def test_what_nobody_thought_of_has_a_status_of_its_own(monkeypatch, capsys):
+    def doctor():
+        raise KeyError("something")
+
+    monkeypatch.setattr(inspection, "doctor", doctor)
+    assert cli.main(["doctor"]) == 70
+    error = capsys.readouterr().err
+    assert "KeyError: 'something'" in error and "report it with the lines above" in error
+
+
+@pytest.mark.parametrize("command", ["show", "eval", "export", "plot", "table"])
+def test_sigterm_in_other_commands(command, monkeypatch, capsys, tmp_path):
+    def killed(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        raise AssertionError("the signal was not heeded")
+
+    name = {"show": "report.describe"}.get(command, f"{command}.{command}")
+    name = {"eval": "evaluate.evaluate"}.get(command, name)
+    monkeypatch.setattr(f"mfef_ext.train.{name}", killed)
+    assert cli.main([command, str(tmp_path)]) == 75
+    error = capsys.readouterr().err
+    assert error == "mfef: stopped by SIGTERM; files already written are whole\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_help_of_train_breaks_lines_only_for_want_of_room(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    exit_status(["train", "--help"])
+    text = capsys.readouterr().out
+    lines = [line.strip("│ ") for line in text[text.index("--method ") :].splitlines()]
+    for line, after in itertools.pairwise(lines):
+        if after and line and not after.startswith(("--", "╰")) and not line.startswith("--"):
+            assert len(line) + 1 + len(after.split()[0]) > 70, line
 
 
 def test_an_unknown_instruction_set_is_one_sentence(tmp_path):

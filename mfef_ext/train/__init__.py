@@ -24,6 +24,10 @@ class DataError(Exception):
     where to get it."""
 
 
+class CheckpointError(Exception):
+    """A file is missing, damaged or something else; the message is one sentence."""
+
+
 class StoppedError(Exception):
     """Training ended early; the message says when and why, ``folder`` holds the last checkpoint."""
 

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import field, fields, make_dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from . import DataError, InterruptedByUser, NotFiniteError, UsageError, folder, missing_extras
+from ..signals import Terminated, sigterm_raises
+from . import (
+    CheckpointError,
+    DataError,
+    InterruptedByUser,
+    NotFiniteError,
+    UsageError,
+    missing_extras,
+)
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .config import TrainConfig
+    from .processes import Processes
+    from .run import Run
 
 DONE, USAGE, DATA, FILES, NOT_FINITE, INTERRUPTED = 0, 2, 3, 4, 5, 75
 
@@ -32,39 +48,34 @@ def _status(error: Exception) -> int:
     return DATA if isinstance(error, DataError) else FILES
 
 
-def _without_extras() -> int:
-    names = ", ".join(missing_extras())
-    return _refuse(f"training needs {names}; run: pip install 'mfef_ext[train]'", USAGE)
+def _check_extras() -> None:
+    if missing_extras():
+        names = ", ".join(missing_extras())
+        raise UsageError(f"training needs {names}; run: pip install 'mfef_ext[train]'")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains as ``argv`` says. 0 done, 2 usage, 3 data, 4 files, 5 not finite, 75 stopped."""
-    if missing_extras():
-        return _without_extras()
-    import tyro
+    from .processes import leave
 
-    from .checkpoint import CheckpointError
-    from .config import TrainConfig
-    from .presets import configured
-    from .processes import SaidElsewhere, is_loss_of_another, leave
+    with sigterm_raises():
+        try:
+            return _main(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            leave()
 
-    others = int(os.environ.get("RANK", "0")) > 0  # who meet the same as process 0
+
+def _main(argv: list[str]) -> int:
+    from .processes import SaidElsewhere, is_loss_of_another, of_environment
+
+    config, others = None, False
     try:
-        config, options = configured(sys.argv[1:] if argv is None else argv)
-    except UsageError as error:
-        return _refuse(str(error), USAGE, others)
-    config = tyro.cli(TrainConfig, prog="mfef train", default=config, args=options)
-    try:
-        if "--seeds" in options and not config.seeds:
-            raise UsageError("--seeds names no seed; give one or more, such as --seeds 0 1 2")
-        config.check()
-    except UsageError as error:
-        return _refuse(str(error), USAGE, others)
-    try:
+        others = of_environment().rank > 0  # who meet the same as process 0
+        config, processes = _meet(argv)
         if config.seeds:
-            _train_seeds(config)
+            _train_seeds(config, processes)
         else:
-            _train_and_report(config)
+            _train_and_report(config, processes)
     except (UsageError, DataError, CheckpointError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError):  # a full disk has no file name; the last checkpoint is whole
@@ -78,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             others,
         )
     except InterruptedByUser as error:
+        assert config is not None
         out = error.folder.parent if error.folder and config.seeds else error.folder
         return _refuse(
             f"stopped: {error}. The same command with --out {out} --resume auto goes on",
@@ -88,27 +100,137 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_loss_of_another(error):
             raise
         return _refuse(
-            "stopped: another process ended; checkpoints already written are whole, and the same "
-            "command with the run's folder as --out and --resume auto goes on",
+            "stopped: another process ended, or did not answer within --timeout; checkpoints "
+            "already written are whole, and the same command with the run's folder as --out and "
+            "--resume auto goes on",
             INTERRUPTED,
             others,
         )
-    except KeyboardInterrupt:  # before the first step, after the last, or for the second time
+    except KeyboardInterrupt as error:  # outside of the steps, or for the second time
+        who = "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
         return _refuse(
-            "stopped at once; checkpoints already written are whole", INTERRUPTED, others
+            f"stopped at once by {who}; checkpoints already written are whole, and the same "
+            "command with the run's folder as --out and --resume auto goes on",
+            INTERRUPTED,
         )
-    finally:
-        leave()
     return DONE
+
+
+def _meet(argv: list[str]) -> tuple[TrainConfig, Processes]:
+    """The configuration that ``argv`` gives, here as in all other processes, who are met first:
+    what is wrong in one of them, or not the same, is a UsageError in all."""
+    from .processes import TIMEOUT, meet, of_environment
+
+    found: list[TrainConfig] = []
+    wrong: list[Exception] = []
+    try:
+        found.append(_parsed(argv, alone=of_environment().ranks == 1))
+    except (UsageError, CheckpointError) as error:
+        wrong.append(error)
+    try:
+        processes = meet(found[0].timeout if found else _timeout(argv, TIMEOUT))
+    except UsageError as error:
+        raise (wrong or [error])[0] from None
+
+    def settled() -> TrainConfig:
+        if wrong:
+            raise wrong[0]
+        return found[0]
+
+    config = processes.together(settled)
+    processes.agree(_common(config))
+    return config, processes
+
+
+def _parsed(argv: list[str], alone: bool) -> TrainConfig:
+    """What the options say, checked. ``alone``: the parser speaks for itself, and ends the process;
+    else what it says is raised."""
+    _check_extras()
+    import tyro
+
+    from .config import TrainConfig
+    from .presets import configured
+
+    config, options = configured(argv)
+    said = StringIO()
+    try:
+        with nullcontext() if alone else redirect_stderr(said):
+            described = _described(TrainConfig)
+            default = described(**vars(config))
+            parsed = tyro.cli(described, prog="mfef train", default=default, args=options)
+            config = TrainConfig(**vars(parsed))
+    except SystemExit as exit:
+        if alone or not exit.code:
+            raise
+        raise UsageError(re.sub(r"[\s\u2500-\u257f]+", " ", said.getvalue()).strip()) from None
+    if "--seeds" in options and not config.seeds:
+        raise UsageError("--seeds names no seed; give one or more, such as --seeds 0 1 2")
+    config.check()
+    return config
+
+
+def _described(options: type) -> type:
+    """A dataclass with the same fields, whose docstrings are the parser's help, a line each: it
+    would keep the lines of the source."""
+    import tyro
+    from docstring_parser import parse_from_object
+
+    hints = get_type_hints(options)
+    texts = {p.arg_name: p.description for p in parse_from_object(options).params}
+    described = [
+        (
+            f.name,
+            Annotated[hints[f.name], tyro.conf.arg(help=" ".join((texts[f.name] or "").split()))],
+            field(default=f.default),
+        )
+        for f in fields(options)
+    ]
+    made = make_dataclass(options.__name__, described, frozen=True)
+    made.__doc__ = options.__doc__
+    return made
+
+
+def _timeout(argv: list[str], default: float) -> float:
+    """The --timeout in options that make no sense otherwise."""
+    given = re.search(r"(?:^|\0)--timeout[=\0]([0-9.]{1,9})(?:\0|$)", "\0".join(argv))
+    try:
+        return max(float(given[1]), 1.0) if given else default
+    except ValueError:
+        return default
+
+
+def _common(config: TrainConfig) -> dict[str, object]:
+    """What has to be the same in all processes, by its name, but the data."""
+    import torch
+
+    from .. import version
+    from .config import OF_THE_MACHINE
+
+    options = {
+        f"--{f.name.replace('_', '-')}": getattr(config, f.name)
+        for f in fields(config)
+        if f.name not in OF_THE_MACHINE
+    }
+    root = Path(version.__file__).parent
+    code = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        code.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return options | {
+        "MFEF_BACKEND": os.environ.get("MFEF_BACKEND"),
+        "the version of mfef_ext": version.__version__,
+        "the version of torch": torch.__version__,
+        "the code of mfef_ext, whose files have the hash": code.hexdigest()[:12],
+    }
 
 
 def look(command: str, **options: Any) -> int:
     """``mfef`` show, eval, export, plot and table: prints what they find in runs that were trained.
     0 done, 2 usage, 4 files."""
-    if missing_extras():
-        return _without_extras()
+    try:
+        _check_extras()
+    except UsageError as error:
+        return _refuse(str(error), USAGE)
     from . import evaluate, export, plot, report, table
-    from .checkpoint import CheckpointError
 
     commands: dict[str, Callable[..., str]] = {
         "show": report.describe,
@@ -129,12 +251,11 @@ def look(command: str, **options: Any) -> int:
 
 def verify(dataset: str, data_dir: Path | None) -> int:
     """Prints what the data set holds, and every problem with it. 0 whole, 2 usage, 3 not whole."""
-    if missing_extras():
-        return _without_extras()
-    from . import data
-    from .config import TrainConfig
-
     try:
+        _check_extras()
+        from . import data
+        from .config import TrainConfig
+
         TrainConfig(dataset=dataset, data_dir=data_dir).check()
         facts, problems = data.verify(dataset, data_dir or Path())
     except UsageError as error:
@@ -148,30 +269,33 @@ def verify(dataset: str, data_dir: Path | None) -> int:
     return DATA if problems else DONE
 
 
-def _train_seeds(config: TrainConfig) -> None:
+def _train_seeds(config: TrainConfig, processes: Processes) -> None:
     """A run per seed in folders of one, and the table of all."""
-    from . import table
-    from .processes import join
+    from . import folder, table
 
-    processes = join(config.device)
-    out, made = config.out, config.out is None or not config.out.exists()
-    if out is None or not config.resume:
-        name = f"{config.method}-{config.dataset}"
-        out = processes.first(partial(folder.create, out, name))
-    elif processes.first((out / "config.json").exists):
-        raise UsageError(
-            f"--out={out} holds a run that was begun without --seeds; leave --seeds out to go on "
-            "with it, or name another folder"
-        )
-    try:
-        for seed in config.seeds:
-            _train_and_report(replace(config, seed=seed, seeds=(), out=out / f"seed{seed}"))
-    except (UsageError, DataError):
-        if made and processes.rank == 0:
-            folder.remove_if_empty(out)
-        raise
-    if processes.rank == 0:
-        print(table.table([out]))
+    made = config.out is None or not os.path.exists(config.out)
+    with folder.place(config.out, f"{config.method}-{config.dataset}") as where:
+        out = where.path
+        if made or not config.resume:
+            out = processes.first(where.create)
+        else:
+            processes.first(where.hold)
+            if processes.first((out / "config.json").exists):
+                raise UsageError(
+                    f"--out={out} holds a run that was begun without --seeds; leave --seeds out to "
+                    "go on with it, or name another folder"
+                )
+        try:
+            for seed in config.seeds:
+                one = replace(config, seed=seed, seeds=(), out=out / f"seed{seed}")
+                _train_and_report(one, processes)
+        except (UsageError, DataError):
+            if made and processes.rank == 0:
+                where.release()
+                folder.remove_if_empty(out)
+            raise
+        if processes.rank == 0:
+            print(table.table([out]))
 
 
 def _check_surroundings(config: TrainConfig) -> None:
@@ -185,33 +309,60 @@ def _check_surroundings(config: TrainConfig) -> None:
         raise UsageError(f"MFEF_USE_ISA: {error}") from error
 
 
-def _train_and_report(config: TrainConfig) -> None:
+def _train_and_report(config: TrainConfig, processes: Processes) -> None:
     import torch
     from rich.console import Console
 
-    from . import loop, report
+    from . import folder, loop
     from .display import Display
-    from .processes import join
 
     torch.set_num_threads(config.thread_count)
-    processes = join(config.device)
+    processes = processes.on(config.device)
     processes.together(partial(_check_surroundings, config))
     console = Console(quiet=processes.rank > 0)
-    with Display(console, config.epochs) as display:
-        run = loop.train(config, display, processes)
-    if not run.writes:
-        return
+    with folder.place(config.out, f"{config.method}-{config.dataset}") as where:
+        with Display(console, config.epochs) as display:
+            run = loop.train(config, display, processes, where)
+        if run.writes:
+            _report(run, console)
+
+
+def _report(run: Run, console: Console) -> None:
+    """Leaves the summary and the pictures of a run that has come to its end, and prints them."""
+    from . import folder, report
+
+    method = run.config.method
     result = report.summary(run)
     folder.write_json(run.path / "summary.json", result)
-    report.draw_curves(run, run.path / "curves.png")
-    drawn = report.draw_gates(run, run.path / "gates.png")
+    drawn = [
+        name
+        for name, draw in {"curves.png": report.draw_curves, "gates.png": report.draw_gates}.items()
+        if _is_drawn(partial(draw, run, run.path / name), run.path / name)
+    ]
     console.print(report.table(run))
     print(
-        f"{result['images_per_second']:.0f} images per second; what {config.method} adds (forward "
+        f"{result['images_per_second']:.0f} images per second; what {method} adds (forward "
         f"and backward, all losses) takes {100 * result['method_share_of_step']:.0f} % of a step"
     )
-    print(f"{run.path}: students, checkpoints, metrics, curves.png" + ", gates.png" * drawn)
+    print(f"{run.path}: {', '.join(['students, checkpoints, metrics', *drawn])}")
+
+
+def _is_drawn(draw: Callable[[], bool], path: Path) -> bool:
+    """Whether there is a picture. One that cannot be drawn does not undo a run that is whole."""
+    try:
+        return draw()
+    except Exception as error:  # of any library, for any reason
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print(
+            f"mfef: warning: {path} could not be drawn ({reason}); the run is whole, and "
+            f"mfef plot {path.parent} draws it",
+            file=sys.stderr,
+        )
+        return False
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from ..cli import main as mfef
+
+    sys.argv.insert(1, "train")
+    sys.exit(mfef())

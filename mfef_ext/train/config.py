@@ -19,7 +19,10 @@ from ..names import unknown
 from . import UsageError
 from .data import DATASETS, WITH_FILES
 from .models import check_known as check_student_known
+from .processes import TIMEOUT
 
+AUTO = "auto"
+LONGEST = 300  # characters of a value in an error
 LARGEST = 1e38  # about what float32 holds
 # Options that only some methods take.
 METHOD_OPTIONS = (
@@ -35,6 +38,8 @@ METHOD_OPTIONS = (
     "spatial_attention",
     "fusion",
 )
+# In these two processes, or a run and what goes on with it, may differ and still compute the same.
+OF_THE_MACHINE = ("threads", "data_dir", "download", "teacher", "tensorboard", "timeout")
 MOST_THREADS = 1024  # far more are a segmentation fault in the thread library
 
 
@@ -138,8 +143,12 @@ class TrainConfig:
     """Also write every epoch's metrics for TensorBoard, into the folder tensorboard."""
     out: Path | None = None
     """A new or empty folder for the results; None: the next free runs/METHOD-DATASET-NNN."""
-    resume: Literal["auto"] | None = None
-    """auto: go on with the run in --out from its newest intact checkpoint, or begin it."""
+    resume: str | None = None
+    """auto: go on with the run in --out from its newest intact checkpoint, or begin it. A run
+    folder: go on with that run, with its options. A .ckpt file: go on from it, in its folder if
+    nothing newer is there, or in a new --out."""
+    timeout: float = TIMEOUT
+    """Seconds, at most, that a process waits for the others where several train."""
 
     def method_options(self) -> dict[str, Any]:
         """What the method is built with, less the teacher: all that is given, or has a length.
@@ -165,6 +174,14 @@ class TrainConfig:
     def ramp_length(self) -> float:
         """The ramp-up's length in epochs; short runs keep the papers' 80 of 300."""
         return self.epochs * 80 / 300 if self.ramp_epochs is None else self.ramp_epochs
+
+    @property
+    def resumes_in_place(self) -> bool:
+        """Whether --resume goes on in the folder of the run that it names, which is --out."""
+        if self.resume is None or self.resume == AUTO:
+            return self.resume is not None
+        path = Path(self.resume)
+        return path.is_dir() or self.out is None or _is_same(self.out, path.parent)
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate of the epoch (0 is the first)."""
@@ -227,8 +244,25 @@ class TrainConfig:
             raise UsageError(
                 f"--method {self.method} needs a --teacher: student<i>.safetensors of a run folder"
             )
-        if self.resume and self.out is None:
-            raise UsageError("--resume auto needs --out, the folder of the run to go on with")
+        self._check_resume()
+
+    def _check_resume(self) -> None:
+        """Raises UsageError where --resume and --out do not agree."""
+        if self.resume is None:
+            return
+        if self.resume == AUTO:
+            if self.out is None:
+                raise UsageError("--resume auto needs --out, the folder of the run to go on with")
+        elif self.seeds:
+            raise UsageError(
+                f"{typed('resume', self.resume)} is one run; with --seeds use --resume auto"
+            )
+        elif Path(self.resume).is_dir() and self.out and not _is_same(self.out, Path(self.resume)):
+            raise UsageError(
+                f"--out={self.out} is not the folder that {typed('resume', self.resume)} goes on "
+                "in; leave --out away, or give --resume a .ckpt file of it for a run that branches "
+                "off"
+            )
 
     def _check_data(self) -> None:
         """Raises UsageError where --dataset and the options that say where it is do not agree."""
@@ -248,6 +282,10 @@ class TrainConfig:
                     f"{flag} means nothing to --dataset {self.dataset}; it is for "
                     f"{', '.join(takers)}"
                 )
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 # What an option's value, or each of its values, must be, unless it is None.
@@ -273,6 +311,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha": (lambda v: 0 <= v <= LARGEST, "must be 0 or more"),
     "boundary_epochs": (lambda v: 0 <= v < math.inf, "must be 0 or more, or None"),
     "ramp_epochs": (lambda v: 0 <= v < math.inf, "must be 0 or more, or None"),
+    "timeout": (lambda v: 1 <= v <= 1e6, "must be from 1 to 1000000"),
     "validation": (lambda v: 0 <= v < 0.9, "must be in [0, 0.9)"),
     "labels_per_class": (lambda v: v >= 1, "must be at least 1, or None"),
 }
@@ -283,7 +322,8 @@ def typed(name: str, value: object) -> str:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag}={' '.join(map(str, value)) if isinstance(value, tuple | list) else value}"
+    text = " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    return f"--{flag}={text if len(text) <= LONGEST else text[:LONGEST] + '...'}"
 
 
 def _default(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from ..distill.method import METHODS
 from . import UsageError, data
 from .checkpoint import CheckpointError, load, load_student
-from .config import TrainConfig
 from .display import scores
 from .loop import accuracy
 from .models import StudentSpec
+from .presets import saved
 from .processes import join
 from .run import Run, build, changes, load_data, load_student_for
 
@@ -46,16 +46,11 @@ def rebuild(
             f"{file} is from the middle of epoch {state['epoch'] + 1}; end the run with --resume "
             "auto, or use --checkpoint best"
         )
-    saved = state["config"] | {"resume": None, "download": False}
+    config = saved(file, state)
     if device is not None:  # which chooses its own backend
-        saved |= {"device": device, "backend": None}
+        config = replace(config, device=device, backend=None)
     if data_dir is not None:
-        saved |= {"data_dir": data_dir}
-    options = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}
-    for f in fields(TrainConfig):
-        if "Path" in str(f.type) and options.get(f.name) is not None:
-            options[f.name] = Path(options[f.name])
-    config = TrainConfig(**options)
+        config = replace(config, data_dir=data_dir)
     if config.method not in METHODS:
         raise UsageError(
             f"{path} was trained with method {config.method!r}, which is registered by a file of "
@@ -79,11 +74,11 @@ def rebuild(
         run.distiller.load_state_dict(state["distiller"])
         if run.average is not None:
             run.average.load_state_dict(state["average"])
-    except RuntimeError as error:
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         changed = changes(state["config"], run.resolved)
         raise CheckpointError(
             f"{file} does not fit the networks that its options describe here "
-            f"({str(error).splitlines()[0]}); "
+            f"({' '.join(str(error).split())[:200]}); "
             + (f"undo what has changed: {changed}" if changed else "use another checkpoint")
         ) from error
     run.distiller.eval()

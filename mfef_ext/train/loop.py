@@ -26,21 +26,25 @@ from .timing import HeadClock
 LEAST_SCALE = 1.0  # of float16's loss: what is not finite even so is no overflow
 
 
-def train(config: TrainConfig, display: Display, processes: Processes) -> Run:
-    """Trains as configured and leaves metrics, checkpoints and students in a new run folder.
+def train(
+    config: TrainConfig, display: Display, processes: Processes, place: folder.Place | None = None
+) -> Run:
+    """Trains as configured and leaves metrics, checkpoints and students in a run folder.
+
+    ``place``: that folder, which stays locked; without, it is locked as long as the run is kept.
 
     Raises UsageError before anything is written, a StoppedError later; the folder then holds the
     checkpoint of the last whole epoch.
     """
-    run = prepare(config, processes)
+    run = prepare(config, processes, place)
+    if run.place is not None and run.place.warning:
+        display.say(f"warning: {run.place.warning}")
     for remark in run.dataset.remarks:
         display.say(remark)
     for complaint in run.complaints:
         display.say(complaint)
     if run.rows or run.step:
         display.say(f"{run.path}: going on after epoch {len(run.rows)}, step {run.step}")
-    elif run.writes:
-        run.save(checkpoint.LAST)  # so that there is one from the first step on
     if run.writes and not (run.path / "config.json").exists():
         folder.write_json(run.path / "config.json", run.resolved | {"data": run.fingerprint})
     if config.tensorboard and run.writes:

@@ -269,23 +269,33 @@ def _source(name: str) -> tuple[str, str]:
     return "", name
 
 
-def check_known(name: str) -> None:
-    """Raises UsageError if no network has this name, or its library is not there."""
+def _known(name: str) -> tuple[str, list[str]]:
+    """The name within its library, and those that there are; UsageError without the library."""
     source, wanted = _source(name)
     if source == "torchvision":
         models = library("torchvision").models
-        known = models.list_models(module=models)
-    elif source == "timm":
+        return wanted, models.list_models(module=models)
+    if source == "timm":
         timm = library("timm")
-        known = [wanted] if timm.is_model(wanted) else timm.list_models()
-    else:
-        known = [name] if _own(name) else list(STUDENTS)
+        return wanted, [wanted] if timm.is_model(wanted) else timm.list_models()
+    return name, [name] if _own(name) else list(STUDENTS)
+
+
+def is_known(name: str) -> bool:
+    """Whether a network has this name. Raises UsageError if its library is not there."""
+    wanted, known = _known(name)
+    return wanted in known
+
+
+def check_known(name: str) -> None:
+    """Raises UsageError if no network has this name, or its library is not there."""
+    wanted, known = _known(name)
     if wanted not in known:
         choice = (
             f"{', '.join(STUDENTS)}, wrn-DEPTH-WIDTH such as wrn-16-2, torchvision:NAME or "
             "timm:NAME"
         )
-        prefix = source and source + ":"
+        prefix = name.removesuffix(wanted)
         raise UsageError(unknown(f"--students={name}", wanted, known, prefix, choice))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import report
 from .evaluate import restore
+from .writing import save_figure
 
 # t-SNE takes seconds per thousand points; more of them only cover one another.
 TSNE_IMAGES = 1000
@@ -95,7 +96,7 @@ def draw_confusion(
                 dark = "white" if shares[i, j] > 40 else "black"
                 axes.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", c=dark, size=7)
     figure.colorbar(image, ax=list(row), label="% of the class", pad=0.01)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_diversity(distance: np.ndarray, disagreement: np.ndarray, path: Path) -> None:
@@ -110,7 +111,7 @@ def draw_diversity(distance: np.ndarray, disagreement: np.ndarray, path: Path) -
         axes.set_yticks(range(len(values)))
         for (i, j), value in np.ndenumerate(values):
             axes.text(j, i, f"{value:.{digits}f}", ha="center", va="center")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 @report.names_as_they_are
@@ -132,4 +133,4 @@ def draw_tsne(
             axes.scatter(own[:, 0], own[:, 1], s=8, color=colours(c), label=classes[c])
     if len(classes) <= 20:
         row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=2)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

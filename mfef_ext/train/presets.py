@@ -1,7 +1,8 @@
-"""Options by the name of a recipe, or out of a YAML file."""
+"""Options by the name of a recipe, out of a YAML file, or out of a checkpoint."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ..names import unknown
-from . import UsageError
-from .config import TrainConfig
+from . import CheckpointError, UsageError, checkpoint
+from .config import AUTO, TrainConfig
+
+_LONGEST = 2**16  # characters of a file; options are a few hundred
+_SHOWN = 100  # characters of a value in an error
 
 PRESETS: dict[str, dict[str, Any]] = {
     # What the papers of online distillation have in common on CIFAR; temperatures, and a ramp of 80
@@ -36,52 +40,106 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def configured(options: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     """The configuration that ``--preset`` and ``--config FILE`` among ``options`` give, the file's
-    values before the preset's, and the options that are left.
+    values before the preset's, and the options that are left. ``--resume PATH`` gives what the run
+    there was begun with, and all others count more.
 
     Raises UsageError for an unknown preset, a file that cannot be read, an unknown or repeated key
-    or a value of another type.
+    or a value of another type, CheckpointError if there is no intact checkpoint to go on from.
     """
-    config, rest = TrainConfig(), list(options)
-    preset, rest = _take(rest, "--preset")
+    preset, rest = _take(list(options), "--preset")
     file, rest = _take(rest, "--config")
+    chosen: dict[str, Any] = {}
     if preset is not None:
         if preset not in PRESETS:
             raise UsageError(unknown(f"--preset={preset}", preset, list(PRESETS)))
-        config = replace(config, **PRESETS[preset])
+        chosen = PRESETS[preset]
     if file is not None:
-        config = replace(config, **read(Path(file)))
-    return config, rest
+        chosen = chosen | read(Path(file))
+    resume = _take(rest, "--resume")[0] or chosen.get("resume")
+    config = TrainConfig()
+    if resume not in (None, "None", AUTO):
+        path = Path(resume)
+        from_file, state, _ = checkpoint.at(path)
+        config = saved(from_file, state)
+        config = replace(config, out=path if path.is_dir() else path.parent)
+    return replace(config, **chosen), rest
+
+
+def saved(path: Path, state: dict[str, Any]) -> TrainConfig:
+    """The options of the run whose checkpoint ``state`` was loaded from ``path``; CheckpointError
+    if one is of another type."""
+    hints, given = get_type_hints(TrainConfig), state["config"]
+    options = {}
+    for name in (f.name for f in fields(TrainConfig) if f.name in given):
+        try:
+            options[name] = _typed(given[name], hints[name])
+        except (TypeError, OverflowError):
+            raise CheckpointError(
+                f"{path} was not written by mfef train: its option {name} is not "
+                f"{_described(hints[name])}; use another checkpoint"
+            ) from None
+    return TrainConfig(**options | {"resume": None, "download": False, "seeds": ()})
 
 
 def read(path: Path) -> dict[str, Any]:
     """The options in a YAML file, by name, with the types that TrainConfig gives them."""
     try:
-        text = path.read_text(encoding="utf-8")
-        found = yaml.safe_load(text)
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LONGEST + 1)
+        if len(text) > _LONGEST:
+            raise UsageError(f"--config={path} is longer than {_LONGEST} characters; shorten it")
+        root = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UsageError(
             f"--config={path} cannot be read ({error.strerror}); name a YAML file"
         ) from error
     # ValueError: no UTF-8, or a date or number that there is not.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"--config={path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
+        raise _no_yaml(path, error) from error
+    if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"--config={path} holds no options; write one as `epochs: 30` to a line")
-    keys = [key.value for key, _ in yaml.compose(text, yaml.SafeLoader).value]
     hints = get_type_hints(TrainConfig)
     names = [f.name for f in fields(TrainConfig)]
-    options = {}
-    for key, value in found.items():
-        name = str(key).replace("-", "_")
+    options: dict[str, Any] = {}
+    for key, node in root.value:
+        given = str(key.value)[:_SHOWN] if isinstance(key, yaml.ScalarNode) else "a list"
+        name = given.replace("-", "_")
         if name not in names:
-            raise UsageError(unknown(f"{path}: {key}", name, names))
-        if name in options or keys.count(key) > 1:  # of two of one spelling YAML keeps the last
-            raise UsageError(f"{path}: {key} is given twice; leave one out")
+            raise UsageError(unknown(f"{path}: {given}", name, names))
+        if name in options:  # of two YAML keeps the last
+            raise UsageError(f"{path}: {given} is given twice; leave one out")
         try:
-            options[name] = _typed(value, hints[name])
+            options[name] = _typed(_plain(node), hints[name])
         except (TypeError, OverflowError):
-            raise UsageError(f"{path}: {key}={value!r} is not {_described(hints[name])}") from None
+            raise UsageError(
+                f"{path}: {given}={_shown(node)} is not {_described(hints[name])}"
+            ) from None
+        except (yaml.YAMLError, ValueError) as error:
+            raise _no_yaml(path, error) from error
     return options
+
+
+def _no_yaml(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"--config={path} is no YAML: {' '.join(str(error).split())[:500]}")
+
+
+def _plain(node: yaml.Node) -> Any:
+    """The value of a YAML node: a scalar or a list of these, as all options are. TypeError for
+    others, which can be endless in a few lines."""
+    parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(part, yaml.ScalarNode) for part in parts):
+        raise TypeError
+    loader = yaml.SafeLoader("")
+    values = [loader.construct_object(part) for part in parts]
+    return values if isinstance(node, yaml.SequenceNode) else values[0]
+
+
+def _shown(node: yaml.Node) -> str:
+    """What a node holds, in a few words, whatever it holds."""
+    if isinstance(node, yaml.ScalarNode):
+        text = " ".join(str(node.value).split())
+        return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a group"
 
 
 def _take(options: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -107,7 +165,7 @@ def _typed(value: Any, hint: Any) -> Any:
             return None
         return _typed(value, next(a for a in arguments if a is not NoneType))
     if get_origin(hint) is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, list | tuple):
             raise TypeError
         return tuple(_typed(item, arguments[0]) for item in value)
     if get_origin(hint) is Literal:
@@ -115,7 +173,11 @@ def _typed(value: Any, hint: Any) -> Any:
             raise TypeError
         return value
     if hint is Path and isinstance(value, str) and "\0" not in value:
-        return Path(value).expanduser()  # as the shell does with what it is given
+        try:
+            os.fsencode(value)
+            return Path(value).expanduser()  # as the shell does with what it is given
+        except (RuntimeError, UnicodeError):  # RuntimeError: there is no such user
+            raise TypeError from None
     if hint is float and isinstance(value, str):  # YAML takes 1e-4 for text
         try:
             return float(value)
@@ -123,6 +185,11 @@ def _typed(value: Any, hint: Any) -> Any:
             raise TypeError from None
     if isinstance(value, bool) is not (hint is bool):
         raise TypeError
+    if isinstance(value, str):
+        try:
+            os.fsencode(value)  # half a character is none
+        except UnicodeError:
+            raise TypeError from None
     if not isinstance(value, (int, float) if hint is float else hint):
         raise TypeError
     return float(value) if hint is float else value

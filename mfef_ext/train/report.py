@@ -16,6 +16,7 @@ from rich.table import Table
 from . import checkpoint
 from .display import score_line, scores
 from .run import Run
+from .writing import save_figure
 
 # A decorator: names of classes are shown as they are, $ and all. The logarithmic axes of curves
 # need formulas.
@@ -66,8 +67,8 @@ def table(run: Run) -> Table:
     return grid
 
 
-def draw_curves(run: Run, path: Path) -> None:
-    """PNG: loss terms and test accuracy by epoch."""
+def draw_curves(run: Run, path: Path) -> bool:
+    """PNG: loss terms and test accuracy by epoch. True: there is always a picture."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in run.rows]
@@ -87,7 +88,8 @@ def draw_curves(run: Run, path: Path) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
+    return True
 
 
 @names_as_they_are
@@ -128,7 +130,7 @@ def draw_gates(run: Run, path: Path) -> bool:
             axes.imshow(heat.to_rgba(smooth[column])[..., :3] * brightness)
             axes.set_xlabel(f"says {classes[answers[f'student{i}'][column]]}", fontsize=8)
         figure.colorbar(heat, ax=list(grid[i + 1]), label="spatial gate", pad=0.01)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass, field
@@ -22,9 +23,11 @@ from ..distill.distiller import method_options
 from ..inspection import build_info
 from ..version import __version__
 from . import DataError, UsageError, checkpoint, data, folder
-from .config import TrainConfig, typed
+from .config import AUTO, OF_THE_MACHINE, TrainConfig, typed
 from .models import StudentSpec, build_students
 from .processes import Processes
+from .structure import check_momentum, check_optimizer, check_scaler
+from .writing import remove_stale
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,6 +48,7 @@ class Run:
     average: AveragedModel | None
     # How to build the teacher, and the SHA-256 of its weights' file, if there is one.
     teacher: dict[str, Any] | None = None
+    place: folder.Place | None = None  # which keeps the folder locked
     rows: list[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
@@ -135,10 +139,10 @@ class Run:
             checkpoint.save_student(path, student, spec, self.about(role))
 
     def restore(self, path: Path, state: dict[str, Any]) -> None:
-        """Becomes what :meth:`save` wrote into ``path``, files of metrics included.
+        """Becomes what :meth:`save` wrote into ``path``.
 
         Raises UsageError if that was a run with other options, DataError if it was one on other
-        data.
+        data, CheckpointError if the state is of no such run.
         """
         there, here = state["config"], self.resolved
         begun_with, now = there.get("processes"), here["processes"]
@@ -170,25 +174,38 @@ class Run:
                 f"digits from here on: {self.changed}"
             )
         try:
+            check_optimizer(state["optimizer"], self.optimizer.state_dict())
+            check_scaler(state["scaler"])
+            steps = math.ceil(len(self.dataset.train) / self.config.batch_size)
+            if state["step"] >= steps:
+                raise ValueError(f"step {state['step']} of {steps}")
             self.distiller.load_state_dict(state["distiller"])
             self.optimizer.load_state_dict(state["optimizer"])
+            check_momentum(self.optimizer.state)
             self.scaler.load_state_dict(state["scaler"])
             if self.average:
                 self.average.load_state_dict(state["average"])
-            self.rows, self.timings = state["metrics"], state["timings"]
-            self.best_epoch, self.step, self.sums = (
-                state[k] for k in ("best_epoch", "step", "sums")
-            )
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} does not fit the run that its options describe "
-                f"({str(error).splitlines()[0]}); begin again with a new --out"
+                f"({' '.join(str(error).split())[:200]}); begin again with a new --out"
             ) from error
+        self.rows, self.timings = state["metrics"], state["timings"]
+        self.best_epoch, self.step, self.sums = (state[k] for k in ("best_epoch", "step", "sums"))
+
+    def begin(self, resumed: Path | None) -> None:
+        """Leaves in the folder what there has to be before the first step: a checkpoint, and the
+        metrics so far. ``resumed``: the checkpoint that is gone on from."""
         if not self.writes:
             return
+        if resumed not in (self.path / checkpoint.LAST, self.path / checkpoint.PREVIOUS):
+            self.save(checkpoint.LAST)
+            if self.rows and not self.step and self.best_epoch == len(self.rows):
+                self.save(checkpoint.BEST)
+        if resumed is None:
+            return
         # A run that was killed may have left half a file, and an epoch that no checkpoint holds.
-        for half in self.path.glob("*" + checkpoint.BESIDE):
-            half.unlink()
+        remove_stale(self.path)
         for suffix in (".jsonl", ".csv"):
             folder.write_rows(self.path / f"metrics{suffix}", self.rows)
         folder.write_rows(self.path / "timings.jsonl", self.timings)
@@ -218,8 +235,8 @@ _OF_STUDENTS = ("dataset", "classes", "input_shape", "mean", "std", "scale")
 
 # Options that two runs may differ in and still compute the same.
 NOT_OF_THE_RESULT = {
-    *("out", "resume", "threads", "versions", "device", "teacher", "tensorboard"),
-    *("data_dir", "download", "seeds", "processes"),
+    *OF_THE_MACHINE,
+    *("out", "resume", "versions", "device", "seeds", "processes"),
     *("instruction_set", "forced_backend"),
 }
 
@@ -260,26 +277,68 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def prepare(config: TrainConfig, processes: Processes) -> Run:
+def prepare(config: TrainConfig, processes: Processes, place: folder.Place | None = None) -> Run:
     """Data and students on the device, weights drawn from the seed, and a new run folder, or the
-    state of the run that is resumed.
+    state of the run that is resumed. ``place``: that folder.
 
     Raises UsageError, before anything is written, if an option, the device or the backend does
-    not work out.
+    not work out, or if processes differ.
     """
     config.check()
+    place = place or folder.Place(config.out, f"{config.method}-{config.dataset}")
+    if config.resumes_in_place:
+        processes.first(place.hold)
     dataset = processes.in_turn(partial(load_data, config))
     fingerprint = data.fingerprint(dataset)
+    processes.agree(_facts_of_data(fingerprint))
     make = partial(_make, config, processes, dataset.to(processes.device), fingerprint)
     run, found = processes.together(make)  # nobody writes before all have read
-    if found is not None:
-        file, state, damaged = found
-        run.complaints = [f"{newer}. Going on from the one before it." for newer in damaged]
-        processes.together(lambda: run.restore(file, state))
-    else:
-        name = f"{config.method}-{config.dataset}"
-        run.path = processes.first(partial(folder.create, config.out, name))
+    run.place = place
+    file, state, damaged = found or (None, {}, [])
+    run.complaints = [f"{newer}. Going on from the one before it." for newer in damaged]
+    teacher = run.teacher["sha256"] if run.teacher else None
+    since = {name: state.get(name) for name in ("epoch", "step", "metrics")}
+    processes.agree({"the --teacher": teacher, "the checkpoint to go on from": since})
+    if file is not None:
+        processes.together(partial(run.restore, file, state))
+    if file is None or not config.resumes_in_place:
+        run.path = processes.first(place.create)
+    processes.together(partial(run.begin, file))
     return run
+
+
+def _facts_of_data(fingerprint: dict[str, Any]) -> dict[str, object]:
+    """What processes have to agree in, by its name, and what is easiest to understand first."""
+    words = {"images": "number of images for", "sha256": "pixels or labels for"}
+    facts: dict[str, object] = {}
+    for name in ("dataset", "classes", "input_shape", "images", "mean", "std", "scale", "sha256"):
+        value = fingerprint[name]
+        if isinstance(value, dict):
+            facts |= {f"the data's {words[name]} {k}": str(v)[:16] for k, v in value.items()}
+        else:
+            facts[f"the data's {name}"] = value
+    return facts
+
+
+def _to_go_on_from(config: TrainConfig) -> checkpoint.Found | None:
+    """The checkpoint that --resume names, its state, and what is wrong with newer ones."""
+    if config.resume is None or config.out is None:
+        return None
+    if config.resume == AUTO:
+        return checkpoint.newest(config.out)
+    found = checkpoint.at(Path(config.resume))
+    if config.resumes_in_place and found[0] == Path(config.resume):
+        try:
+            latest = checkpoint.newest(config.out)
+        except checkpoint.CheckpointError:
+            return found  # which is what it was named for
+        reached = [(state["epoch"], state["step"]) for _, state, _ in (found, latest or found)]
+        if reached[0] < reached[1]:
+            raise UsageError(
+                f"{config.out} has gone on since {found[0]}, and nothing is ever overwritten; "
+                f"name a new --out for a run that branches off, or go on with --resume {config.out}"
+            )
+    return found
 
 
 def load_data(config: TrainConfig) -> data.Dataset:
@@ -295,15 +354,12 @@ def load_data(config: TrainConfig) -> data.Dataset:
     )
 
 
-Found = tuple[Path, dict[str, Any], list[str]]
-
-
 def _make(
     config: TrainConfig,
     processes: Processes,
     dataset: data.Dataset,
     fingerprint: dict[str, Any],
-) -> tuple[Run, Found | None]:
+) -> tuple[Run, checkpoint.Found | None]:
     """The run with fresh weights, and the checkpoint to go on from, if there is one."""
     if config.batch_size > len(dataset.train):
         raise UsageError(
@@ -324,8 +380,7 @@ def _make(
     _check_single_images(config, processes, dataset, run.distiller)
     if config.compile:
         run.distiller.compile_students()
-    found = checkpoint.newest(config.out) if config.resume and config.out else None
-    return run, found
+    return run, _to_go_on_from(config)
 
 
 def build(

@@ -123,6 +123,27 @@ def test_a_folder_with_anything_in_it_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "thesis.txt").read_text() == "all of it"
 
 
+@pytest.mark.parametrize("more", [(), ("--resume", "auto"), ("--seeds", "0")])
+@pytest.mark.parametrize("out", ["a/" * 2000, "a" * 300, "a/" * 3000])
+def test_a_path_that_no_file_system_takes(out, more, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = refused(["--dataset", "fake", "--out", out, *more], capsys, "cannot be written (")
+    assert len(error.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, capsys, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no font for this")
+
+    monkeypatch.setattr("mfef_ext.train.report.draw_curves", fail)
+    out = tmp_path / "run"
+    options = ["--dataset", "fake", "--method", "ce", "--epochs", "1", "--out", str(out)]
+    assert main(options) == 0
+    said = capsys.readouterr()
+    assert f"warning: {out}/curves.png could not be drawn (RuntimeError: no font" in said.err
+    assert "checkpoints, metrics\n" in said.out and (out / "summary.json").exists()
+
+
 def test_a_file_in_the_way_is_left_alone(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("mine")
@@ -132,18 +153,18 @@ def test_a_file_in_the_way_is_left_alone(tmp_path, capsys):
 
 
 def test_an_unwritable_folder_is_refused(tmp_path, capsys, monkeypatch):
-    def touch(*arguments, **options):
+    def opened(path, flags):
         raise PermissionError(13, "Permission denied")
 
     # Permissions mean nothing to root, which tests often run as: refuse the first file instead.
-    monkeypatch.setattr("pathlib.Path.touch", touch)
+    monkeypatch.setattr("mfef_ext.train.folder._open_lock", opened)
     refused(["--out", str(tmp_path)], capsys, f"--out={tmp_path} cannot be written (Permission")
 
 
 def test_runs_that_is_a_file_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("mine")
-    refused(["--dataset", "fake"], capsys, "--out=runs/mfef-fake-001 cannot be written")
+    refused(["--dataset", "fake"], capsys, "--out=runs cannot be written")
 
 
 def test_a_backend_forced_by_the_environment_is_named(tmp_path):

@@ -1,13 +1,13 @@
 """A checkpoint is scored again: the numbers are those that were recorded, or it says so."""
 
 import json
-import shutil
 
 import pytest
 
 from mfef_ext import cli
 from mfef_ext.train import checkpoint
 from mfef_ext.train.__main__ import main
+from mfef_ext.train.models import StudentSpec
 
 
 def evaluated(capsys, *argv):
@@ -87,26 +87,30 @@ def test_another_device_chooses_its_own_backend(trained, tmp_path, capsys):
     assert "Not as" not in out
 
 
+NOTHING_YET = {"metrics": [], "timings": [], "epoch": 0, "best_epoch": 0}
+
+
 def test_before_the_first_epoch_there_is_nothing_to_score(trained, tmp_path, capsys):
     state = checkpoint.load(trained / "last.ckpt")
-    checkpoint.save(tmp_path / "last.ckpt", state | {"metrics": [], "epoch": 0})
+    checkpoint.save(tmp_path / "last.ckpt", state | NOTHING_YET)
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert "before the end of the first epoch" in capsys.readouterr().err
 
 
 def test_a_run_stopped_within_an_epoch_is_to_be_ended_first(trained, tmp_path, capsys):
     state = checkpoint.load(trained / "last.ckpt")
-    checkpoint.save(tmp_path / "last.ckpt", state | {"step": 7})
+    config = state["config"] | {"epochs": 4}
+    checkpoint.save(tmp_path / "last.ckpt", state | {"step": 7, "config": config})
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert "from the middle of epoch 4; end the run with --resume auto" in capsys.readouterr().err
 
 
 def test_a_student_of_other_images_is_refused(trained, tmp_path, capsys):
-    for name in ("student0.safetensors", "student0.json"):
-        shutil.copy(trained / name, tmp_path)
-    about = json.loads((tmp_path / "student0.json").read_text())
-    (tmp_path / "student0.json").write_text(json.dumps(about | {"input_shape": [1, 16, 16]}))
+    network, about = checkpoint.load_student(trained / "student0.safetensors")
+    build = about.pop("build")
+    spec = StudentSpec(**build | {"strides": tuple(build["strides"])})
     file = tmp_path / "student0.safetensors"
+    checkpoint.save_student(file, network, spec, about | {"input_shape": [1, 16, 16]})
     assert cli.main(["eval", str(trained), "--student", str(file)]) == 2
     error = capsys.readouterr().err
     assert f"--student={file} was trained for other images or classes" in error

@@ -66,28 +66,49 @@ def test_without_validation_images_the_last_epoch_is_to_be_quoted(tmp_path, caps
         assert ("quote the last epoch" in said) is (quoted == "last")
 
 
+# Nine lists of nine lists and so on, in a few lines: 3 GB of text if it is written out.
+BOMB = (
+    "tap: ["
+    + "\n  , ".join(
+        ["&a0 [x]"] + [f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    )
+    + "]"
+)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("epocs: 3", "epocs is unknown; did you mean epochs?"),
-        ("epochs: many", "epochs='many' is not a whole number"),
+        ("epochs: many", "epochs=many is not a whole number"),
         ("epochs: 1.5", "epochs=1.5 is not a whole number"),
-        ("epochs: true", "epochs=True is not a whole number"),
-        ("lr: fast", "lr='fast' is not a number"),
-        ("lr: null", "lr=None is not a number"),
+        ("epochs: true", "epochs=true is not a whole number"),
+        ("lr: fast", "lr=fast is not a number"),
+        ("lr: null", "lr=null is not a number"),
         ("fusion: 1", "fusion=1 is not true or false"),
-        ("students: resnet8", "students='resnet8' is not a list such as \\[text, text\\]"),
-        ("amp: fp8", "amp='fp8' is not one of bf16, fp16"),
+        ("students: resnet8", "students=resnet8 is not a list such as \\[text, text\\]"),
+        ("amp: fp8", "amp=fp8 is not one of bf16, fp16"),
         ("epochs: 1\nepochs: 2", "epochs is given twice; leave one out"),
-        ("lr: 1" + "0" * 400, "lr=1000+ is not a number"),
+        ("lr: 1" + "0" * 400, r"lr=1000+\.\.\. is not a number"),
         ("seed: 1" + "0" * 5000, "is no YAML: Exceeds the limit"),
         ("out: 2020-13-45", "is no YAML: month must be in 1..12"),
         ("out: " + "[" * 3000, "is no YAML: maximum recursion depth exceeded"),
         ('out: "a\\0b"', "is not the path of a file or folder or null"),
-        ("epochs: {a: 1}", "epochs={'a': 1} is not a whole number"),
+        ("epochs: {a: 1}", "epochs=a group is not a whole number"),
         ("epochs:\t3", "is no YAML: while scanning"),
-        ("epochs: .inf", "epochs=inf is not a whole number"),
+        ("epochs: .inf", "epochs=.inf is not a whole number"),
         ("lr-drops: 0.1\nlr_drops: 0.2", "lr-drops=0.1 is not a list"),
+        ("out: ~nosuchuser/x", "out=~nosuchuser/x is not the path of a file"),
+        ('out: "\\ud800"', "is not the path of a file or folder or null"),
+        ('tap: ["\\ud800"]', r"tap=a list is not a list such as \[text, text\]"),
+        ('resume: "\\udc00"', "is not text or null"),
+        ("students: [[a, b]]", "students=a list is not a list such as"),
+        (BOMB, "tap=a list is not a list such as"),
+        ("tap: " + "[" * 300 + "]" * 300, "tap=a list is not a list such as"),
+        ("tap: &a [*a]", "tap=a list is not a list such as|is no YAML"),
+        ("x" * 70000 + ": 1", "is longer than 65536 characters"),
+        ("x" * 5000 + ": 1", "^.{0,500}$"),
+        ("? [a, b]\n: 1", "a list is unknown"),
         ("- epochs", "holds no options"),
         ("", "holds no options"),
         ("a: [", "is no YAML"),
@@ -105,7 +126,10 @@ def test_refused_by_the_command(tmp_path, capsys):
         (["--config", str(tmp_path)], "cannot be read (Is a directory)"),
         (["--config", str(tmp_path / "none")], "cannot be read (No such file or directory)"),
         (written(tmp_path, "lr: -1"), "--lr=-1.0 must be positive"),
+        (["--method", "x" * 5000], "--method=xxx"),
+        (["--students", "x" * 5000], "--students=xxx"),
     ):
         assert main(options) == 2
         error = capsys.readouterr().err
+        assert len(error) < 1500
         assert words in error and len(error.splitlines()) == 1

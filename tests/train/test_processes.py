@@ -1,17 +1,22 @@
 """Several processes train as one does, stop together, and only the first one writes."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from mfef_ext.train import UsageError, checkpoint
 from mfef_ext.train.__main__ import main
-from mfef_ext.train.processes import synchronise_batch_norm
+from mfef_ext.train.processes import Processes, synchronise_batch_norm
 
 # 230 training images: 49 do not divide by two, nor do the last 34 by four.
 QUICK = (
@@ -35,7 +40,7 @@ SCRIPT = """
 import json, os, sys
 from pathlib import Path
 import torch
-from mfef_ext.train import UsageError, data, loop, processes, run
+from mfef_ext.train import UsageError, __main__ as entry, data, loop, processes, run
 from mfef_ext.train.__main__ import main
 leave, processes.leave = processes.leave, lambda: None  # they meet once
 rank = os.environ["RANK"]
@@ -46,6 +51,12 @@ def built(names, *arguments):
         raise UsageError("only here")
     return build(names, *arguments)
 run.build_students = built
+parsed = entry._parsed
+def another_version(argv, alone):
+    config = parsed(argv, alone)
+    torch.__version__ = "0.1" if rank == "1" and config.accumulate == 3 else version
+    return config
+version, entry._parsed = torch.__version__, another_version
 batches, seen = data.training_batches, []
 def planted(*arguments, **options):
     for x, y in batches(*arguments, **options):
@@ -54,7 +65,11 @@ def planted(*arguments, **options):
             PLANT
         yield x, y
 loop.data.training_batches = planted
-status = [main(options) for options in json.loads(sys.argv[2])]
+mine = int(rank)  # "a|b" is a in the first process and b in the second
+status = [
+    main([option.split("|")[mine if "|" in option else 0] for option in options])
+    for options in json.loads(sys.argv[2])
+]
 (folder / f"status{rank}").write_text(json.dumps(status))
 leave()
 os._exit(0)  # torch sometimes aborts when an interpreter that trained many times ends
@@ -92,6 +107,7 @@ AGREE = {
     "mfef of one image": [*QUICK, "--batch-size", "229", "--method", "mfef"],
 }
 STRAIGHT = [*QUICK, "--method", "dml"]
+IMAGES = ("--dataset", "folder", "--image-size", "8", "--batch-size", "4", "--validation", "0")
 # What is wrong, the exit status, and what is said of it.
 WRONG = {
     "a file": (["--out", "{folder}/file"], 2, "--out={folder}/file cannot be written"),
@@ -112,12 +128,54 @@ WRONG = {
         2,
         "mfef: only here",
     ),
+    # What is wrong in the second process alone, or is not the same in both.
+    "option here": (["--epochs", "2|x"], 2, "--epochs: invalid"),
+    "value here": (["--batch-size", "49|0"], 2, "--batch-size=0 must be at least 1"),
+    "device here": (
+        ["--device", "cpu|cuda"],
+        2,
+        "do not agree in --device: cpu in rank 0 and cuda",
+    ),
+    "file here": (["--config", "{folder}/file|{folder}/no"], 2, "holds no options; write one"),
+    "rate": (["--lr", "0.01|0.02"], 2, "do not agree in --lr: 0.01 in rank 0 and 0.02 in rank 1"),
+    "seeds": (["--seeds", "0", "1|2"], 2, "do not agree in --seeds: (0, 1) in rank 0 and (0, 2)"),
+    "count": (
+        [*IMAGES, "--data-dir", "{folder}/images|{folder}/fewer"],
+        2,
+        "do not agree in the data's number of images for train: 16 in rank 0 and 15 in rank 1",
+    ),
+    "pixels": (
+        [*IMAGES, "--data-dir", "{folder}/images|{folder}/others"],
+        2,
+        "do not agree in the data's mean: ",
+    ),
+    "teacher here": (
+        [
+            "--method",
+            "kd",
+            "--teacher",
+            "{folder}/mfef/student0.safetensors|{folder}/mfef/student1.safetensors",
+        ],
+        2,
+        "do not agree in the --teacher: ",
+    ),
+    "code": (["--method", "ce", "--accumulate", "3"], 2, "do not agree in the version of torch: "),
     "resumed": (
         ["--method", "mfef", "--no-fusion", "--out", "{folder}/mfef", "--resume", "auto"],
         2,
         "--no-fusion is not what the run in {folder}/mfef was begun with (--fusion)",
     ),
 }
+
+
+def draw_images(path, seed, images):
+    """Two classes of pictures, of the second as many as ``images``."""
+    rng = np.random.default_rng(seed)
+    for name, count in (("cat", 10), ("dog", images)):
+        (path / "train" / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path / "train" / name / f"{i}.png")
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +186,8 @@ def two(tmp_path_factory):
     (path / "file").touch()
     (path / "damaged").mkdir()
     (path / "damaged" / "last.ckpt").write_bytes(b"something")
+    for name, seed, images in (("images", 0, 10), ("fewer", 0, 9), ("others", 1, 10)):
+        draw_images(path / name, seed, images)
     runs = AGREE | {"straight": STRAIGHT}
     commands = {name: [*options, "--out", str(path / name)] for name, options in runs.items()}
     for name, (options, _, _) in WRONG.items():
@@ -202,34 +262,101 @@ def test_stopped_together_and_resumed(two, tmp_path, capsys):
     assert "was begun with 2 processes, not 1; resume it with torchrun" in capsys.readouterr().err
 
 
-def test_one_gpu_for_two_processes_is_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["--device", "cuda:1"]) == 2
-    assert (
-        "--device=cuda:1 is one GPU for 2 processes; use --device cuda" in capsys.readouterr().err
-    )
+def test_one_gpu_for_two_processes_is_refused():
+    with pytest.raises(
+        UsageError, match="--device=cuda:1 is one GPU for 2 processes; use --device"
+    ):
+        Processes(0, 2, torch.device("cpu")).on("cuda:1")
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_no_gpu_is_said_by_the_first_process(rank, monkeypatch, capsys):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank), ("LOCAL_RANK", rank)):
-        monkeypatch.setenv(name, value)
+def test_no_gpu_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr("torch.empty", refuse)
     assert main(["--device", "cuda"]) == 2
     error = capsys.readouterr().err
-    assert (
-        error
-        == ("mfef: --device=cuda:0 cannot be used (no GPU); use --device cpu\n", "")[int(rank)]
-    )
+    assert error == "mfef: --device=cuda cannot be used (no GPU); use --device cpu\n"
 
 
-def test_processes_that_torchrun_did_not_start(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main([*QUICK, "--out", str(tmp_path / "run")]) == 2
+@pytest.fixture
+def listener():
+    """A port on which somebody else listens, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield str(server.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc in the environment is no number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE= in the environment is no number"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2 in the environment is no number"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 must be below WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "2", "RANK": "7"}, "RANK=7 must be below WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "RANK": "one"}, "RANK=one in the environment is no number"),
+        ({"RANK": "1"}, "RANK=1 must be below WORLD_SIZE=1"),
+        ({"LOCAL_RANK": "first"}, "LOCAL_RANK=first in the environment is no number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 processes do not meet at ?:?"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "do not meet at 127.0.0.1:?"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "127.0.0.1:x"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "free"}, "do not meet"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "free"},
+            "says RANK=1",
+        ),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "busy"}, "on a free port"),
+    ],
+)
+def test_processes_that_do_not_meet(variables, words, monkeypatch, capsys, tmp_path, listener):
+    """An environment that cannot be, somebody who never comes, a port that others use."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.replace("busy", listener).replace("free", free_port()))
+    began = time.monotonic()
+    assert main([*QUICK, "--out", str(tmp_path / "run"), "--timeout", "2"]) == 2
+    assert time.monotonic() - began < 20
     error = capsys.readouterr().err
-    assert "WORLD_SIZE=2 processes do not meet" in error and "torchrun" in error
+    assert words in error and "torchrun" in error
     assert len(error.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_what_is_wrong_here_is_said_even_if_nobody_else_comes(monkeypatch, capsys):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    assert main([*QUICK, "--epochs", "x", "--timeout=2"]) == 2
+    error = capsys.readouterr().err
+    assert "--epochs" in error and len(error.splitlines()) == 1
+
+
+def started(folder, port, *options, rank):
+    """A process that looks for another one."""
+    variables = {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "mfef_ext.train", *QUICK, *options]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    return subprocess.Popen(command, env=os.environ | variables, cwd=folder, **pipes)
+
+
+def test_a_port_on_which_somebody_else_listens(tmp_path, listener):
+    process = started(tmp_path, listener, "--timeout", "1", rank="1")
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and "says RANK=1 (somebody is there, but says nothing)" in error
+
+
+def test_sigterm_while_waiting_for_another_process(tmp_path):
+    port = free_port()
+    process = started(tmp_path, port, rank="0")
+    while True:  # until it waits
+        assert process.poll() is None
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(port))):
+            break
+        time.sleep(0.05)
+    process.terminate()
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 75
+    assert "mfef: stopped at once by SIGTERM" in error and "Traceback" not in error
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
 
 
 def test_a_batch_norm_of_another_kind_is_refused():
@@ -237,4 +364,6 @@ def test_a_batch_norm_of_another_kind_is_refused():
         pass
 
     with pytest.raises(UsageError, match=r"1 is a Own, which .* --no-sync-batch-norm"):
-        synchronise_batch_norm(nn.Sequential(nn.Conv2d(1, 2, 3), Own(2)), torch.device("cpu"))
+        synchronise_batch_norm(
+            nn.Sequential(nn.Conv2d(1, 2, 3), Own(2)), Processes(0, 2, torch.device("cpu"))
+        )

@@ -1,5 +1,6 @@
 """A run that was stopped anywhere and resumed ends, bit for bit, as one that was not."""
 
+import errno
 import json
 import os
 import random
@@ -246,26 +247,27 @@ def test_resume_needs_a_folder(capsys):
     assert "--resume auto needs --out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("left", [".writable", "last.ckpt.writing", "config.json.writing"])
-def test_killed_before_the_first_checkpoint(tmp_path, left, monkeypatch):
+@pytest.mark.parametrize("unfinished", ["last.ckpt", "config.json"])
+def test_killed_before_the_first_checkpoint(tmp_path, unfinished, monkeypatch):
     """The same command begins, or goes on, whatever of the beginning there is."""
     out = tmp_path / "run"
-    whole = checkpoint.os.replace
+    whole = os.replace
 
-    def replace(source, *target):
-        if source.name == left:
+    def replace(source, target):
+        if target.name == unfinished:
             raise KilledError
-        whole(source, *target)
+        whole(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", replace)
-        if left == ".writable":
-            patch.setattr(type(out), "unlink", lambda path: kill())
+        patch.setattr("os.replace", replace)
         with pytest.raises(KilledError):
             resume(out, "--epochs", "1")
-    assert (out / left).exists()
+    assert list(out.glob(".*.writing"))
+    (out / ".mfef-lock").write_text(
+        "process 1 on nowhere"
+    )  # as a process that was killed leaves it
     assert resume(out, "--epochs", "1") == 0
-    assert not (out / left).exists()
+    assert not list(out.glob(".*"))
     assert json.loads((out / "config.json").read_text())["method"] == "ce"
 
 
@@ -274,3 +276,278 @@ def test_seeds_leave_a_single_run_alone(stopped, capsys):
     assert resume(stopped, "--seeds", "0", "1") == 2
     assert "holds a run that was begun without --seeds" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in stopped.iterdir()} == before
+
+
+def held(folder):
+    """A process that holds the folder, and what it says of itself."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from mfef_ext.train.folder import Place\n"
+        "place = Place(Path(sys.argv[1]), '')\n"
+        "place.hold() if Path(sys.argv[1]).exists() else place.create()\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes)
+    assert process.stdout.readline() == "held\n"
+    return process, f"is in use by process {process.pid} on "
+
+
+@pytest.mark.parametrize("options", [(), ("--resume", "auto"), ("--seeds", "0", "1")])
+def test_a_folder_is_one_process_s_alone(tmp_path, capsys, options):
+    """Whoever comes second is told who was first, until that is dead, whatever it died of."""
+    out = tmp_path / "run"
+    command = [*QUICK, "--method", "ce", "--epochs", "1", "--out", str(out), *options]
+    process, words = held(out)
+    try:
+        before = sorted(os.listdir(out))
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert words in error and " since " in error and len(error.splitlines()) == 1
+        assert sorted(os.listdir(out)) == before
+    finally:
+        process.kill()
+        process.wait()
+    assert main(command) == 0
+    assert not (out / ".mfef-lock").exists()
+
+
+def test_the_run_of_a_seed_is_one_process_s_alone(tmp_path, capsys):
+    out = tmp_path / "runs"
+    process, words = held(out / "seed1")
+    try:
+        command = [*QUICK, "--method", "ce", "--epochs", "1", "--out", str(out)]
+        assert main([*command, "--seeds", "0", "1", "--resume", "auto"]) == 2
+        assert f"seed1 {words}" in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_of_two_that_begin_together_one_is_refused(tmp_path):
+    """Fifty times, each at the same moment."""
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from mfef_ext.train import UsageError\n"
+        "from mfef_ext.train.folder import Place\n"
+        "print('ready', flush=True)\n"
+        "began, kept = float(sys.stdin.readline()), []\n"
+        "for i in range(50):\n"
+        "    time.sleep(max(0, began + i / 100 - time.time()))\n"
+        "    place = Place(Path(sys.argv[1]) / str(i), '')\n"
+        "    try:\n"
+        "        place.create()\n"
+        "        kept.append(place)\n"
+        "    except UsageError as error:\n"
+        "        assert 'is in use by' in str(error)\n"
+        "print(*(place.path.name for place in kept), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+    for process in both:
+        process.stdin.write(f"{time.time() + 0.2}\n")
+        process.stdin.flush()
+    won = [process.stdout.readline().split() for process in both]
+    for process in both:
+        process.communicate("")
+        assert process.returncode == 0
+    assert sorted(won[0] + won[1], key=int) == [str(i) for i in range(50)]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, capsys, monkeypatch, number):
+    def flock(*arguments):
+        raise OSError(number, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    out = tmp_path / "run"
+    assert resume(out, "--epochs", "1") == 0
+    assert f"{out} cannot be locked (No locks available)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("plant", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("victim")])
+def test_a_lock_that_is_something_else_is_one_sentence(tmp_path, capsys, plant):
+    plant(tmp_path / ".mfef-lock")
+    assert resume(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"--out={tmp_path} cannot be written (" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "victim").exists()
+
+
+PATHS = {"folder": "", "last checkpoint": "last.ckpt"}
+
+
+@pytest.mark.parametrize("name", PATHS.values(), ids=PATHS)
+def test_resume_takes_the_path_of_a_run_or_a_checkpoint(stopped, tmp_path, name):
+    """With the run's own options, which need not be given again, but can be."""
+    assert main([*QUICK, "--method", "ce", "--out", str(tmp_path / "straight")]) == 0
+    options = ["--epochs", "3"] if name else ["--out", str(stopped)]
+    assert main(["--resume", str(stopped / name), *options]) == 0
+    assert contents(tmp_path / "straight") == contents(stopped)
+    assert not list(stopped.glob(".*"))
+
+
+def test_a_checkpoint_can_be_gone_on_from_in_a_new_folder(stopped, tmp_path, capsys):
+    assert main([*QUICK, "--method", "ce", "--out", str(tmp_path / "straight")]) == 0
+    before = {p.name: p.read_bytes() for p in stopped.iterdir()}
+    out = tmp_path / "branch"
+    assert main(["--resume", str(stopped / "previous.ckpt"), "--out", str(out)]) == 0
+    assert "going on after epoch 1, step 0" in capsys.readouterr().out
+    assert contents(tmp_path / "straight") == contents(out)
+    assert {p.name: p.read_bytes() for p in stopped.iterdir()} == before
+    assert json.loads((out / "config.json").read_text())["out"] == str(out)
+
+
+def test_a_checkpoint_that_nothing_else_is_left_of(stopped, tmp_path):
+    for name in ("last.ckpt", "previous.ckpt"):
+        flip(stopped / name)
+    assert resume(stopped) == 4
+    assert main(["--resume", str(stopped / "best.ckpt")]) == 0
+    assert checkpoint.load(stopped / "last.ckpt")["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "status", "words"),
+    [
+        ("previous.ckpt", (), 2, "has gone on since .*previous.ckpt, and nothing is ever overwr"),
+        ("", ("--out", "elsewhere"), 2, "--out=elsewhere is not the folder that --resume="),
+        ("", ("--lr", "0.2"), 2, "--lr=0.2 is not what the run in"),
+        ("", ("--seeds", "0", "1"), 2, "is one run; with --seeds use --resume auto"),
+        ("last.ckpt", ("--out", "{folder}/export"), 2, "is not empty and nothing is ever"),
+        ("nothing", (), 4, "nothing cannot be read"),
+        ("export", (), 4, "export holds no last.ckpt; name a run folder, or a .ckpt file"),
+        ("config.json", (), 4, "config.json is no mfef checkpoint"),
+    ],
+)
+def test_a_path_that_cannot_be_gone_on_from(stopped, capsys, path, options, status, words):
+    (stopped / "export").mkdir()
+    (stopped / "export" / "file").touch()
+    before = sorted(p.name for p in stopped.iterdir())
+    given = [option.format(folder=stopped) for option in options]
+    assert main(["--resume", str(stopped / path), *given]) == status
+    error = capsys.readouterr().err
+    assert re.search(words, error) and len(error.splitlines()) == 1
+    assert sorted(p.name for p in stopped.iterdir()) == before
+
+
+def test_a_damaged_checkpoint_is_never_kept_as_the_previous_one(stopped, monkeypatch):
+    """Killed between the two renames, a run that fell back once still has what it fell back to."""
+    flip(stopped / "last.ckpt")
+    whole = os.replace
+
+    def replace(source, target):
+        whole(source, target)
+        if target.name in ("previous.ckpt", "last.ckpt"):
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", replace)
+        with pytest.raises(KilledError):
+            resume(stopped)
+    assert checkpoint.load(stopped / "previous.ckpt")["epoch"] == 1
+    assert resume(stopped) == 0
+
+
+# What a checkpoint with a right hash may hold that no run of these options does.
+def without_names(state):
+    state["optimizer"]["param_groups"] = [{"params": []}]
+
+
+def other_momentum(state):
+    for kept in state["optimizer"]["state"].values():
+        kept["momentum_buffer"] = torch.zeros(7)
+
+
+def other_settings(state):
+    state["optimizer"]["param_groups"][0]["momentum"] = "x"
+
+
+CHANGES = {
+    "groups": without_names,
+    "momentum": other_momentum,
+    "settings": other_settings,
+    "optimizer": lambda state: state.update(optimizer={}),
+    "step": lambda state: state.update(step=5),
+    "scaler": lambda state: state.update(scaler={"scale": -1.0}),
+    "lr": lambda state: state["config"].update(lr="fast"),
+    "tensor": lambda state: state["distiller"].update({"students.0.stem.weight": torch.zeros(1)}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_content_that_is_not_of_this_run_is_one_sentence(stopped, capsys, change):
+    state = checkpoint.load(stopped / "last.ckpt")
+    CHANGES[change](state)
+    checkpoint.save(stopped / "last.ckpt", state)
+    capsys.readouterr()
+    assert main(["--resume", str(stopped)]) == 4
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and len(error) < 700 and "last.ckpt" in error
+
+
+def quietly(monkeypatch, name, act):
+    """Calls ``act`` when the function ``name`` of mfef_ext.train is entered."""
+
+    def instead(*arguments, **options):
+        act()
+        time.sleep(1)
+        raise AssertionError("the signal was not heeded")
+
+    monkeypatch.setattr(f"mfef_ext.train.{name}", instead)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "presets.configured",
+        "data.load",
+        "run.build_students",
+        "run.folder.write_json",
+        "checkpoint.save_student",
+        "report.draw_curves",
+        "report.table",
+    ],
+)
+def test_sigterm_outside_of_the_steps(tmp_path, monkeypatch, capsys, where):
+    """While options are read, data load, networks are built, files are written, pictures drawn."""
+    out = tmp_path / "run"
+    options = (*QUICK, "--method", "ce", "--epochs", "1", "--out", str(out), "--resume", "auto")
+    with monkeypatch.context() as patch:
+        quietly(patch, where, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(options) == 75
+    error = capsys.readouterr().err
+    assert "stopped at once by SIGTERM" in error and "--resume auto goes on" in error
+    assert len(error.splitlines()) == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert not out.exists() or not list(out.glob(".*"))
+    assert main(options) == 0
+
+
+def test_sigterm_while_a_file_is_written_leaves_nothing_half_done(stopped, monkeypatch, capsys):
+    whole = os.fsync
+
+    def fsync(number):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        whole(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fsync)
+        assert resume(stopped) == 75
+    assert "stopped at once by SIGTERM" in capsys.readouterr().err
+    assert not list(stopped.glob(".*"))
+    assert resume(stopped) == 0
+
+
+def test_sigterm_that_who_called_ignores_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert resume(tmp_path / "run", "--epochs", "1") == 0
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
