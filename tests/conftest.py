@@ -33,8 +33,8 @@ WAYS = {
 
 
 def pytest_configure(config):
-    """torch.compile starts from nothing: the code that it keeps in /tmp for the next process may be
-    for other instructions (ATEN_CPU_CAPABILITY is no part of the key), and then does not compile."""
+    """torch.compile starts from nothing. What it keeps in /tmp for the next process may be for
+    other instructions, and then does not compile: ATEN_CPU_CAPABILITY is no part of the key."""
     if not hasattr(config, "workerinput"):  # processes of pytest-xdist inherit the folder
         cache = tempfile.TemporaryDirectory(prefix="mfef-inductor-")
         config.add_cleanup(cache.cleanup)
