@@ -13,12 +13,13 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 SETTINGS := MFEF_CUDA=$(MFEF_CUDA) MFEF_CPU_ISA=$(MFEF_CPU_ISA) ARCHS=$(TORCH_CUDA_ARCH_LIST) CXX=$(CXX)
 
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-torch-versions bench lint format clean distclean FORCE
+.PHONY: help build demo test test-torch-versions test-processors bench lint format clean distclean FORCE
 
 help:
 	@echo "make demo    train two students on real images, time the layer, say where the pictures are"
 	@echo "make test    all tests, and the operator tests of the wheel under a second torch"
 	@echo "make test-torch-versions   the wheel under every other torch that is promised (3 GB each)"
+	@echo "make test-processors       the numerical tests with the instructions of other processors"
 	@echo "make bench   the whole kernel benchmark (five minutes on two cores)"
 	@echo "make lint    ruff, mypy, clang-format; make format repairs what can be repaired"
 	@echo "make build   the package in place, for development"
@@ -60,6 +61,25 @@ test: build
 TORCH_VERSIONS ?= 2.10.0 2.11.0 2.12.1 2.14.1
 test-torch-versions: build
 	$(BIN)/python scripts/check_second_torch.py --delete --torch $(TORCH_VERSIONS)
+
+# Processors whose instructions this one has too, and other numbers of threads. Who adds in what order
+# depends on them: our kernels, oneDNN, ATen, MKL, OpenBLAS (numpy, and Triton's interpreter with it).
+PROCESSORS := sse avx avx2
+sse := MFEF_USE_ISA=baseline ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default \
+  MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott OMP_NUM_THREADS=3
+avx := MFEF_USE_ISA=baseline ONEDNN_MAX_CPU_ISA=AVX ATEN_CPU_CAPABILITY=default \
+  MKL_CBWR=AVX OPENBLAS_CORETYPE=Sandybridge OMP_NUM_THREADS=1
+avx2 := MFEF_USE_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+  MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Haswell OMP_NUM_THREADS=2
+NUMERICAL := tests/ops tests/test_modules.py tests/test_export.py tests/distill \
+  tests/train/test_steps.py tests/train/test_methods.py \
+  $(patsubst %,tests/backends/triton/test_%.py,conv attention kd kd_step ops)
+
+# More threads than cores: they sleep while they wait for each other.
+test-processor-%: build
+	$($*) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(NUMERICAL)
+
+test-processors: $(PROCESSORS:%=test-processor-%)
 
 bench: build
 	$(BIN)/python benchmarks/bench_fusion.py

@@ -22,7 +22,8 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
         importlib.import_module(f"mfef_ext.backends.triton.{kernels}")
     del os.environ["TRITON_INTERPRET"]
 
-ISAS = _C.build_info()["cpu_isas_usable"]
+# All that this processor runs, unless one is asked for.
+ISAS = os.environ.get("MFEF_USE_ISA", "").split() or _C.build_info()["cpu_isas_usable"]
 PLANS = ("images", "pixels")
 # Every way through the CPU kernels: (plan, convolution of the images plan).
 WAYS = {
