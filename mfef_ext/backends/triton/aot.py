@@ -5,6 +5,7 @@
     python -m mfef_ext.backends.triton.aot --part 2/6      of every sixth kernel from the second on
     python -m mfef_ext.backends.triton.aot --all           of every launch of the benchmark's cases
     python -m mfef_ext.backends.triton.aot --write         into docs/triton_kernels.md
+    python -m mfef_ext.backends.triton.aot --digest        of what would be compiled, in a minute
 
 No GPU is needed. The operators themselves run, on meta tensors, under a driver that launches
 nothing: so Triton derives types, constants and divisibility from the arguments that a real launch
@@ -17,6 +18,7 @@ the GPUs has, 2 if nothing could be compiled.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -35,8 +37,9 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from . import interpreted
 from .launch import ALL_REGISTERS, Launch
@@ -366,6 +369,26 @@ def compile_for(one: Specialisation, architectures: Sequence[int]) -> list[Usage
     return usages
 
 
+def digest(specialisations: Iterable[Specialisation]) -> str:
+    """Of all that the compiler is given: the options of each kernel, and what Triton's front end
+    makes of it, without the places in the source. What is compiled follows from that and from
+    Triton's version."""
+    target = GPUTarget("cuda", ARCHITECTURES[0], 32)
+    backend = make_backend(target)
+    given = backend.get_codegen_implementation, backend.get_module_map()
+    found = hashlib.sha256()
+    for one in specialisations:
+        source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
+        options = backend.parse_options(dict(one.options))
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        code = str(source.make_ir(target, options, given[0](options), given[1], context))
+        code = re.sub(r"^#loc.*\n| loc\(#loc\d*\)", "", code, flags=re.MULTILINE)
+        found.update(f"{one.name} {dict(one.options)}\n{code}".encode())
+    return found.hexdigest()[:16]
+
+
 def _usage(one: Specialisation, cubin: Path, shared: int) -> Usage:
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -448,12 +471,13 @@ def document(rows: Sequence[Row], architectures: Sequence[int]) -> str:
     """docs/triton_kernels.md, with a section for each file of kernels."""
     text = f"""# What the Triton kernels take
 
-Written by `python -m mfef_ext.backends.triton.aot --write`; a test compiles again and compares.
-Compiled ahead of time by Triton {triton.__version__}, without a GPU, as the launches of the cases
-specialise them. Launches that differ only in the number and shapes of the weights, in which strides
-are multiples of 16, in dtypes with the same arithmetic, in whether something is stored for the
-backward and in how the spatial weight lies are compiled once, for the first case. "Other choices"
-are those that may run where a GPU has timed them. The kernels are **not yet run on hardware**: what
+Written by `python -m mfef_ext.backends.triton.aot --write`; a test compares the digest at the end,
+and a part of the table with what it compiles. Compiled ahead of time by Triton
+{triton.__version__}, without a GPU, as the launches of the cases specialise them. Launches that
+differ only in the number and shapes of the weights, in which strides are multiples of 16, in dtypes
+with the same arithmetic, in whether something is stored for the backward and in how the spatial
+weight lies are compiled once, for the first case. "Other choices" are those that may run where a
+GPU has timed them. The kernels are **not yet run on hardware**: what
 they take is what ptxas says. MOST are the channels of a tile of `convolve` at most. Registers and
 spilled bytes are a thread's, shared bytes a block's; the smallest of the GPUs has
 {SHARED_MEMORY} of them.
@@ -475,6 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="every N-th")
     parser.add_argument("--all", action="store_true", help="every launch of the benchmark's cases")
     cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--digest", action="store_true", help="of what would be compiled")
     parser.add_argument("--jobs", type=int, default=cores, metavar="N", help="processes")
     parser.add_argument("--write", action="store_true", help=f"write docs/{DOCUMENT.name}")
     options = parser.parse_args(arguments)
@@ -493,11 +518,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("--write needs a checkout of the repository, which has docs/.", file=sys.stderr)
         return 2
     found = list(launches(ALL_CASES)) if options.all else collect()
+    if options.digest:
+        print(digest(found))
+        return 0
     in_order = [one for file in FILES if file in options.only for one in found if one.file == file]
     rows = compile_all(in_order[first::step], options.arch, options.jobs)
     text = document(rows, options.arch)
     if options.write:
-        DOCUMENT.write_text(text)
+        DOCUMENT.write_text(f"{text}\nDigest of what was compiled: {digest(found)}\n")
     else:
         print(text, end="")
     for sentence in complaints(rows, options.arch):
