@@ -45,7 +45,8 @@ struct Branch {
   const void* weights;  // (out, in / groups, full_k, full_k)
   int64_t weight_stride[4];
 
-  // Set by choose(), for one direction. spectrum: side of the spectra, 0 where the convolution is direct.
+  // Set by choose(), for one direction. spectrum: side of the spectra of the forward or of the data gradient, 0 where
+  // that is direct.
   int spectrum;
   int64_t packed_first;  // of its packed weights among those of all branches
 
@@ -60,7 +61,6 @@ struct Branch {
 // the convolutions have an order of their own (see conv_map.h).
 struct PartialLayout {
   int64_t conv, bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial;
-  int64_t energy;  // of each branch, see conv_fourier.h
   int64_t total;
 };
 
@@ -112,8 +112,6 @@ struct BlockArgs {
   // Of the branches whose weight gradient is computed after all units; sizes in elements.
   int64_t kept_x_elements, kept_grad_elements, channel_sum_elements;
   void *kept_x, *kept_grad, *channel_sums;
-  // Set to 1 by a backward whose spectra cannot be trusted: all of it has to be done again directly.
-  int32_t* lost;
 };
 
 // The kernels of one instruction set.
@@ -132,8 +130,6 @@ struct Kernels {
   // The weight gradients that are computed after all units: how many tasks, and one of them.
   int64_t (*channel_tasks)(const BlockArgs&);
   void (*channel_task)(const BlockArgs&, int64_t task);
-  // Whether any weight gradient by way of spectra has to be done again directly.
-  bool (*doubtful)(const BlockArgs&);
   // The gradient of one group of a branch out of the sums, into a tensor of the shape of the branch's weights,
   // of which the inner k x k are written.
   void (*read_weight_grad)(const BlockArgs&, int branch, int64_t group, void* to, const int64_t stride[4]);

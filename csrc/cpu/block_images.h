@@ -22,6 +22,13 @@ MFEF_INLINE ConvMap<T> branch_map(const BlockArgs& a, const Branch& b, bool back
   return map;
 }
 
+// That of the weight gradient, which is never by way of spectra.
+template <class T>
+MFEF_INLINE ConvMap<T> gradient_map(const BlockArgs& a, const Branch& b) {
+  auto make = a.plan == Plan::kPixels ? pixels_map<T> : images_map<T>;
+  return make(b.in, b.out, b.groups, b.k, a.height, a.width);
+}
+
 // Widest branch, in channels; longest bordered map, and what the weight gradient and spectra need, in elements.
 template <class T>
 MFEF_INLINE void branch_extents(const BlockArgs& a, bool backward, int64_t* channels, int64_t* padded, int64_t* outputs,
@@ -32,13 +39,10 @@ MFEF_INLINE void branch_extents(const BlockArgs& a, bool backward, int64_t* chan
     const ConvMap<T> map = branch_map<T>(a, b, false);
     const int64_t widest = most(b.in, b.out);
     *channels = most(*channels, widest);
-    *padded = most(*padded, widest * map.channel);
+    *padded = most(*padded, widest * (backward ? gradient_map<T>(a, b) : map).channel);
     *outputs = most(*outputs, widest * map.out_channel);
-    if (b.spectrum) {
-      *sums = most(*sums, fourier_scratch(map, b.spectrum, backward));
-    } else if (backward) {
-      *sums = most(*sums, weight_grad_scratch<T>(int(b.k)));
-    }
+    if (b.spectrum) *sums = most(*sums, fourier_scratch(map, b.spectrum));
+    if (backward) *sums = most(*sums, weight_grad_scratch<T>(int(b.k)));
   }
 }
 
@@ -108,10 +112,8 @@ struct BlockImages {
     T* to = y + b.out_first * step;
     if (b.spectrum) {
       T* slack = args.hidden ? attention.slack + b.out_first * kLanes<T> : nullptr;
-      const IVec<T> lost = fourier_forward(map, table(b), input, packed, bias, to, slack, sums);
-      if (any_lane<T>(lost)) {
-        direct_lanes(map, input, static_cast<const E*>(b.weights), b.full_k, b.weight_stride, bias, lost, to);
-      }
+      fourier_map<T, false>(map, table(b), input, packed, static_cast<const E*>(b.weights), b.full_k, b.weight_stride,
+                            bias, false, to, slack, sums);
     } else {
       if constexpr (sizeof(T) == sizeof(float)) {
         if (map.dot) {
@@ -150,13 +152,6 @@ struct BlockImages {
     for (int i = 0; i < args.branch_count; ++i) {
       if (at_step != kWhole && at_step != i) continue;
       const Branch& b = args.branches[i];
-      if (b.spectrum) {
-        const bool data = args.split && args.grad_x.data;
-        if (args.need_parameters || data) {
-          spectra_gradients<E>(b, image, images, args.need_parameters ? partials : nullptr, data, false, true);
-        }
-        continue;
-      }
       if (args.need_parameters) weight_gradient<E>(b, unit, image, images, partials);
       if (!args.split || !args.grad_x.data) continue;
       if (!args.need_parameters) finish(b, images, true);
@@ -165,10 +160,6 @@ struct BlockImages {
     if (!args.grad_x.data) return;
     for (int i = 0; i < args.branch_count && !args.split; ++i) {
       const Branch& b = args.branches[i];
-      if (b.spectrum) {
-        spectra_gradients<E>(b, image, images, nullptr, true, i > 0, !args.need_parameters);
-        continue;
-      }
       finish(b, images, !args.need_parameters);
       data_gradient<E>(b, image, images, i > 0);
     }
@@ -207,7 +198,7 @@ struct BlockImages {
 
   template <class E>
   void weight_gradient(const Branch& b, int64_t unit, int64_t image, int images, T* partials) {
-    const ConvMap<T> map = branch_map<T>(args, b, false);
+    const ConvMap<T> map = gradient_map<T>(args, b);
     finish(b, images, true);
     if (b.by_channels) {
       if (branchwise) pack_images<E, T>(args.x, image, images, b.in_first, b.in, args.height, args.width, step, x);
@@ -221,22 +212,6 @@ struct BlockImages {
     } else {
       weight_grad_map<T>(map, input, padded_grad + map.lead, map.channel, to, sums, map.pitch - map.width);
     }
-  }
-
-  // Both gradients of a branch, or one of them (partials null, or not data), by way of spectra.
-  template <class E>
-  void spectra_gradients(const Branch& b, int64_t image, int images, T* partials, bool data, bool accumulate,
-                         bool first) {
-    const ConvMap<T> map = branch_map<T>(args, b, false);
-    finish(b, images, first);
-    if (partials) conv_input<E>(b, map, image, images);
-    const bool lost =
-        fourier_backward(map, table(b), images, branch_x(b), grad + b.out_first * step,
-                         data ? static_cast<const T*>(args.packed_backward) + b.packed_first : nullptr, accumulate,
-                         branch_x(b), partials ? partials + args.partial.conv + b.grad_first : nullptr,
-                         partials ? partials + args.partial.energy + (&b - args.branches) : nullptr, sums);
-    if (lost) __atomic_store_n(args.lost, 1, __ATOMIC_RELAXED);
-    if (data && branchwise) unpack_grad_x<E>(image, images, b.in_first, b.in);
   }
 
   bool any_spectra() const {
@@ -268,15 +243,17 @@ struct BlockImages {
   }
 
   // dy of a branch as the gradients of its convolution read it: in `grad`, or with borders in `padded_grad`, which
-  // holds one branch at a time. first: the first time for this branch.
+  // holds one branch at a time; both where the data gradient is by way of spectra and the weight gradient needs
+  // borders. first: the first time for this branch.
   void finish(const Branch& b, int images, bool first) {
-    const ConvMap<T> map = branch_map<T>(args, b, true);
+    const ConvMap<T> map = images_map<T>(b.out, b.in, b.groups, b.k, args.height, args.width);
     T* dy = grad + b.out_first * step;
-    if (!map.bordered() || b.by_channels) {
+    if (!map.bordered() || b.by_channels || b.spectrum) {
       if (args.hidden && first) {
         attention.finish_backward(grad, b.out_first, b.out_first + b.out, images, dy, step, 0);
       }
-      if (map.bordered()) pad_images(map, b.out, dy, padded_grad);
+      const bool by_taps = !b.spectrum || (first && args.need_parameters);
+      if (map.bordered() && by_taps) pad_images(map, b.out, dy, padded_grad);
     } else if (args.hidden) {
       zero_borders(map, b.out, padded_grad);
       attention.finish_backward(grad, b.out_first, b.out_first + b.out, images, padded_grad + map.lead, map.channel,
@@ -306,8 +283,13 @@ struct BlockImages {
   void data_gradient(const Branch& b, int64_t image, int images, bool accumulate) {
     const ConvMap<T> map = branch_map<T>(args, b, true);
     const T* input = map.bordered() ? padded_grad : grad + b.out_first * step;
-    conv_map<T>(map, input, static_cast<const T*>(args.packed_backward) + b.packed_first, nullptr, accumulate,
-                branch_x(b));
+    const T* packed = static_cast<const T*>(args.packed_backward) + b.packed_first;
+    if (b.spectrum) {
+      fourier_map<T, true>(map, table(b), input, packed, static_cast<const E*>(b.weights), b.full_k, b.weight_stride,
+                           nullptr, accumulate, branch_x(b), nullptr, sums);
+    } else {
+      conv_map<T>(map, input, packed, nullptr, accumulate, branch_x(b));
+    }
     if (branchwise) unpack_grad_x<E>(image, images, b.in_first, b.in);
   }
 

@@ -1,14 +1,16 @@
-// A grouped convolution of one packed map as a product of spectra: forward, data gradient and weight gradient.
+// A grouped convolution of one packed map as a product of spectra: forward and data gradient.
 //
 // Images plan only, on square maps that dft_table() has. Direct sums multiply every tap with every pixel it meets:
 // 2704 products for a 9 x 9 kernel on 8 x 8 pixels, for each pair of an input and an output channel. The spectra of
 // both on 12 x 12 have 74 complex bins, 296 products; transforms cost once per channel what they would otherwise cost
 // once per pair. With X, Y, W, D the spectra of x, y, the weights and dy:
 //
-//   y:  Y = conj(W) X        dx:  W D        dW:  conj(D) X, summed over images, of which the taps are kept
+//   y:  Y = conj(W) X        dx:  W D
 //
 // A spectrum mixes all pixels of a map: one that is not finite reaches every output of its group, and one that is very
-// large leaves rounding errors in all of them. The caller computes such lanes again directly.
+// large leaves rounding errors in all of them. find_weak() says which outputs those would spoil; they are summed
+// directly. Gradients of weights always are: no bound of the kind can be had for them at a price worth paying
+// (docs/kernels.md).
 #pragma once
 
 #include <cmath>
@@ -24,10 +26,6 @@ namespace mfef::cpu::MFEF_ISA {
 constexpr int kSpectrumTile = kRegisters == 32 ? 8 : 4;
 // Input channels of a chain of additions, two products each.
 constexpr int64_t kSpectrumChain = kChain / 2;
-
-// From this many output channels of a group on, they are the lanes of the weight gradient's products.
-template <class T>
-constexpr int64_t kLaneOutputs = kLanes<T> * 3 / 4;
 
 MFEF_INLINE int bins_per_tile(int64_t out_group) {
   return out_group >= kSpectrumTile ? 1 : kSpectrumTile / int(out_group);
@@ -214,158 +212,141 @@ void multiply_spectra(const ConvMap<T>& map, int64_t n, const T* x, const T* pac
   }
 }
 
-// --- weight gradient --------------------------------------------------------------------------------
+// --- which outputs are right ------------------------------------------------------------------------
 //
-// The products of a block of images are summed over its lanes, brought back to taps and added to the sums, a vector
-// of weights at a time: `kLanes` output channels of an input channel, or `kLanes` weights in their order (output
-// channel, input channel) where groups are narrow. The sums are [block][k][k][lane].
+// Rounding leaves errors of one size all over an output map: of kError eps times
+//
+//   R = sqrt(sum over input channels i of |w_i|^2 |x_i|^2) / n        |.|: the root of the sum of the squares
+//
+// at most. A direct sum errs by a multiple of eps times its own S, the sum over its taps of |w| |x|, which is small
+// where large pixels, or large weights, are out of reach. So an output may come out of spectra only where S is known to
+// be R kError / kAllowed or more. Two sums that are cheap give such a bound. Let the weights of an output channel be
+// u b_i v, where u is of the output channel and b_i of the input channel, and `least` the sum of the M smallest |v|.
+// However the pixels are spread over the taps of an output, if
+//
+//   sum over its taps of min(b_i |x|, limit) >= M limit,  then  S >= u limit least
+//
+// since the sum is least where all that is there lies on the smallest weights. `limit` is made as large as the R of the
+// output channel asks for that needs most. Kernels of few taps have a `least` of zero, and come out of direct sums.
 
+// Of maps of one row, one column or one pixel, constant, random or with outliers, no output was ever off by more than
+// 4 eps R.
+constexpr double kError = 4;
+// What an output may be off by, in units of eps S.
+constexpr double kAllowed = 256;
+
+// M: that of random maps and weights by which the sum above exceeds M limit most often.
 template <class T>
-MFEF_INLINE bool outputs_in_lanes(const ConvMap<T>& map) {
-  return map.out_group() >= kLaneOutputs<T>;
-}
-// Groups whose weights share blocks.
-template <class T>
-MFEF_INLINE int64_t groups_at_once(const ConvMap<T>& map) {
-  const int64_t pairs = map.in_group() * map.out_group();
-  if (outputs_in_lanes(map) || pairs >= kLanes<T>) return 1;
-  return least(map.groups, (kLanes<T> + pairs - 1) / pairs);
-}
-// Blocks of `groups` groups.
-template <class T>
-MFEF_INLINE int64_t weight_blocks(const ConvMap<T>& map, int64_t groups) {
-  constexpr int L = kLanes<T>;
-  if (outputs_in_lanes(map)) return groups * ((map.out_group() + L - 1) / L) * map.in_group();
-  const int64_t at_once = groups_at_once(map), pairs = map.in_group() * map.out_group();
-  const int64_t whole = groups / at_once * ((at_once * pairs + L - 1) / L);
-  return whole + (groups % at_once * pairs + L - 1) / L;
+MFEF_INLINE T guard_terms(const ConvMap<T>& map, int64_t n) {
+  const double taps = double(map.k * map.k), in = double(map.in_group());
+  const double share = kError / kAllowed * std::sqrt(in * taps) * double(map.height) / double(n);
+  return T(int64_t(std::sqrt(3.2 * share * in * taps)) + 1);
 }
 
-// Elements of all blocks of sums, and the gradient of group g out of them, as read_weight_grad() has it.
+// Weights of one group as they lie in memory, in one direction.
+template <class E>
+struct RawWeights {
+  const E* at;
+  int64_t out, in, row, column;  // strides
+
+  template <class T>
+  RawWeights(const ConvMap<T>& map, bool flipped, const E* weights, int64_t full_k, const int64_t stride[4], int64_t g)
+      : at(weights + (full_k - map.k) / 2 * (stride[2] + stride[3]) +
+           g * stride[0] * (flipped ? map.in_group() : map.out_group())),
+        out(stride[flipped ? 1 : 0]),
+        in(stride[flipped ? 0 : 1]),
+        row(stride[2]),
+        column(stride[3]) {
+    if (!flipped) return;
+    at += (map.k - 1) * (row + column);
+    row = -row;
+    column = -column;
+  }
+};
+
+// What the guard knows of a group's weights, after the spectra of all groups: of each input channel b, and the square
+// of |w| / (u least) of the output channel where that is largest; and |w|^2 of each pair, which only this needs.
 template <class T>
-MFEF_INLINE int64_t spectra_grad_elements(const ConvMap<T>& map) {
-  return weight_blocks(map, map.groups) * map.k * map.k * kLanes<T>;
+MFEF_INLINE int64_t guard_group(const ConvMap<T>& map) {
+  return map.in_group() * (2 + map.out_group());
 }
 template <class T, class E>
-void read_spectra_grad(const ConvMap<T>& map, const T* sums, int64_t g, int64_t full_k, E* grads,
-                       const int64_t stride[4]) {
+void weigh_inputs(const ConvMap<T>& map, int64_t n, bool flipped, const E* weights, int64_t full_k,
+                  const int64_t stride[4], T* guard, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>;
-  const int64_t taps = int64_t(map.k) * map.k, in_group = map.in_group(), out_group = map.out_group();
-  const int64_t at_once = groups_at_once(map), first = g % at_once * in_group * out_group;
-  sums += weight_blocks(map, g - g % at_once) * taps * L;
-  grads += g * out_group * stride[0] + (full_k - map.k) / 2 * (stride[2] + stride[3]);
-  for (int64_t o = 0; o < out_group; ++o) {
-    for (int64_t i = 0; i < in_group; ++i) {
-      // In blocks of pairs, or of output channels for each input channel.
-      const int64_t pair = first + o * in_group + i;
-      const int64_t block = outputs_in_lanes(map) ? o / L * in_group + i : pair / L;
-      const T* from = sums + block * taps * L + (outputs_in_lanes(map) ? o : pair) % L;
-      E* to = grads + o * stride[0] + i * stride[1];
-      for (int ky = 0; ky < map.k; ++ky) {
-        for (int kx = 0; kx < map.k; ++kx, from += L) from_compute(*from, to + ky * stride[2] + kx * stride[3]);
+  const int64_t in = map.in_group(), out = map.out_group(), taps = int64_t(map.k) * map.k;
+  const T terms = guard_terms(map, n);
+  alignas(64) T sizes[kLongestDft * kLongestDft + L];  // |w| of the taps of a pair, and what a vector has beyond them
+  for (int64_t g = begin; g < end; ++g) {
+    const RawWeights<E> raw(map, flipped, weights, full_k, stride, g);
+    T *scale = guard + g * guard_group(map), *reach = scale + in, *squares = reach + in;
+    auto read = [&](int64_t o, int64_t i, T unit) {
+      const E* from = raw.at + o * raw.out + i * raw.in;
+      T* to = sizes;
+      for (int ky = 0; ky < map.k; ++ky, from += raw.row) {
+        for (int kx = 0; kx < map.k; ++kx) {
+          const T w = to_compute(from[kx * raw.column]);
+          *to++ = (w < T(0) ? -w : w) * unit;
+        }
       }
+      return to;
+    };
+    auto mean_square = [&](int64_t o) {
+      T sum = 0;
+      for (int64_t i = 0; i < in; ++i) sum += squares[o * in + i];
+      return sum / T(in * taps);
+    };
+    for (int64_t i = 0; i < in; ++i) scale[i] = reach[i] = T(0);
+    for (int64_t o = 0; o < out; ++o) {
+      for (int64_t i = 0; i < in; ++i) {
+        store(read(o, i, T(1)), Vec<T>{});
+        Vec<T> sum{}, sum_of_sizes{};
+        for (int64_t t = 0; t < taps; t += L) {
+          sum += load(sizes + t) * load(sizes + t);
+          sum_of_sizes += load(sizes + t);
+        }
+        // Not zero where the squares vanish.
+        const T smallest = sum_of_lanes<T>(sum_of_sizes) == T(0) ? T(0) : std::numeric_limits<T>::min();
+        squares[o * in + i] = most(sum_of_lanes<T>(sum), smallest);
+      }
+      const T u2 = mean_square(o);
+      for (int64_t i = 0; i < in && u2 > T(0); ++i) scale[i] += squares[o * in + i] / u2;
     }
-  }
-}
-
-constexpr int kLaneInputs = kRegisters == 32 ? 8 : 4;  // of a tile with output channels in the lanes
-
-// Elements of scratch of fourier_backward(); of fourier_forward() with weight_grad = false.
-template <class T>
-MFEF_INLINE int64_t fourier_scratch(const ConvMap<T>& map, int64_t n, bool weight_grad) {
-  constexpr int L = kLanes<T>;
-  const int64_t spectra = groups_at_once(map) * (map.in_group() + map.out_group()) * spectrum_vectors(n) * L;
-  if (!weight_grad) return spectra;
-  return spectra + (outputs_in_lanes(map) ? L + kLaneInputs : 1) * 2 * dft_bins(n) * L;
-}
-
-// Output channels in the lanes: dy is transposed to [bin][re, im][image][lane], x is read a number at a time.
-template <class T>
-void weight_spectra_lanes(const ConvMap<T>& map, const DftTable<T>& table, int images, const T* x, const T* dy, T* sums,
-                          T* scratch, T* probe) {
-  constexpr int L = kLanes<T>;
-  const int64_t bins = dft_bins(table.n), step = spectrum_vectors(table.n) * L;
-  const int64_t in_group = map.in_group(), out_group = map.out_group(), taps = int64_t(map.k) * map.k;
-  const T scale = T(1.0 / (double(table.n) * table.n));
-  T *turned = scratch, *products = scratch + 2 * bins * L * L;
-  for (int64_t o = 0; o < out_group; o += L) {
-    for (int64_t b = 0; b < 2 * bins; ++b) {
-      Vec<T> rows[L];
-      for (int r = 0; r < L; ++r) rows[r] = o + r < out_group ? load(dy + (o + r) * step + b * L) : Vec<T>{};
-      transpose<T>(rows);
-      for (int r = 0; r < L; ++r) store(turned + (b * L + r) * L, rows[r]);
-    }
-    for (int64_t i = 0; i < in_group;) {
-      auto tile = [&](auto inputs) {
-        constexpr int kIn = decltype(inputs)::value;
-        for (int64_t b = 0; b < bins; ++b) {
-          Vec<T> re[kIn], im[kIn];
-          static_for<kIn>([&](auto j) { re[decltype(j)::value] = im[decltype(j)::value] = Vec<T>{}; });
-          const T* d = turned + 2 * b * L * L;
-          const T* at = x + i * step + 2 * b * L;
-          for (int r = 0; r < images; ++r, d += L, ++at) {
-            const Vec<T> d_re = load(d), d_im = load(d + L * L);
-            static_for<kIn>([&](auto j) {
-              constexpr int j_ = decltype(j)::value;
-              const Vec<T> x_re = splat(at[j_ * step]), x_im = splat(at[j_ * step + L]);
-              re[j_] += d_re * x_re;
-              im[j_] += d_re * x_im;
-              re[j_] += d_im * x_im;
-              im[j_] -= d_im * x_re;
-            });
-          }
-          static_for<kIn>([&](auto j) {
+    for (int64_t i = 0; i < in; ++i) scale[i] = std::sqrt(scale[i] / T(out * taps));
+    for (int64_t o = 0; o < out; ++o) {
+      // Of the M smallest those below a bound are added, and the others are no smaller than it. The smallest of random
+      // weights lie about 1 / their number apart; where there are more of them, a lower bound serves.
+      constexpr int kBounds = 3;
+      const T u2 = mean_square(o);
+      Vec<T> count[kBounds] = {}, sum[kBounds] = {};
+      for (int64_t i = 0; i < in; ++i) {
+        if (scale[i] == T(0)) continue;  // all its spectra are zero
+        store(read(o, i, T(1) / (std::sqrt(u2) * scale[i])), splat(std::numeric_limits<T>::infinity()));
+        for (int64_t t = 0; t < taps; t += L) {
+          const Vec<T> v = load(sizes + t);
+          static_for<kBounds>([&](auto j) {
             constexpr int j_ = decltype(j)::value;
-            store(products + (j_ * bins + b) * 2 * L, re[j_]);
-            store(products + ((j_ * bins + b) * 2 + 1) * L, im[j_]);
+            const IVec<T> below = v < splat(terms / T(in * taps << j_));
+            count[j_] += below ? splat(T(1)) : Vec<T>{};
+            sum[j_] += below ? v : Vec<T>{};
           });
         }
-        for (int j = 0; j < kIn; ++j, sums += taps * L) {
-          table.inverse_kernel(products + j * bins * 2 * L, map.k, scale, sums, probe);
-        }
-        i += kIn;
-      };
-      if (in_group - i >= kLaneInputs) {
-        tile(Index<kLaneInputs>{});
-      } else if (in_group - i >= 4) {
-        tile(Index<4>{});
-      } else {
-        tile(Index<1>{});
+      }
+      T smallest = 0;
+      static_for<kBounds>([&](auto j) {
+        constexpr int j_ = decltype(j)::value;
+        const T below = sum_of_lanes<T>(count[j_]), rest = (terms - below) * (terms / T(in * taps << j_));
+        if (below <= terms) smallest = most(smallest, sum_of_lanes<T>(sum[j_]) + rest);
+      });
+      const T unit = u2 * smallest * smallest;
+      for (int64_t i = 0; i < in; ++i) {
+        const T of_pair = squares[o * in + i];
+        // What is not finite, or so small that squares vanish, is trusted nowhere.
+        const bool known = u2 > std::numeric_limits<T>::min() * T(1e6) && u2 < std::numeric_limits<T>::infinity();
+        if (known && of_pair > T(0)) reach[i] = most(reach[i], of_pair / unit);
+        if (!known && u2 != T(0)) reach[i] = std::numeric_limits<T>::infinity();
       }
     }
-  }
-}
-
-// Weights in the lanes: kLanes of them at a time, each product summed over the lanes of its images.
-template <class T>
-void weight_spectra_pairs(const ConvMap<T>& map, const DftTable<T>& table, int64_t groups, const T* x, const T* dy,
-                          T* sums, T* scratch, T* probe) {
-  constexpr int L = kLanes<T>;
-  const int64_t bins = dft_bins(table.n), step = spectrum_vectors(table.n) * L;
-  const int64_t in_group = map.in_group(), out_group = map.out_group(), taps = int64_t(map.k) * map.k;
-  const int64_t pairs = groups * in_group * out_group;
-  const T scale = T(1.0 / (double(table.n) * table.n));
-  for (int64_t first = 0; first < pairs; first += L, sums += taps * L) {
-    const T *x_at[L], *dy_at[L];
-    for (int lane = 0; lane < L; ++lane) {  // those beyond the last pair are never read
-      const int64_t pair = least(first + lane, pairs - 1);
-      x_at[lane] = x + (pair / (in_group * out_group) * in_group + pair % in_group) * step;
-      dy_at[lane] = dy + pair / in_group * step;
-    }
-    for (int64_t b = 0; b < 2 * bins * L; b += 2 * L) {
-      Vec<T> re[L], im[L];
-      static_for<L>([&](auto lane) {
-        constexpr int l = decltype(lane)::value;
-        re[l] = load(dy_at[l] + b) * load(x_at[l] + b) + load(dy_at[l] + b + L) * load(x_at[l] + b + L);
-      });
-      store(scratch + b, sums_of_lanes<T>(re));
-      static_for<L>([&](auto lane) {
-        constexpr int l = decltype(lane)::value;
-        im[l] = load(dy_at[l] + b) * load(x_at[l] + b + L) - load(dy_at[l] + b + L) * load(x_at[l] + b);
-      });
-      store(scratch + b + L, sums_of_lanes<T>(im));
-    }
-    table.inverse_kernel(scratch, map.k, scale, sums, probe);
   }
 }
 
@@ -378,256 +359,268 @@ MFEF_INLINE int64_t meeting(int64_t side, int64_t k) {
   return count;
 }
 
-// Rounding errors are proportional to what whole spectra hold, direct sums' only to what reaches the maps: where few
-// taps miss a large pixel, the rest falls off the edges. Of maps and kernels that are random everywhere, meeting()
-// says how much does; twice that keeps the error within the accuracy rule.
-constexpr int kMostLost = 2;
+constexpr int64_t kMostSide = 16;  // of a map that has spectra
+
+// Where some outputs have so much less than they need, the maximum of their map must not be taken with the slack of
+// spectra: all of it is summed directly.
+template <class T>
+constexpr T kSevere = 4;
+
+template <class T>
+MFEF_INLINE Vec<T> absolute(Vec<T> v) {
+  return v < Vec<T>{} ? -v : v;
+}
+
+// v[j] = the sum of v[i], |i - j| <= radius, for a line of `side` vectors, `step` elements apart. Nothing is subtracted:
+// a small sum beside large values stays right.
+template <class T>
+MFEF_INLINE void sum_windows(T* v, int64_t side, int64_t step, int64_t radius) {
+  Vec<T> line[kMostSide], before[kMostSide], after[kMostSide];
+  for (int64_t i = 0; i < side; ++i) {
+    line[i] = load(v + i * step);
+    before[i] = i ? before[i - 1] + line[i] : line[i];
+  }
+  for (int64_t i = side - 1; i >= 0; --i) after[i] = i < side - 1 ? after[i + 1] + line[i] : line[i];
+  for (int64_t i = 0; i < side; ++i) {
+    const int64_t first = i - radius, last = i + radius;
+    Vec<T> sum;
+    if (first <= 0) {
+      sum = before[least(last, side - 1)];
+    } else if (last >= side - 1) {
+      sum = after[first];
+    } else {
+      sum = line[first];
+      for (int64_t j = first + 1; j <= last; ++j) sum += line[j];
+    }
+    store(v + i * step, sum);
+  }
+}
+
+// Outputs of one group that may not come out of spectra, the same for all its output channels.
+template <class T>
+struct Weak {
+  alignas(64) IVec<T> lanes[kMostSide * kMostSide];  // of each pixel
+  bool vacant[kMostSide * kMostSide];                // nothing but zeros meets a tap in those lanes
+  IVec<T> whole;                                     // lanes of which all pixels are weak
+  bool any, all;                                     // any output, all of them
+};
+
+// x: the channels of the group.
+template <class T>
+void find_weak(const ConvMap<T>& map, int64_t n, const T* x, const T* guard, Weak<T>& weak) {
+  constexpr int L = kLanes<T>;
+  const int64_t in = map.in_group(), pixels = map.height * map.width;
+  const T *scale = guard, *reach = guard + in;
+  const Vec<T> infinity = splat(std::numeric_limits<T>::infinity());
+  Vec<T> square{};
+  for (int64_t i = 0; i < in; ++i) {
+    Vec<T> sum[4] = {};
+    const T* at = x + i * map.channel;
+    int64_t p = 0;
+    for (; p + 4 <= pixels; p += 4) {
+      static_for<4>([&](auto j) {
+        const Vec<T> v = load(at + (p + decltype(j)::value) * L);
+        sum[decltype(j)::value] += v * v;
+      });
+    }
+    for (; p < pixels; ++p) sum[0] += load(at + p * L) * load(at + p * L);
+    square += (sum[0] + sum[1] + (sum[2] + sum[3])) * splat(reach[i]);
+  }
+  Vec<T> limit;
+  for (int lane = 0; lane < L; ++lane) limit[lane] = std::sqrt(square[lane]);
+  limit *= splat(T(kError / kAllowed / double(n)));
+  // What is not finite, or so small that its square vanishes, is trusted nowhere; but a map of zeros is.
+  const IVec<T> known = (square > splat(std::numeric_limits<T>::min() * T(1e6))) & (square < infinity);
+  limit = known ? limit : infinity;
+  alignas(64) T sums[kMostSide * kMostSide * L];
+  auto add = [&](int64_t i, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    Vec<T> factor[kCount];
+    static_for<kCount>([&](auto j) { factor[decltype(j)::value] = splat(scale[i + decltype(j)::value]); });
+    for (int64_t p = 0; p < pixels; ++p) {
+      Vec<T> sum = i ? load(sums + p * L) : Vec<T>{};
+      static_for<kCount>([&](auto j) {
+        constexpr int j_ = decltype(j)::value;
+        const Vec<T> size = absolute<T>(load(x + (i + j_) * map.channel + p * L)) * factor[j_];
+        sum += size < limit ? size : limit;
+      });
+      store(sums + p * L, sum);
+    }
+  };
+  int64_t i = 0;
+  for (; i + 4 <= in; i += 4) add(i, Index<4>{});
+  for (; i < in; ++i) add(i, Index<1>{});
+  IVec<T> blank{};
+  if (any_lane<T>(~known)) {
+    Vec<T> total{};
+    for (int64_t p = 0; p < pixels; ++p) total += load(sums + p * L);
+    blank = total == Vec<T>{};
+  }
+  for (int64_t h = 0; h < map.height; ++h) sum_windows(sums + h * map.width * L, map.width, L, map.k / 2);
+  for (int64_t w = 0; w < map.width; ++w) sum_windows(sums + w * L, map.height, map.width * L, map.k / 2);
+  const Vec<T> wanted = limit * splat(guard_terms(map, n));
+  weak.whole = ~known;
+  for (int64_t p = 0; p < pixels; ++p) {
+    const Vec<T> sum = load(sums + p * L);
+    weak.lanes[p] = ~(sum >= wanted) & ~blank;
+    weak.whole |= weak.lanes[p] & (sum != Vec<T>{}) & (sum * splat(kSevere<T>) < wanted);
+  }
+  weak.whole &= ~blank;
+  weak.any = weak.all = !any_lane<T>(~(weak.whole | blank));
+  weak.whole |= weak.all ? blank : IVec<T>{};
+  for (int64_t p = 0; p < pixels; ++p) {
+    weak.lanes[p] |= weak.whole;
+    const bool some = any_lane<T>(weak.lanes[p]);
+    weak.any |= some;
+    weak.vacant[p] = some && !any_lane<T>(weak.lanes[p] & (load(sums + p * L) != Vec<T>{}));
+  }
+}
+
+// The weak outputs of group g by direct sums, an input channel at a time; y: the channels of the group, y_step apart.
+// Several output channels share a load of x.
+template <class T, class E>
+void direct_sums(const ConvMap<T>& map, const Weak<T>& weak, const T* x, const RawWeights<E>& raw, const T* bias, T* y,
+                 int64_t y_step) {
+  constexpr int L = kLanes<T>;
+  const int radius = map.k / 2;
+  auto pixel = [&](int64_t h, int64_t w, int64_t o, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    const int64_t ky_begin = most<int64_t>(0, radius - h), ky_end = least<int64_t>(map.k, map.height + radius - h);
+    const int64_t kx_begin = most<int64_t>(0, radius - w), kx_end = least<int64_t>(map.k, map.width + radius - w);
+    const int64_t p = h * map.width + w;
+    Vec<T> sum[kCount] = {};
+    for (int64_t i = 0; i < map.in_group() && !weak.vacant[p]; ++i) {
+      Vec<T> part[kCount] = {};
+      for (int64_t ky = ky_begin; ky < ky_end; ++ky) {
+        const T* row = x + i * map.channel + ((h + ky - radius) * map.width + w - radius) * L;
+        const E* from = raw.at + o * raw.out + i * raw.in + ky * raw.row;
+        for (int64_t kx = kx_begin; kx < kx_end; ++kx) {
+          const Vec<T> v = load(row + kx * L);
+          static_for<kCount>([&](auto r) {
+            constexpr int r_ = decltype(r)::value;
+            part[r_] += v * splat(T(to_compute(from[r_ * raw.out + kx * raw.column])));
+          });
+        }
+      }
+      static_for<kCount>([&](auto r) { sum[decltype(r)::value] += part[decltype(r)::value]; });
+    }
+    static_for<kCount>([&](auto r) {
+      constexpr int r_ = decltype(r)::value;
+      if (bias) sum[r_] += splat(bias[o + r_]);
+      T* to = y + (o + r_) * y_step + p * L;
+      store(to, weak.lanes[p] ? sum[r_] : load(to));
+    });
+  };
+  constexpr int kMany = kRegisters == 32 ? 8 : 4;
+  for (int64_t h = 0; h < map.height; ++h) {
+    for (int64_t w = 0; w < map.width; ++w) {
+      if (!any_lane<T>(weak.lanes[h * map.width + w])) continue;
+      int64_t o = 0;
+      for (; o + kMany <= map.out_group(); o += kMany) pixel(h, w, o, Index<kMany>{});
+      for (; o < map.out_group(); ++o) pixel(h, w, o, Index<1>{});
+    }
+  }
+}
 
 // y is right to so many units of rounding of the root mean square of its spectra (of the channel of the group where it
 // is largest). Pixels of equal sums were seen to differ by 15 such units, and by 38 in the worst of a million.
 constexpr int kSlack = 16;
 
-// Of the output maps of one group: the energy of their spectra and that of the maps.
+// The root mean square of the output maps of a group: of the one where it is largest.
 template <class T>
-struct Energies {
-  Vec<T> spectra{}, largest{};
-  alignas(64) T maps[kLanes<T>] = {};
-
-  void add_spectrum(const T* bins, int64_t n) {
-    const int64_t count = 2 * dft_bins(n);
-    Vec<T> sums[4] = {};
-    auto add = [&](int64_t first, auto vectors) {
-      static_for<decltype(vectors)::value>([&](auto i) {
-        const Vec<T> v = load(bins + (first + decltype(i)::value) * kLanes<T>);
+Vec<T> largest_spectrum(int64_t channels, int64_t n, const T* spectra) {
+  const int64_t count = 2 * dft_bins(n);
+  Vec<T> largest{};
+  for (int64_t c = 0; c < channels; ++c, spectra += spectrum_vectors(n) * kLanes<T>) {
+    Vec<T> sums[2] = {};
+    for (int64_t at = 0; at < count; at += 2) {
+      static_for<2>([&](auto i) {
+        const Vec<T> v = load(spectra + (at + decltype(i)::value) * kLanes<T>);
         sums[decltype(i)::value] += v * v;
       });
-    };
-    int64_t at = 0;
-    for (; at + 4 <= count; at += 4) add(at, Index<4>{});
-    if (at < count) add(at, Index<2>{});
-    // They are half of a spectrum; the other half is its mirror image.
-    const Vec<T> energy = (sums[0] + sums[1] + (sums[2] + sums[3])) * T(2 * n * n);
-    spectra += energy;
-    largest = energy > largest ? energy : largest;
+    }
+    const Vec<T> sum = sums[0] + sums[1];
+    largest = sum > largest ? sum : largest;
   }
-  Vec<T> slack(int64_t n) const {
-    Vec<T> v;
-    for (int i = 0; i < kLanes<T>; ++i) v[i] = std::sqrt(largest[i]);
-    return v * (kSlack * std::numeric_limits<T>::epsilon() / T(n));
-  }
-  // The lanes to compute again directly. What is not finite, or whose square is not, is among them.
-  IVec<T> lost(const ConvMap<T>& map) const {
-    const double kept = double(meeting(map.height, map.k)) / double(map.height * map.k);
-    const Vec<T> found = load(maps);
-    return ~(spectra * T(kept * kept / kMostLost) <= found) | (found * T(0) != T(0));
-  }
-};
+  for (int i = 0; i < kLanes<T>; ++i) largest[i] = std::sqrt(2 * largest[i]);  // bins are half of a spectrum
+  return largest;
+}
 
-// y = conv(x), both [channel][pixel][lane] without borders. Returns the lanes of y that are lost. slack: to
-// what each output channel is right; null where nobody asks.
+// Elements of scratch.
 template <class T>
-IVec<T> fourier_forward(const ConvMap<T>& map, const DftTable<T>& table, const T* x, const T* packed, const T* bias,
-                        T* y, T* slack, T* scratch) {
+MFEF_INLINE int64_t fourier_scratch(const ConvMap<T>& map, int64_t n) {
+  return (map.in_group() + map.out_group()) * spectrum_vectors(n) * kLanes<T>;
+}
+
+// y = conv(x), or y += conv(x), both [channel][pixel][lane] without borders; kBackward: of a data gradient, whose map
+// this is. x and y are not the same. slack: to what each output channel is right; null where nobody asks.
+template <class T, bool kBackward, class E>
+void fourier_map(const ConvMap<T>& map, const DftTable<T>& table, const T* x, const T* packed, const E* weights,
+                 int64_t full_k, const int64_t stride[4], const T* bias, bool accumulate, T* y, T* slack, T* scratch) {
   const int64_t in_group = map.in_group(), out_group = map.out_group();
   const int64_t step = spectrum_vectors(table.n) * kLanes<T>, group_size = packed_spectra_group(map, table.n);
-  T* y_spectra = scratch + in_group * step;
-  IVec<T> lost{};
-  for (int64_t g = 0; g < map.groups; ++g) {
-    for (int64_t i = 0; i < in_group; ++i) table.map(x + (g * in_group + i) * map.channel, scratch + i * step);
-    multiply_spectra<T, true>(map, table.n, scratch, packed + g * group_size, y_spectra);
-    Energies<T> energies;
+  const T* guard = packed + map.groups * group_size;
+  T* spectra = scratch + in_group * step;
+  Weak<T> weak;
+  for (int64_t g = 0; g < map.groups; ++g, x += in_group * map.channel, y += out_group * map.out_channel) {
+    find_weak(map, table.n, x, guard + g * guard_group(map), weak);
+    Vec<T> gap{};
+    // What is added to y takes the place of its spectra first.
+    T* to = accumulate ? spectra : y;
+    const int64_t to_step = accumulate ? step : map.out_channel;
+    const T* of_group = bias ? bias + g * out_group : nullptr;
+    if (!weak.all) {
+      for (int64_t i = 0; i < in_group; ++i) table.map(x + i * map.channel, scratch + i * step);
+      multiply_spectra<T, !kBackward>(map, table.n, scratch, packed + g * group_size, spectra);
+      if (slack) {
+        gap = largest_spectrum(out_group, table.n, spectra) * splat(kSlack * std::numeric_limits<T>::epsilon());
+        gap = weak.whole ? Vec<T>{} : gap;  // direct sums that are equal are equal
+      }
+      for (int64_t o = 0; o < out_group; ++o) {
+        table.inverse_map(spectra + o * step, of_group ? of_group + o : nullptr, to + o * to_step);
+      }
+    }
+    if (weak.any) {
+      direct_sums(map, weak, x, RawWeights<E>(map, kBackward, weights, full_k, stride, g), of_group, to, to_step);
+    }
     for (int64_t o = 0; o < out_group; ++o) {
-      const int64_t c = g * out_group + o;
-      energies.add_spectrum(y_spectra + o * step, table.n);
-      table.inverse_map(y_spectra + o * step, y + c * map.out_channel,
-                        {false, bias ? bias + c : nullptr, energies.maps});
-    }
-    lost |= energies.lost(map);
-    for (int64_t o = 0; slack && o < out_group; ++o) {
-      store(slack + (g * out_group + o) * kLanes<T>, energies.slack(table.n));
-    }
-  }
-  for (int64_t o = 0; slack && any_lane<T>(lost) && o < map.out; ++o) {  // direct sums that are equal are equal
-    store(slack + o * kLanes<T>, lost ? Vec<T>{} : load(slack + o * kLanes<T>));
-  }
-  return lost;
-}
-
-// The taps of a kernel are what is left of products of whole maps, whose rounding errors are proportional to
-// `energy`, the root of the sum over the images of |x|^2 |dy|^2 (of the channels where they are largest). Where that
-// is so many times the largest gradient, nearly all that was multiplied lies too far apart to meet under the kernel;
-// direct sums never form those products. Random maps stay below 4; 8 keeps the error within the accuracy rule.
-constexpr int kDoubt = 8;
-
-// Of a block of images, the largest sum of squares over the pixels of a channel, lane by lane.
-template <class T>
-MFEF_INLINE Vec<T> largest_energy(const ConvMap<T>& map, const T* x, int64_t channels, int64_t step) {
-  Vec<T> most_energy{};
-  for (int64_t c = 0; c < channels; ++c, x += step) {
-    Vec<T> sum{};
-    for (int64_t p = 0; p < map.height * map.width; ++p) sum += load(x + p * kLanes<T>) * load(x + p * kLanes<T>);
-    most_energy = sum > most_energy ? sum : most_energy;
-  }
-  return most_energy;
-}
-
-// The gradients of a branch whose forward is `map`, of those that are asked for: sums += that of the weights, if
-// `sums`, and energy += its square; dx = that of x, or dx += it, if `packed`. dx may be x. Returns whether anything is
-// lost.
-template <class T>
-bool fourier_backward(const ConvMap<T>& map, const DftTable<T>& table, int images, const T* x, const T* dy,
-                      const T* packed, bool accumulate, T* dx, T* sums, T* energy, T* scratch) {
-  const int64_t step = spectrum_vectors(table.n) * kLanes<T>, at_once = groups_at_once(map);
-  const int64_t taps = int64_t(map.k) * map.k;
-  ConvMap<T> back = map;
-  back.in = map.out;
-  back.out = map.in;
-  const int64_t group_size = packed_spectra_group(back, table.n);
-  T* dy_spectra = scratch + at_once * map.in_group() * step;
-  T* rest = dy_spectra + at_once * map.out_group() * step;
-  T most_energy = 0, probe[kLanes<T>] = {};
-  IVec<T> lost{};
-  for (int64_t g = 0; g < map.groups; g += at_once) {
-    const int64_t groups = least(at_once, map.groups - g);
-    const int64_t in = groups * map.in_group(), out = groups * map.out_group();
-    const int64_t first_in = g * map.in_group(), first_out = g * map.out_group();
-    for (int64_t o = 0; o < out; ++o) table.map(dy + (first_out + o) * map.out_channel, dy_spectra + o * step);
-    if (sums) {
-      const Vec<T> energies = largest_energy(map, x + first_in * map.channel, in, map.channel) *
-                              largest_energy(map, dy + first_out * map.out_channel, out, map.out_channel);
-      most_energy = most(most_energy, sum_of_lanes<T>(energies));
-      for (int64_t i = 0; i < in; ++i) table.map(x + (first_in + i) * map.channel, scratch + i * step);
-      if (outputs_in_lanes(map)) {
-        weight_spectra_lanes(map, table, images, scratch, dy_spectra, sums, rest, probe);
-      } else {
-        weight_spectra_pairs(map, table, groups, scratch, dy_spectra, sums, rest, probe);
+      if (slack) store(slack + (g * out_group + o) * kLanes<T>, gap);
+      if (!accumulate) continue;
+      T* sum = y + o * map.out_channel;
+      for (int64_t p = 0; p < map.height * map.width; ++p) {
+        const int64_t at = p * kLanes<T>;
+        store(sum + at, load(sum + at) + load(to + o * to_step + at));
       }
-      sums += weight_blocks(map, groups) * taps * kLanes<T>;
-    }
-    if (!packed) continue;
-    for (int64_t r = 0; r < groups; ++r) {
-      multiply_spectra<T, false>(back, table.n, dy_spectra + r * map.out_group() * step, packed + (g + r) * group_size,
-                                 scratch + r * map.in_group() * step);
-      Energies<T> energies;
-      for (int64_t i = r * map.in_group(); i < (r + 1) * map.in_group(); ++i) {
-        energies.add_spectrum(scratch + i * step, table.n);
-        table.inverse_map(scratch + i * step, dx + (first_in + i) * map.channel, {accumulate, nullptr, energies.maps});
-      }
-      lost |= energies.lost(map);
     }
   }
-  if (sums) *energy += most_energy;
-  return any_lane<T>(lost | (load(probe) != load(probe)));
-}
-
-// Whether the weights' gradient of a branch, out of its sums, may be off by more than it should.
-template <class T>
-bool is_doubtful(const ConvMap<T>& map, const T* sums, T energy) {
-  Vec<T> largest{};
-  for (int64_t i = 0; i < spectra_grad_elements(map); i += kLanes<T>) {
-    const Vec<T> v = load(sums + i), size = v < T(0) ? -v : v;
-    largest = size > largest ? size : largest;
-  }
-  T of_all = 0;
-  for (int i = 0; i < kLanes<T>; ++i) of_all = most(of_all, T(largest[i]));
-  // Divided, lest the square overflow; an energy that did so is doubtful too.
-  return energy != T(0) && !(energy / of_all / T(kDoubt * kDoubt) <= of_all);
 }
 
 // What the planner takes for the cycles of a block of images, fitted to the times of 94 branches on each instruction
 // set (docs/kernels.md): of a transform, for each bin; of a product of a pair's spectra, the weights' transform
-// included, and of the weight gradient's, with weights in the lanes, for each bin; of turning dy, for each bin; of a
-// direct product; of a sum over the lanes.
+// included, for each bin; of a direct product.
 #if defined(MFEF_ISA_avx512) || defined(MFEF_ISA_avx512_bf16)
-constexpr double kTransformCost = 16, kMultiplyCost = 4.2, kPairCost = 5;
+constexpr double kTransformCost = 16, kMultiplyCost = 4.2;
 #elif defined(MFEF_ISA_avx2)
-constexpr double kTransformCost = 12, kMultiplyCost = 2.8, kPairCost = 3;
+constexpr double kTransformCost = 12, kMultiplyCost = 2.8;
 #else
-constexpr double kTransformCost = 4.5, kMultiplyCost = 3, kPairCost = 6;
+constexpr double kTransformCost = 4.5, kMultiplyCost = 3;
 #endif
-constexpr double kTurnCost = 6, kDirectCost = 0.575, kLaneSumCost = 1.4;
+constexpr double kDirectCost = 0.575;
 
-// Side of the spectra of a branch in one direction, 0 for a direct convolution: whichever should take fewer cycles.
+// Side of the spectra of a branch, 0 for a direct convolution: whichever should take fewer cycles, in either direction.
 // Not by the number of images: alone or among others, an image has the same result.
 template <class T>
-MFEF_INLINE int choose_spectrum(const BlockArgs& a, const Branch& b, bool backward) {
+MFEF_INLINE int choose_spectrum(const BlockArgs& a, const Branch& b) {
   if (a.plan != Plan::kImages || a.convolution == Convolution::kDirect || a.height != a.width || a.height < 1) return 0;
   const DftTable<T>* table = dft_table<T>(a.height, b.k);
   if (!table) return 0;
   if (a.convolution == Convolution::kFourier) return table->n;
-  const double pairs = double(b.out) * double(b.in / b.groups), side = double(a.height),
-               bins = double(dft_bins(table->n));
-  const double line = double(meeting(a.height, b.k));
+  const double pairs = double(b.out) * double(b.in / b.groups), side = double(a.height);
+  const double bins = double(dft_bins(table->n)), line = double(meeting(a.height, b.k));
   const bool clips = images_map<T>(b.in, b.out, b.groups, b.k, a.height, a.width).layout == kClip;
   const double products = line * (clips ? line : side * double(b.k));
-  const double transform = bins * kTransformCost, multiply = pairs * bins * kMultiplyCost;
-  double direct = pairs * products * kDirectCost;
-  double fourier = double(b.in + b.out) * transform + multiply;
-  if (backward) {
-    direct = 2 * direct + pairs * double(b.k * b.k) * kLaneSumCost;
-    fourier += double(b.in) * transform;
-    const double inverse = pairs / kLanes<T> * transform;
-    if (outputs_in_lanes(spectra_map<T>(b.in, b.out, b.groups, b.k, a.height, a.width))) {
-      const double used = double(b.out / b.groups) / double(round_up(b.out / b.groups, kLanes<T>));
-      fourier += (multiply + inverse) / used + double(b.out) * bins * kTurnCost;
-    } else {
-      fourier += pairs * bins * kPairCost + inverse;
-    }
-  }
-  return fourier < direct ? table->n : 0;
-}
-
-// The lanes of y = conv(x) that the spectra lost, by direct sums, an input channel at a time. Weights are read as they
-// are; several output channels share a load of x.
-template <class T, class E>
-void direct_lanes(const ConvMap<T>& map, const T* x, const E* weights, int64_t full_k, const int64_t stride[4],
-                  const T* bias, IVec<T> lanes, T* y) {
-  constexpr int L = kLanes<T>;
-  const int radius = map.k / 2;
-  weights += (full_k - map.k) / 2 * (stride[2] + stride[3]);
-  auto block = [&](int64_t o, auto count) {
-    constexpr int kCount = decltype(count)::value;
-    const T* group = x + o / map.out_group() * map.in_group() * map.channel;
-    for (int64_t h = 0; h < map.height; ++h) {
-      const int64_t ky_begin = most<int64_t>(0, radius - h), ky_end = least<int64_t>(map.k, map.height + radius - h);
-      for (int64_t w = 0; w < map.width; ++w) {
-        const int64_t kx_begin = most<int64_t>(0, radius - w), kx_end = least<int64_t>(map.k, map.width + radius - w);
-        Vec<T> sum[kCount] = {};
-        for (int64_t i = 0; i < map.in_group(); ++i) {
-          Vec<T> part[kCount] = {};
-          for (int64_t ky = ky_begin; ky < ky_end; ++ky) {
-            const T* row = group + i * map.channel + ((h + ky - radius) * map.width + w - radius) * L;
-            const E* from = weights + o * stride[0] + i * stride[1] + ky * stride[2];
-            for (int64_t kx = kx_begin; kx < kx_end; ++kx) {
-              const Vec<T> v = load(row + kx * L);
-              static_for<kCount>([&](auto r) {
-                constexpr int r_ = decltype(r)::value;
-                part[r_] += v * splat(to_compute(from[r_ * stride[0] + kx * stride[3]]));
-              });
-            }
-          }
-          static_for<kCount>([&](auto r) { sum[decltype(r)::value] += part[decltype(r)::value]; });
-        }
-        static_for<kCount>([&](auto r) {
-          constexpr int r_ = decltype(r)::value;
-          if (bias) sum[r_] += splat(bias[o + r_]);
-          T* to = y + (o + r_) * map.out_channel + (h * map.width + w) * L;
-          store(to, lanes ? sum[r_] : load(to));
-        });
-      }
-    }
-  };
-  constexpr int kMany = kRegisters == 32 ? 8 : 4;
-  for (int64_t o = 0; o < map.out;) {
-    const int64_t of_group = map.out_group() - o % map.out_group();
-    if (of_group >= kMany) {
-      block(o, Index<kMany>{});
-      o += kMany;
-    } else {
-      block(o, Index<1>{});
-      o += 1;
-    }
-  }
+  const double fourier = double(b.in + b.out) * bins * kTransformCost + pairs * bins * kMultiplyCost;
+  return fourier < pairs * products * kDirectCost ? table->n : 0;
 }
 
 }  // namespace mfef::cpu::MFEF_ISA

@@ -357,15 +357,6 @@ MFEF_INLINE void inverse_dft_row(const T* half, Vec<T> (&x)[kN]) {
 // Maps of kSide x kSide pixels are transformed in the corner of an n x n square. Kernels of k x k taps lie around its
 // origin, tap (r, r) on it, so that the products of spectra need no shift.
 
-// Where results of the inverse go: added to what is there, with a bias, if asked for. `energy` gets their squares
-// added, lane by lane.
-template <class T>
-struct DftResult {
-  bool accumulate;
-  const T* bias;  // one value, or null
-  T* energy;      // one vector
-};
-
 template <class T, int kN, int kSide>
 void dft_map(const T* x, T* bins) {
   constexpr int L = kLanes<T>;
@@ -374,27 +365,18 @@ void dft_map(const T* x, T* bins) {
   dft_columns<T, kN, kSide>(half, bins);
 }
 
+// With a bias, one value, unless it is null. y may be `bins`.
 template <class T, int kN, int kSide>
-void inverse_dft_map(const T* bins, T* y, const DftResult<T>& to) {
+void inverse_dft_map(const T* bins, const T* bias, T* y) {
   constexpr int L = kLanes<T>;
   alignas(64) T half[kSide * kN * L];
   inverse_dft_columns<T, kN, kSide>(bins, half);
-  Vec<T> energy = load(to.energy);
-  const Vec<T> bias = splat(to.bias ? *to.bias : T(0));
+  const Vec<T> shift = splat(bias ? *bias : T(0));
   for (int64_t h = 0; h < kSide; ++h, y += kSide * L) {
     Vec<T> x[kN];
     inverse_dft_row<T, kN, kSide>(half + h * kN * L, x);
-    if (to.accumulate) {
-      static_for<kSide>([&](auto i) { x[decltype(i)::value] += load(y + decltype(i)::value * L); });
-    }
-    if (to.bias) static_for<kSide>([&](auto i) { x[decltype(i)::value] += bias; });
-    static_for<kSide>([&](auto i) {
-      constexpr int j = decltype(i)::value;
-      store(y + j * L, x[j]);
-      energy += x[j] * x[j];
-    });
+    static_for<kSide>([&](auto i) { store(y + decltype(i)::value * L, x[decltype(i)::value] + shift); });
   }
-  store(to.energy, energy);
 }
 
 // taps: [k][k] vectors.
@@ -412,35 +394,12 @@ void dft_kernel(const T* taps, int k, T* bins) {
   dft_columns<T, kN, kN>(half, bins);
 }
 
-// taps += scale * the part of the inverse that a kernel covers. Lanes that got a value which is not finite are marked
-// in `probe`, which stays zero in the others.
-template <class T, int kN>
-void inverse_dft_kernel(const T* bins, int k, T scale, T* taps, T* probe) {
-  constexpr int L = kLanes<T>;
-  const int radius = k / 2;
-  alignas(64) T half[kN * kN * L], row[kN * L];
-  inverse_dft_columns<T, kN, kN>(bins, half);
-  Vec<T> found = load(probe);
-  for (int ky = 0; ky < k; ++ky, taps += k * L) {
-    Vec<T> x[kN];
-    inverse_dft_row<T, kN, kN>(half + (ky - radius + kN) % kN * kN * L, x);
-    static_for<kN>([&](auto i) { store(row + decltype(i)::value * L, x[decltype(i)::value]); });
-    for (int kx = 0; kx < k; ++kx) {
-      const Vec<T> sum = load(taps + kx * L) + load(row + (kx - radius + kN) % kN * L) * scale;
-      store(taps + kx * L, sum);
-      found += sum * T(0);
-    }
-  }
-  store(probe, found);
-}
-
 template <class T>
 struct DftTable {
   int n;
   void (*map)(const T* x, T* bins);
-  void (*inverse_map)(const T* bins, T* y, const DftResult<T>&);
+  void (*inverse_map)(const T* bins, const T* bias, T* y);
   void (*kernel)(const T* taps, int k, T* bins);
-  void (*inverse_kernel)(const T* bins, int k, T scale, T* taps, T* probe);
 };
 
 // The transforms for maps of side x side under kernels of k x k, with the least length that keeps what wraps around
@@ -449,7 +408,6 @@ template <class T>
 const DftTable<T>* dft_table(int64_t side, int64_t k);
 
 template <class T, int kN, int kSide>
-inline constexpr DftTable<T> kDft{kN, &dft_map<T, kN, kSide>, &inverse_dft_map<T, kN, kSide>, &dft_kernel<T, kN>,
-                                  &inverse_dft_kernel<T, kN>};
+inline constexpr DftTable<T> kDft{kN, &dft_map<T, kN, kSide>, &inverse_dft_map<T, kN, kSide>, &dft_kernel<T, kN>};
 
 }  // namespace mfef::cpu::MFEF_ISA

@@ -26,10 +26,11 @@ int64_t choose(BlockArgs& a, bool backward) {
     int64_t count = 0;
     for (int i = 0; i < a.branch_count; ++i) {
       Branch& b = a.branches[i];
-      b.spectrum = choose_spectrum<T>(a, b, backward);
+      b.spectrum = choose_spectrum<T>(a, b);
       b.packed_first = count;
       const auto map = branch_map<T>(a, b, backward);
-      count += b.spectrum ? map.groups * packed_spectra_group(map, b.spectrum) : map.weight_count();
+      count += b.spectrum ? map.groups * (packed_spectra_group(map, b.spectrum) + guard_group(map))
+                          : map.weight_count();
     }
     return count;
   });
@@ -37,7 +38,7 @@ int64_t choose(BlockArgs& a, bool backward) {
 
 template <class T>
 MFEF_INLINE int64_t packed_pieces(const Branch& b, const ConvMap<T>& map) {
-  return b.spectrum ? spectrum_blocks(map, b.spectrum) : map.groups * tiles_per_group(map);
+  return b.spectrum ? map.groups + spectrum_blocks(map, b.spectrum) : map.groups * tiles_per_group(map);
 }
 
 int64_t packed_tiles(const BlockArgs& a, bool backward) {
@@ -63,8 +64,10 @@ void prepare(const BlockArgs& a, bool backward, int64_t begin, int64_t end) {
         T* to = static_cast<T*>(backward ? a.packed_backward : a.packed) + b.packed_first;
         const int64_t from = most<int64_t>(0, begin - first), until = least(tiles, end - first);
         if (b.spectrum) {
-          pack_spectra<T>(map, *dft_table<T>(a.height, b.k), backward, weights, b.full_k, b.weight_stride, to, from,
-                          until);
+          weigh_inputs<T>(map, b.spectrum, backward, weights, b.full_k, b.weight_stride,
+                          to + map.groups * packed_spectra_group(map, b.spectrum), from, least(until, map.groups));
+          pack_spectra<T>(map, *dft_table<T>(a.height, b.k), backward, weights, b.full_k, b.weight_stride, to,
+                          most<int64_t>(0, from - map.groups), until - map.groups);
         } else {
           pack_weights<T>(map, backward, weights, b.full_k, b.weight_stride, to, from, until);
         }
@@ -88,11 +91,11 @@ int64_t lay_out(BlockArgs& a) {
     a.kept_x_elements = a.kept_grad_elements = a.channel_sum_elements = 0;
     for (int i = 0; i < a.branch_count; ++i) {
       Branch& b = a.branches[i];
-      const auto map = branch_map<T>(a, b, false);
-      b.by_channels = !b.spectrum && weight_grad_by_channels(map);
+      const auto map = gradient_map<T>(a, b);
+      b.by_channels = weight_grad_by_channels(map);
       int64_t& sums = b.by_channels ? a.channel_sum_elements : conv;
       b.grad_first = sums;
-      sums += round_up(b.spectrum ? spectra_grad_elements(map) : weight_grad_elements(map), 16);
+      sums += round_up(weight_grad_elements(map), 16);
       if (!b.by_channels) continue;
       b.kept_x_first = a.kept_x_elements;
       b.kept_grad_first = a.kept_grad_elements;
@@ -111,7 +114,7 @@ MFEF_INLINE int64_t for_channel_task(const BlockArgs& a, int64_t task, const F& 
     int64_t first = 0;
     for (int i = 0; i < a.branch_count; ++i) {
       if (!a.branches[i].by_channels) continue;
-      const auto map = branch_map<T>(a, a.branches[i], false);
+      const auto map = gradient_map<T>(a, a.branches[i]);
       const int64_t tasks = map.groups * channel_blocks_out(map) * channel_blocks_in(map);
       if (task >= first && task < first + tasks) f(a.branches[i], map, task - first, t);
       first += tasks;
@@ -133,21 +136,6 @@ void channel_task(const BlockArgs& a, int64_t task) {
   });
 }
 
-bool doubtful(const BlockArgs& a) {
-  return with_types(a.element, [&](auto, auto t) {
-    using T = decltype(t);
-    const T* partials = static_cast<const T*>(a.partials);
-    bool any = false;
-    for (int i = 0; i < a.branch_count; ++i) {
-      const Branch& b = a.branches[i];
-      if (!b.spectrum) continue;
-      any |= is_doubtful(branch_map<T>(a, b, false), partials + a.partial.conv + b.grad_first,
-                         partials[a.partial.energy + i]);
-    }
-    return any;
-  });
-}
-
 void read_branch_grad(const BlockArgs& a, int branch, int64_t group, void* to, const int64_t stride[4]) {
   with_types(a.element, [&](auto e, auto t) {
     using T = decltype(t);
@@ -155,8 +143,7 @@ void read_branch_grad(const BlockArgs& a, int branch, int64_t group, void* to, c
     const Branch& b = a.branches[branch];
     const T* sums =
         b.by_channels ? static_cast<const T*>(a.channel_sums) : static_cast<const T*>(a.partials) + a.partial.conv;
-    auto read = b.spectrum ? read_spectra_grad<T, E> : read_weight_grad<T, E>;
-    read(branch_map<T>(a, b, false), sums + b.grad_first, group, b.full_k, static_cast<E*>(to), stride);
+    read_weight_grad<T, E>(gradient_map<T>(a, b), sums + b.grad_first, group, b.full_k, static_cast<E*>(to), stride);
   });
 }
 
@@ -225,8 +212,8 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     // in the order of block.h
     MFEF_STRING(MFEF_ISA), kVectorBytes, choose,   packed_tiles,     prepare, lay_out,
-    channel_tasks,         channel_task, doubtful, read_branch_grad, units,   unit_scratch,
-    branch_scratch,        forward,      backward, fma_chain,
+    channel_tasks,         channel_task, read_branch_grad, units, unit_scratch, branch_scratch,
+    forward,               backward,     fma_chain,
 };
 
 }  // namespace mfef::cpu::MFEF_ISA

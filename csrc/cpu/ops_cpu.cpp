@@ -190,14 +190,35 @@ class Call {
 
   // Runs the backward; the parameters' gradients are then read with write().
   void backward() {
-    int32_t lost = 0;
-    args.lost = &lost;
-    backward_once();
-    // Spectra spread what is not finite over whole maps and kernels, and their errors with what is large; direct sums
-    // leave both where they belong.
-    if (!lost && !(args.need_parameters && args.batch > 0 && kernels().doubtful(args))) return;
-    args.convolution = Convolution::kDirect;
-    backward_once();
+    const Kernels& k = kernels();
+    const int64_t packed = choose(k, true);
+    if (args.branch_count && args.grad_x.data) pack(k, true, packed);
+    lay_out(k);
+    // The division into slots fixes the order of every sum; it depends on the shape alone.
+    constexpr int64_t kMostSlots = 64, kMostBytes = int64_t(128) << 20;
+    const int64_t units = k.units(args), total = args.partial.total;
+    int64_t slots = units < kMostSlots ? units : kMostSlots;
+    const int64_t affordable = kMostBytes / (total * compute_size(args.element) + 1);
+    if (args.need_parameters && slots > affordable) slots = affordable > 4 ? affordable : (units < 4 ? units : 4);
+    args.slots = slots;
+    if (args.need_parameters) {
+      args.partials = room((slots ? slots : 1) * total);
+      args.kept_x = room(args.kept_x_elements);
+      args.kept_grad = room(args.kept_grad_elements);
+      args.channel_sums = room(args.channel_sum_elements);
+    }
+    run(slots, true, [&](int64_t slot, int step, Scratch scratch) { k.backward(args, slot, step, scratch); });
+    if (!args.need_parameters) return;
+    parallel(k.channel_tasks(args), 0, [&](int64_t task, void*) { k.channel_task(args, task); });
+    if (slots == 0) {
+      std::memset(args.partials, 0, size_t(total * compute_size(args.element)));
+      std::memset(args.channel_sums, 0, size_t(args.channel_sum_elements * compute_size(args.element)));
+    }
+    if (args.element == Element::kDouble) {
+      add_slots(static_cast<double*>(args.partials), slots, total);
+    } else {
+      add_slots(static_cast<float*>(args.partials), slots, total);
+    }
   }
   // Writes the gradient whose sums start at `first`.
   void write(const Tensor& grad, int64_t first) {
@@ -234,10 +255,8 @@ class Call {
     }
   }
 
-  void backward_once() {
-    const Kernels& k = kernels();
-    const int64_t packed = choose(k, true);
-    if (args.branch_count && args.grad_x.data) pack(k, true, packed);
+  // Of the partial sums.
+  void lay_out(const Kernels& k) {
     PartialLayout& p = args.partial;
     int64_t next = 0;
     auto take = [&next](int64_t count) {
@@ -252,33 +271,7 @@ class Call {
     p.fc2_weight = take(args.hidden * args.out);
     p.fc2_bias = take(args.hidden ? args.out : 0);
     p.spatial = take(args.hidden ? 2 * args.spatial_k * args.spatial_k : 0);
-    p.energy = take(args.branch_count);
     p.total = next;
-    // The division into slots fixes the order of every sum; it depends on the shape alone.
-    constexpr int64_t kMostSlots = 64, kMostBytes = int64_t(128) << 20;
-    const int64_t units = k.units(args);
-    int64_t slots = units < kMostSlots ? units : kMostSlots;
-    const int64_t affordable = kMostBytes / (p.total * compute_size(args.element) + 1);
-    if (args.need_parameters && slots > affordable) slots = affordable > 4 ? affordable : (units < 4 ? units : 4);
-    args.slots = slots;
-    if (args.need_parameters) args.partials = room((slots ? slots : 1) * p.total);
-    if (args.need_parameters) {
-      args.kept_x = room(args.kept_x_elements);
-      args.kept_grad = room(args.kept_grad_elements);
-      args.channel_sums = room(args.channel_sum_elements);
-    }
-    run(slots, true, [&](int64_t slot, int step, Scratch scratch) { k.backward(args, slot, step, scratch); });
-    if (!args.need_parameters) return;
-    parallel(k.channel_tasks(args), 0, [&](int64_t task, void*) { k.channel_task(args, task); });
-    if (slots == 0) {
-      std::memset(args.partials, 0, size_t(p.total * compute_size(args.element)));
-      std::memset(args.channel_sums, 0, size_t(args.channel_sum_elements * compute_size(args.element)));
-    }
-    if (args.element == Element::kDouble) {
-      add_slots(static_cast<double*>(args.partials), slots, p.total);
-    } else {
-      add_slots(static_cast<float*>(args.partials), slots, p.total);
-    }
   }
 
   // Returns the elements of packed weights.
