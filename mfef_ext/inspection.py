@@ -103,9 +103,10 @@ _PLAN_TEXT = {
 
 
 def _explain_convolutions(problem: Problem, plan: dict[str, object]) -> list[str]:
-    """Which branches go by way of spectra, in each direction that any does."""
+    """Which branches go by way of spectra, in each direction that any does; gradients of weights
+    never do."""
     lines = []
-    for direction in ("forward", "backward"):
+    for direction, name in (("forward", "forward"), ("backward", "gradient of x")):
         spectra = plan[f"{direction}_spectra"]
         assert isinstance(spectra, list)
         if any(spectra):
@@ -113,7 +114,7 @@ def _explain_convolutions(problem: Problem, plan: dict[str, object]) -> list[str
                 f"k={b.kernel_size} {f'spectra of {n}x{n}' if n else 'direct'}"
                 for b, n in zip(problem.branches, spectra, strict=True)
             )
-            lines.append(f"    convolutions, {direction}: {', '.join(ways)}")
+            lines.append(f"    convolutions, {name}: {', '.join(ways)}")
     return lines
 
 

@@ -258,6 +258,30 @@ class Errors:
             assert error <= bound, f"{name}: error of {error:.3g} units is above {bound:.3g}"
 
 
+OWN = 128  # roundings of an element's own products
+
+
+def check_own_products(
+    names: Sequence[str], got: Sequence[Tensor], wanted: Sequence[Tensor], own: Sequence[Tensor]
+) -> None:
+    """Asserts that every element is right to OWN roundings, in the dtype that is computed in, of
+    ``own``, the sum of the magnitudes of the products that it is the sum of, and to its own
+    rounding."""
+    for name, g, w, o in zip(names, got, wanted, own, strict=True):
+        compute = torch.finfo(torch.float64 if g.dtype == torch.float64 else torch.float32)
+        bound = OWN * compute.eps * o + torch.finfo(g.dtype).eps * w.abs()
+        # What is too small for the dtype is 0, or as near as its smallest numbers lie.
+        bound += torch.where(o > 0, compute.smallest_normal, 0.0)
+        excess = (g.double() - w).abs() - bound
+        at = tuple(
+            int(i) for i in torch.unravel_index(excess.nan_to_num(nan=1e300).argmax(), w.shape)
+        )
+        assert excess[at] <= 0, (
+            f"{name}{list(at)} is {float(g[at])}, should be {float(w[at])}; "
+            f"the magnitudes of its products add up to {float(o[at]):.3g}"
+        )
+
+
 def unit_in_the_last_place(t: Tensor, dtype: torch.dtype) -> float:
     """Of the largest magnitude of ``t``, in ``dtype``."""
     return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest(t) or 1.0))

@@ -43,13 +43,18 @@ inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "mfef: ", name, " does not have the dtype of the input");
 }
 
-// No count of elements that the kernels multiply on (by lanes, bytes, images) may come near the limits of
-// 64 bits. A tensor can claim any size without having the memory: expanded tensors repeat one element.
+// No count of elements that the kernels multiply on (by lanes, bytes, taps) may come near the limits of 64 bits: of no
+// tensor, the batch included, nor of an image where the batch is empty. A tensor can claim any size without having the
+// memory: expanded tensors repeat one element.
 constexpr double kMostElements = double(int64_t(1) << 40);
 
-inline void check_count(const char* name, double count) {
+inline void check_count(const std::string& name, double count) {
   STD_TORCH_CHECK(count <= kMostElements, "mfef: ", name, " has about ", count,
                   " elements, at most 2^40 are supported");
+}
+inline void check_batch(const std::string& name, int64_t n, double count) {
+  check_count("an image of " + name, count);
+  check_count(name, double(n) * count);
 }
 
 // Every element that the strides reach lies inside the storage: a storage can be shrunk or freed behind a
@@ -57,11 +62,17 @@ inline void check_count(const char* name, double count) {
 inline void check_memory(const Tensor& t) {
   if (t.numel() == 0) return;
   int64_t last = 0, bytes = 0, offset = 0;
-  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
-  STD_TORCH_CHECK((offset + last + 1) * int64_t(t.element_size()) <= bytes, "mfef: a tensor of shape ", shape_of(t),
-                  " reaches beyond its storage of ", bytes, " bytes; was the storage resized?");
+  bool beyond = __builtin_add_overflow(offset, int64_t(1), &last);
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    int64_t of_dim = 0;
+    beyond |=
+        __builtin_mul_overflow(t.size(d) - 1, t.stride(d), &of_dim) || __builtin_add_overflow(last, of_dim, &last);
+  }
+  beyond |= __builtin_mul_overflow(last, int64_t(t.element_size()), &last);
+  STD_TORCH_CHECK(!beyond && last <= bytes, "mfef: a tensor of shape ", shape_of(t), " reaches beyond its storage of ",
+                  bytes, " bytes; was the storage resized?");
 }
 
 // The sizes of an (N, C, H, W) input; only N may be 0.
@@ -76,7 +87,7 @@ inline MapSize check_map(const char* name, const Tensor& x) {
                   ": C, H and W must be at least 1");
   STD_TORCH_CHECK(s.h <= ((int64_t(1) << 31) - 1) / s.w, "mfef: ", name, " has shape ", shape_of(x),
                   ": H * W must be below 2^31");
-  check_count("an image", double(s.c) * double(s.h) * double(s.w));
+  check_batch(name, s.n, double(s.c) * double(s.h) * double(s.w));
   return s;
 }
 
@@ -115,7 +126,7 @@ inline std::vector<BranchSize> check_branches(const Tensor& x, const std::vector
     branches.push_back(b);
   }
   STD_TORCH_CHECK(!split || in == x.size(1), "mfef: the branches take ", in, " channels but the input has ", x.size(1));
-  check_count("an image of the result", double(out) * double(x.size(2)) * double(x.size(3)));
+  check_batch("the result", x.size(0), double(out) * double(x.size(2)) * double(x.size(3)));
   *out_channels = out;
   return branches;
 }
@@ -133,6 +144,7 @@ struct AttentionParameters {
                     "mfef: fc1_weight must have shape (hidden, C), got ", shape_of(fc1_weight));
     const int64_t hidden = fc1_weight.size(0);
     check_count("fc1_weight", double(hidden) * double(channels));
+    check_batch("the layer of hidden units", like.size(0), double(hidden));
     check_shape("fc1_weight", fc1_weight, {hidden, channels});
     check_shape("fc2_weight", fc2_weight, {channels, hidden});
     if (fc1_bias) {

@@ -371,8 +371,8 @@ MFEF_INLINE Vec<T> absolute(Vec<T> v) {
   return v < Vec<T>{} ? -v : v;
 }
 
-// v[j] = the sum of v[i], |i - j| <= radius, for a line of `side` vectors, `step` elements apart. Nothing is subtracted:
-// a small sum beside large values stays right.
+// v[j] = the sum of v[i], |i - j| <= radius, for a line of `side` vectors, `step` elements apart. Nothing is
+// subtracted: a small sum beside large values stays right.
 template <class T>
 MFEF_INLINE void sum_windows(T* v, int64_t side, int64_t step, int64_t radius) {
   Vec<T> line[kMostSide], before[kMostSide], after[kMostSide];

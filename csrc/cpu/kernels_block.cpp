@@ -29,8 +29,8 @@ int64_t choose(BlockArgs& a, bool backward) {
       b.spectrum = choose_spectrum<T>(a, b);
       b.packed_first = count;
       const auto map = branch_map<T>(a, b, backward);
-      count += b.spectrum ? map.groups * (packed_spectra_group(map, b.spectrum) + guard_group(map))
-                          : map.weight_count();
+      count +=
+          b.spectrum ? map.groups * (packed_spectra_group(map, b.spectrum) + guard_group(map)) : map.weight_count();
     }
     return count;
   });
@@ -211,9 +211,8 @@ int64_t fma_chain(int64_t iterations) {
 extern const Kernels kKernels;
 const Kernels kKernels = {
     // in the order of block.h
-    MFEF_STRING(MFEF_ISA), kVectorBytes, choose,   packed_tiles,     prepare, lay_out,
-    channel_tasks,         channel_task, read_branch_grad, units, unit_scratch, branch_scratch,
-    forward,               backward,     fma_chain,
+    MFEF_STRING(MFEF_ISA), kVectorBytes, choose,       packed_tiles,   prepare, lay_out,  channel_tasks, channel_task,
+    read_branch_grad,      units,        unit_scratch, branch_scratch, forward, backward, fma_chain,
 };
 
 }  // namespace mfef::cpu::MFEF_ISA

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -40,8 +41,12 @@ class Pool {
       kept_ -= pieces_.front().size;
       pieces_.erase(pieces_.begin());
     }
-    kept_ += piece.size;
-    pieces_.push_back(std::move(piece));
+    try {  // worker threads call this, which no exception may leave
+      pieces_.push_back(std::move(piece));
+      kept_ += pieces_.back().size;
+    } catch (const std::bad_alloc&) {
+      // push_back() has left the piece where it was: it is freed
+    }
   }
 
  private:

@@ -331,6 +331,77 @@ def test_counts_that_overflow_are_refused():
         OPS.dual_attention(one, fc1, None, fc2, None, torch.zeros(1, 2, 1, 1), False)
 
 
+LENGTHS = [2**63 - 1, 2**62, 2**58, 2**40 + 1, 2**36 + 1]
+
+
+@pytest.mark.parametrize("images", LENGTHS)
+@pytest.mark.parametrize("side", [2, 8])
+@pytest.mark.parametrize("k", [5, 9])
+def test_batches_whose_counts_overflow_are_refused(images, side, k):
+    """Counts per image are small; those of the batch, times taps, lanes or bytes, are not."""
+    z = torch.ones(1)
+    try:
+        x = z.expand(images, 16, side, side)
+        y = z.expand(images, 4, side, side)
+    except RuntimeError:  # PyTorch's own: the number of elements does not fit into 64 bits
+        return
+    weights, hidden = [torch.ones(4, 16, k, k)], 2
+    attention = (
+        torch.ones(hidden, 4),
+        None,
+        torch.ones(4, hidden),
+        None,
+        torch.ones(1, 2, k, k),
+    )
+    of_channel, of_pixel = z.expand(images, 4), z.expand(images, side, side)
+    places = z.int()
+    saved = (
+        of_channel,
+        of_channel,
+        places.expand(of_channel.shape),
+        of_pixel,
+        places.expand(of_pixel.shape),
+    )
+    for wants_x in (False, True):
+        calls = [
+            lambda w=wants_x: OPS.multi_scale_conv2d_backward(
+                y, x, weights, [1], True, None, w, True
+            ),
+            lambda w=wants_x: OPS.dual_attention_backward(y, y, *attention, *saved, w, True),
+            lambda w=wants_x: OPS.mfef_block_backward(
+                y, x, weights, [1], True, *attention, y, *saved, w, True
+            ),
+            lambda w=wants_x: OPS.dual_attention(y, *attention, w),
+            lambda w=wants_x: OPS.mfef_block(x, weights, [1], True, *attention, w),
+            lambda: OPS.multi_scale_conv2d(x, weights, [1], True, None),
+        ]
+        for call in calls:
+            with pytest.raises(RuntimeError, match=r"at most 2\^40|not what the forward saved"):
+                call()
+
+
+def test_what_one_tensor_holds_may_overflow_in_another():
+    """The result has more channels than x, the MLP more hidden units than both."""
+    z, images = torch.ones(1), 2**38
+    x = z.expand(images, 1, 1, 1)
+    with pytest.raises(RuntimeError, match=r"the result has about .* at most 2\^40"):
+        OPS.multi_scale_conv2d(x, [torch.ones(8, 1, 1, 1)], [1], True, None)
+    mlp = torch.ones(8, 1), None, torch.ones(1, 8), None, torch.ones(1, 2, 1, 1)
+    with pytest.raises(RuntimeError, match=r"hidden units has about .* at most 2\^40"):
+        OPS.dual_attention(x, *mlp, False)
+
+
+def test_memory_that_nobody_has_is_an_error():
+    """2^40 elements may be asked for; where there is no memory, that is said, in every thread."""
+    x = torch.ones(1).expand(2**36, 4, 2, 2)
+    with pytest.raises(RuntimeError, match="memory"):
+        OPS.multi_scale_conv2d(x, [torch.ones(4, 4, 3, 3)], [1], True, None)
+    with pytest.raises(RuntimeError, match="memory"):
+        OPS.multi_scale_conv2d_backward(
+            x, x, [torch.ones(4, 4, 3, 3)], [1], True, None, False, True
+        )
+
+
 @pytest.mark.parametrize("left", [0, 64])
 def test_a_storage_that_was_shrunk_is_refused(left):
     for i in range(3):
