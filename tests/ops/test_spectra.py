@@ -168,11 +168,15 @@ def test_what_is_not_finite_stays_where_it_is(spectra, place, side, value):
     got = run()
     _C.force_cpu_convolution("direct")
     wanted = run()
-    for a, b in zip(got, wanted, strict=True):
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
         assert torch.equal(a.isnan(), b.isnan())
         assert torch.equal(a.isposinf(), b.isposinf()) and torch.equal(a.isneginf(), b.isneginf())
-        if value != 3e38 and a is not got[0]:  # the backward ran again, directly
+        if i >= 2:  # gradients of weights are direct sums
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        elif i == 1:
+            largest_sum = torch.where(b.isfinite(), b, 0.0).abs().max()
+            close = float(16 * torch.finfo(b.dtype).eps * largest_sum)
+            torch.testing.assert_close(a, b, rtol=0, atol=close, equal_nan=True)
     if value != 3e38:
         exact, plain = (
             reference.multi_scale_conv2d(x.to(d), [w.to(d) for w in weights], [1, 2])
