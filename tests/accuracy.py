@@ -27,7 +27,7 @@ from torch import Tensor
 
 import mfef_ext
 from mfef_ext import reference
-from tests.exact import ExactConvolutions
+from tests.exact import BITS, ExactConvolutions
 
 FEW = 32
 MIRRORS = ((2,), (3,), (2, 3))
@@ -216,9 +216,10 @@ def check_block(
     errors.check()
 
 
-def specification(dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """In which the reference computes, in float64, what results of a dtype are compared with."""
-    return ExactConvolutions() if dtype == torch.float64 else contextlib.nullcontext()
+def specification(dtype: torch.dtype, bits: int = BITS) -> contextlib.AbstractContextManager:
+    """In which the reference computes, in float64, what results of a dtype are compared with; of
+    float64 itself to so many bits below the largest magnitude."""
+    return ExactConvolutions(bits) if dtype == torch.float64 else contextlib.nullcontext()
 
 
 class Errors:
