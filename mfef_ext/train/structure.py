@@ -86,6 +86,19 @@ def _check_build(build: Any) -> None:
     _need(all(_is_whole(s, 1, 8) for s in strides), "strides are not from 1 to 8")
 
 
+def check_finished(config: dict[str, Any], summary: dict[str, Any]) -> None:
+    """ValueError, in a few words, unless config.json and summary.json can be of a run."""
+    _need(_is_whole(config["seed"], 0, 2**31), "seed is no number")
+    _need(all(_is_name(config[name]) for name in ("method", "dataset")), "method is no name")
+    students = config["students"]
+    _need(_is_list(students) and all(map(_is_name, students)), "students are no list of names")
+    _need(_is_name(summary["best_chosen_on"]), "best_chosen_on is no name")
+    last, best = (summary[f"{when}_test_accuracy"] for when in ("last", "best"))
+    _need(_is_mapping(last) and _is_mapping(best), "accuracies are not by role")
+    _need(set(last) == set(best), "accuracies are of different roles")
+    _need(_are_numbers([*last.values(), *best.values()]), "accuracies are no numbers")
+
+
 def check_about(about: Any) -> None:
     """ValueError, in a few words, unless what ``about`` says of a data set can be."""
     _need(_is_mapping(about), "it is no dictionary")

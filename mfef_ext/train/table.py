@@ -12,6 +12,7 @@ from typing import Any
 from . import UsageError
 from .checkpoint import CheckpointError
 from .config import METHOD_OPTIONS
+from .structure import check_finished
 
 # Runs that differ in nothing else are one experiment, repeated. Threads change rounding alone, and
 # data that lie elsewhere are the same; which test images they hold is compared.
@@ -118,11 +119,15 @@ def _read(path: Path) -> FinishedRun:
         try:
             content = json.loads(file.read_text())
             missing = keys - set(content)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{file} cannot be read ({error}); leave {path} out") from error
         if missing:
             raise CheckpointError(f"{file} says nothing of {min(missing)}; leave {path} out")
         read.append(content)
+    try:
+        check_finished(*read)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no run of mfef train ({error}); leave it out") from error
     return FinishedRun(path, *read)
 
 

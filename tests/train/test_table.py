@@ -135,7 +135,28 @@ def test_refused_in_one_sentence(tmp_path, capsys):
     refused(capsys, 2, f"{b} has not come to its end", b)
 
 
-@pytest.mark.parametrize("content", ["3", "null"])
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config", {"seed": "x"}),
+        ("config", {"seed": -1}),
+        ("config", {"students": 3}),
+        ("config", {"method": ["mfef"]}),
+        ("summary", {"last_test_accuracy": [97.0]}),
+        ("summary", {"last_test_accuracy": {"students": "97"}}),
+        ("summary", {"best_test_accuracy": {"ensemble": 97.0}}),
+        ("summary", {"best_test_accuracy": {"students": float("nan")}}),
+        ("summary", {"best_chosen_on": None}),
+    ],
+)
+def test_files_whose_content_cannot_be_are_refused(tmp_path, capsys, file, changes):
+    a = run(tmp_path / "a", 0, {"students": 97.0})
+    content = json.loads((a / f"{file}.json").read_text())
+    (a / f"{file}.json").write_text(json.dumps(content | changes))
+    refused(capsys, 4, f"{a} is no run of mfef train (", a)
+
+
+@pytest.mark.parametrize("content", ["3", "null", "[" * 10**5])
 def test_json_of_something_else_is_refused(tmp_path, capsys, content):
     a = run(tmp_path / "a", 0, {"students": 97.0})
     (a / "config.json").write_text(content)
