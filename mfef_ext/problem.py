@@ -189,6 +189,13 @@ def check_int(name: str, value: object) -> int:
     raise TypeError(f"{name} must be an int, got {_kind(value)} {value!r}")
 
 
+def check_bool(name: str, value: object) -> bool:
+    """True or False; TypeError for what is only taken for one of them, such as "no"."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_kind(value)} {value!r}")
+    return value
+
+
 def _number(name: str, value: Any) -> float:
     """What stands for one real number, as a float: see :func:`check_number`."""
     if isinstance(value, Tensor) and value.requires_grad:
@@ -223,10 +230,11 @@ def check_number(
     will not, nor a tensor that requires a gradient or lies on a GPU. ``must_be`` says in an error
     what would do.
     """
-    number = value if type(value) is float else _number(name, value)
+    # Of these torch.compile may have a symbol, of which it traces little more than comparisons.
+    number = value if type(value) in (float, int) else _number(name, value)
     if not low <= number <= high:
         raise ValueError(f"{name}={number} must be {must_be}")
-    return number
+    return float(number)
 
 
 def check_temperature(value: Any) -> float:

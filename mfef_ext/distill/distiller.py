@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..names import unknown
-from ..problem import check_int, check_number
+from ..problem import check_bool, check_int, check_number
 from .method import METHODS, Batch, Method
 from .stem import computing_once
 from .stem import share_stem as share_stem_of
@@ -42,7 +42,7 @@ class Distilled:
 
 def method_options(method: str) -> tuple[str, ...]:
     """The names of the options that ``method`` takes; ValueError if there is no such method."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(unknown(f"method={method!r}", str(method), sorted(METHODS)))
     parameters = inspect.signature(METHODS[method]).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "input_shape")
@@ -70,15 +70,16 @@ def check_labels(labels: Tensor, count: int, num_classes: int) -> None:
     if labels.device.type != "cpu" or labels.numel() == 0:
         return
     if shares:
-        sums = labels.detach().sum(1, dtype=torch.float64)
-        # What rounding to 8 or 11 bits makes of a sum.
+        p = labels.detach().double()
+        sums = p.sum(1)
+        # What rounding to few bits makes of a sum.
         close = (sums - 1).abs() <= max(1e-3, torch.finfo(labels.dtype).eps)
-        odd_rows = (~close | (labels < 0).any(1)).nonzero()
+        odd_rows = (~close | (p < 0).any(1)).nonzero()
         if len(odd_rows):
             row = int(odd_rows[0])
             raise ValueError(
-                f"labels[{row}] are no class probabilities: from {float(labels[row].min()):g} to "
-                f"{float(labels[row].max()):g}, with a sum of {float(sums[row]):g}; none may be "
+                f"labels[{row}] are no class probabilities: from {float(p[row].min()):g} to "
+                f"{float(p[row].max()):g}, with a sum of {float(sums[row]):g}; none may be "
                 "below 0, and they must add up to 1"
             )
     else:
@@ -101,7 +102,8 @@ class OnlineDistiller(nn.Module):
         tap: name of the layer (as in ``named_modules()``) whose output is the last map before
             global pooling, (N, C_i, H_i, W_i): one for all students or one each.
         input_shape: (C, H, W) of the images; one zero image is shown to the students, in eval
-            mode, to learn the shapes of their maps.
+            mode, to learn the shapes of their maps. The method's layers get the first student's
+            dtype and device.
         share_stem: gives all students, which must be of one architecture, the first one's layers
             before the last stage; what these make of a batch is computed once for all of them.
         options: the method's own, such as temperature or ramp_epochs.
@@ -151,8 +153,9 @@ class OnlineDistiller(nn.Module):
                 f"tap={tap!r} must be the name of a layer, as in named_modules(), or a list of one "
                 "for each student"
             )
-        sizes = input_shape if isinstance(input_shape, (list, tuple)) else ()
-        if len(sizes) != 3 or not all(check_int("input_shape", size) > 0 for size in sizes):
+        given = input_shape if isinstance(input_shape, (list, tuple)) else ()
+        sizes = [check_int(f"input_shape[{i}]", size) for i, size in enumerate(given)]
+        if len(sizes) != 3 or min(sizes) < 1:
             raise ValueError(
                 f"input_shape={input_shape!r} must be (channels, height, width) of one image"
             )
@@ -162,7 +165,16 @@ class OnlineDistiller(nn.Module):
                 f"tap={taps} names {len(taps)} layers for {len(students)} students: "
                 "give one name for all or one each"
             )
-        self._stem = share_stem_of(students, taps) if share_stem else []
+        teacher = options.get("teacher")
+        if isinstance(teacher, nn.Module):
+            frozen = set(map(id, teacher.parameters()))
+            for i, student in enumerate(students):
+                if not frozen.isdisjoint(map(id, student.parameters())):
+                    raise ValueError(
+                        f"teacher shares parameters with student {i}, which could not learn, since "
+                        "a teacher is frozen; give copy.deepcopy(teacher)"
+                    )
+        self._stem = share_stem_of(students, taps) if check_bool("share_stem", share_stem) else []
         self._forward_with_map = forward_with_map
         self.students = nn.ModuleList(students)
         self.taps = taps
@@ -174,6 +186,11 @@ class OnlineDistiller(nn.Module):
         if "input_shape" in inspect.signature(METHODS[method]).parameters:
             options["input_shape"] = input_shape
         self.method: Method = METHODS[method](shapes, num_classes, **options)
+        of_first = (p for p in self.students[0].parameters() if p.is_floating_point())
+        like = next(of_first, torch.empty(0))
+        for name, layers in self.method.named_children():
+            if name != "teacher":
+                layers.to(like.device, like.dtype)
 
     def _images(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """What each student is to see."""

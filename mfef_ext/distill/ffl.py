@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..functional import kd_losses
 from ..modules import FeatureFusion
-from ..problem import check_number, check_temperature
+from ..problem import check_bool, check_number, check_temperature
 from .method import Batch, Method, StudentShape, cross_entropy, label_losses, register
 from .ramp import ramp_up
 
@@ -62,7 +62,7 @@ class FeatureFusionLearning(Method):
         self.head: nn.Module = FusedHead(shapes, num_classes)
         self.temperature = check_temperature(temperature)
         self.ramp_epochs = check_number("ramp_epochs", ramp_epochs)
-        self.detach_features = detach_features
+        self.detach_features = check_bool("detach_features", detach_features)
 
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """What is fused, one map per student."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import kd_losses
 from ..problem import check_number, check_temperature
-from .method import Batch, StudentShape, label_losses, register
+from .method import Batch, StudentShape, label_losses, register, weighted
 from .teacher import TaughtByTeacher
 
 
@@ -39,9 +39,9 @@ class SoftTargets(TaughtByTeacher):
         if batch.labels is None:
             return {}, {}
         labels = label_losses(batch.logits, batch.labels)
-        terms = {name: (1 - self.alpha) * loss for name, loss in labels.items()}
+        terms = {name: weighted(1 - self.alpha, loss) for name, loss in labels.items()}
         for i, loss in enumerate(kd_losses(batch.logits, self.taught(batch), self.temperature)):
-            terms[f"kd/student{i}"] = self.alpha * loss
+            terms[f"kd/student{i}"] = weighted(self.alpha, loss)
         return {}, terms
 
     def kd_weight(self, epoch: float) -> float:

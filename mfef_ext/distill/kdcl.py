@@ -20,6 +20,7 @@ from .method import (
     cross_entropies,
     label_losses,
     register,
+    weighted,
     weighted_sum,
     wide,
 )
@@ -76,16 +77,16 @@ class CollaborativeLearning(Method):
             return {}, {}
         target = self.target(wide(torch.stack([z.detach() for z in batch.logits])), batch.labels)
         labels = label_losses(batch.logits, batch.labels)
-        terms = {name: (1 - self.alpha) * loss for name, loss in labels.items()}
+        terms = {name: weighted(1 - self.alpha, loss) for name, loss in labels.items()}
         targets = [target] * len(batch.logits)
         for i, loss in enumerate(kd_losses(batch.logits, targets, self.temperature)):
-            terms[f"kd/student{i}"] = self.alpha * loss
+            terms[f"kd/student{i}"] = weighted(self.alpha, loss)
         return {}, terms
 
     def target(self, logits: Tensor, labels: Tensor) -> Tensor:
         """z_t (N, num_classes) out of the students' (students, N, num_classes)."""
         if self.variant == "general":
-            return weighted_sum(self.weights[:, None], logits)
+            return weighted_sum(self.weights.to(logits.device)[:, None], logits)
         if self.variant == "minlogit":
             if labels.is_floating_point():
                 raise ValueError(
@@ -106,6 +107,13 @@ class CollaborativeLearning(Method):
         if not labels.is_floating_point():
             labels = F.one_hot(labels, logits[0].shape[1])
         errors = torch.stack([(z.double().softmax(1) - labels.double()).flatten() for z in logits])
+        odd = (~errors.isfinite()).any(1).nonzero()
+        if len(odd):
+            raise ValueError(
+                f"student {int(odd[0])} gives logits without a softmax, NaN or infinite, for "
+                "held-out images, so students cannot be weighed by their errors; lower the "
+                "learning rate"
+            )
         correlation = errors @ errors.T / max(len(labels), 1)
         # Students that agree to rounding make it singular; the least-norm solution shares evenly.
         solved = torch.linalg.pinv(correlation, hermitian=True).sum(1)

@@ -110,8 +110,7 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     log_p = F.log_softmax(wide(logits), dim=1)
     if not labels.is_floating_point():
         # By default -100 would be no label, without a word; here it is as wrong as -1.
-        nobody = torch.iinfo(torch.int64).min
-        return F.nll_loss(log_p, labels, reduction="none", ignore_index=nobody)
+        return F.nll_loss(log_p, labels, reduction="none", ignore_index=-(2**31))
     return -(labels.to(log_p.dtype) * log_p.masked_fill(labels == 0, 0)).sum(1)
 
 
@@ -123,6 +122,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def label_losses(logits: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
     """``ce/student<i>``: the :func:`cross_entropy` of each student."""
     return {f"ce/student{i}": cross_entropy(z, labels) for i, z in enumerate(logits)}
+
+
+def weighted(weight: float, loss: Tensor) -> Tensor:
+    """``weight * loss``, of which a weight of 0 leaves nothing, not even of an infinite loss."""
+    return weight * loss if weight else torch.zeros_like(loss)
 
 
 def weighted_sum(weights: Tensor, logits: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import MFEFBlock, MultiScaleConv2d
+from ..problem import check_bool
 from .ffl import FeatureFusionLearning
 from .method import StudentShape, register
 
@@ -67,7 +68,10 @@ class MFEF(FeatureFusionLearning):
                     "strides",
                     stacklevel=2,
                 )
-        if not fusion:
+        check_bool("multi_scale", multi_scale)
+        check_bool("channel_attention", channel_attention)
+        check_bool("spatial_attention", spatial_attention)
+        if not check_bool("fusion", fusion):
             self.head = SeparateHeads(shapes, num_classes)
         self.blocks = nn.ModuleList()
         for shape in shapes:

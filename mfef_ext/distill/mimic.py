@@ -8,7 +8,7 @@ from math import inf
 from torch import Tensor, nn
 
 from ..problem import check_number
-from .method import Batch, StudentShape, label_losses, register, wide
+from .method import Batch, StudentShape, label_losses, register, weighted, wide
 from .teacher import TaughtByTeacher
 
 
@@ -43,7 +43,7 @@ class LogitRegression(TaughtByTeacher):
             masked = (z == -inf) & (target == -inf)
             errors = (wide(z) - wide(target)).masked_fill(masked, 0).square()
             mean = errors.sum() / (~masked).sum().clamp(min=1)
-            terms[f"mse/student{i}"] = self.alpha * mean
+            terms[f"mse/student{i}"] = weighted(self.alpha, mean)
         return {}, terms
 
     def kd_weight(self, epoch: float) -> float:

@@ -119,6 +119,11 @@ def probe(
                 f"{tuple(input_shape)} ({str(error).splitlines()[0]}); give channels, height and "
                 "width of your images"
             ) from error
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"{who} ({type(network).__name__}) gives {type(logits).__name__} for an image, not "
+            f"logits (1, {num_classes}); wrap it in a module that returns its logits alone"
+        )
     if logits.shape != (1, num_classes):
         raise ValueError(
             f"{who} gives {tuple(logits.shape)} for one image, but num_classes="

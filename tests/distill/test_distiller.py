@@ -1,6 +1,7 @@
 """Any list of networks becomes one module; what cannot work is refused in a sentence."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -17,6 +18,18 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.fc(self.body(x).mean((2, 3)))
+
+
+class Answers(Net):
+    """Gives its logits ``how``: "in a tuple", or "in a tuple, training", as some networks do."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        z = super().forward(x)
+        return (z, z) if self.training or "training" not in self.how else z
 
 
 def make(students=None, method="mfef", **changes):
@@ -93,6 +106,21 @@ def test_torch_compile_traces_through_the_tap():
         ({"input_shape": (6, 6)}, ValueError, ["input_shape=(6, 6)", "(channels, height, width)"]),
         ({"input_shape": (3, 6, 6)}, ValueError, ["student 0", "input_shape=(3, 6, 6)"]),
         ({"students": []}, ValueError, ["students=[]", "at least one"]),
+        ({"students": Net()}, TypeError, ["students must be a list of networks", "got Net"]),
+        ({"students": iter([Net()])}, TypeError, ["students must be a list of networks"]),
+        ({"students": ["resnet18"]}, TypeError, ["got ['str']"]),
+        (
+            {"students": [Answers("in a tuple")]},
+            ValueError,
+            ["gives tuple for an image", "wrap it"],
+        ),
+        ({"method": ["mfef"]}, ValueError, ["method=['mfef'] is unknown"]),
+        ({"num_classes": 4.0}, TypeError, ["num_classes must be an int, got float 4.0"]),
+        ({"input_shape": 6}, ValueError, ["input_shape=6 must be (channels, height, width)"]),
+        ({"input_shape": (1, 6.0, 6)}, TypeError, ["input_shape[1] must be an int, got float 6.0"]),
+        ({"share_stem": "no"}, TypeError, ["share_stem must be True or False, got str 'no'"]),
+        ({"detach_features": "no"}, TypeError, ["detach_features must be True or False"]),
+        ({"fusion": 0}, TypeError, ["fusion must be True or False, got int 0"]),
         ({"tap": "layer9"}, ValueError, ["tap='layer9'", "body, fc"]),
         ({"tap": ["body"]}, ValueError, ["1 layers for 2 students"]),
         ({"tap": "fc"}, ValueError, ["tap='fc'", "not a map"]),
@@ -106,6 +134,80 @@ def test_bad_input(changes, error, words):
         make(**changes)
     for word in words:
         assert word in str(caught.value)
+
+
+X, Y = torch.randn(3, 1, 6, 6), torch.tensor([0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "words"),
+    [
+        (X.numpy(), TypeError, "x must be a torch.Tensor (N, C, H, W), or a list"),
+        ([X.numpy()] * 2, TypeError, "one such tensor for each student, got list"),
+        (None, TypeError, "x must be a torch.Tensor"),
+        (X[0], ValueError, "x has shape (1, 6, 6); give (N, C, H, W)"),
+        ([X, X[:2]], ValueError, "with the same images for every student"),
+    ],
+)
+def test_bad_images(x, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        make()(x, Y, 0)
+
+
+def test_students_of_other_answers():
+    d = make([Net(), Answers("in a tuple, training")], "dml")
+    with pytest.raises(ValueError, match=r"student 1 gives tuple and not logits \(3, 4\); wrap it"):
+        d(X, Y)
+    assert d.eval()(X, Y).loss.isfinite()
+
+
+def test_students_on_several_devices():
+    class Elsewhere(Net):
+        def forward(self, x):
+            return super().forward(x).to("meta" if len(x) > 1 else x.device)
+
+    with pytest.raises(ValueError, match="student 1 gives logits on meta and student 0 on cpu"):
+        make([Net(), Elsewhere()], "dml")(X, Y)
+
+
+def test_a_teacher_is_no_student():
+    net = Net()
+    with pytest.raises(ValueError, match=r"teacher shares parameters with student 1.*deepcopy"):
+        make([Net(), net], "kd", teacher=net)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_a_student_without_parameters():
+    class Nothing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Identity()
+
+        def forward(self, x):
+            return self.body(x).mean((2, 3)).expand(-1, 4)
+
+    assert make([Nothing(), Nothing()], "dml")(X, Y).loss.isfinite()
+
+
+@pytest.mark.parametrize("method", ["ffl", "mfef", "one", "okddip", "ab"])
+def test_the_methods_layers_follow_the_students(method):
+    """Students of float64 need not be told twice; the teacher stays as it is."""
+    options = {"teacher": Net().double(), "teacher_tap": "body"} if method == "ab" else {}
+    d = make([Net().double() for _ in range(3)], method, **options)
+    losses = d(X.double(), Y, 0.0).losses
+    sum(losses.values()).backward()
+    assert {term.dtype for term in losses.values()} == {torch.float64}
+    teacher = Net()
+    make([Net().double()], "kd", teacher=teacher)
+    assert teacher.fc.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("labels", [Y, torch.eye(4)[Y]])
+def test_compiled_with_labels(labels):
+    d = make(method="dml")
+    torch._dynamo.reset()
+    compiled = torch.compile(d, backend="eager")
+    torch.testing.assert_close(compiled(X, labels, 1.0).loss, d(X, labels, 1.0).loss)
 
 
 def test_one_network_twice_is_refused():

@@ -144,6 +144,17 @@ def test_a_gate_that_closes_entirely():
     assert all(grad.isfinite().all() for grad in of_logits)
 
 
+@pytest.mark.parametrize("name", ["kd", "kdcl"])
+def test_a_weight_of_zero_leaves_nothing_of_an_infinite_loss(name):
+    """Only soft targets, for students that mask the class that a label names."""
+    logits, taught = [widened(z) for z in draw(2)], widened(draw(4)[-1])
+    labels = torch.ones(N, dtype=torch.long)
+    options = {"alpha": 1.0} | ({"variant": "general"} if name == "kdcl" else {})
+    _, terms, of_logits, _ = give(build(name, options, 7, taught, students=2), logits, labels)
+    assert terms["ce/student0"] == 0 and terms["kd/student0"].isfinite()
+    assert all(grad.isfinite().all() for grad in of_logits)
+
+
 def test_students_that_mask_train(batch):
     """A whole step, from images on."""
     d = distiller("mfef")

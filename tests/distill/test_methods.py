@@ -259,6 +259,15 @@ def test_students_who_agree_share_the_weight():
     torch.testing.assert_close(d.method.weights, torch.tensor([0.5, 0.5]))
 
 
+def test_students_without_a_softmax_cannot_be_weighed():
+    logits = [torch.randn(20, CLASSES) for _ in range(2)]
+    logits[1][3, 0] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"student 1 gives logits without a softmax.*learning rate"
+    ):
+        distiller("kdcl", variant="general").method.calibrate(logits, torch.arange(20) % CLASSES)
+
+
 def test_each_student_may_see_its_own_images(batch):
     x, y = batch
     d = distiller("kdcl")
@@ -327,6 +336,18 @@ def test_teacher_of_other_classes(batch):
     )
     with pytest.raises(ValueError, match=r"teacher gives \(6, 6\).*\(6, 5\)"):
         d(*batch)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_an_empty_batch_moves_nothing(method, batch):
+    options = {"teacher": teacher()} if method in ("kd", "mimic", "ab") else {}
+    options |= {"teacher_tap": "features"} if method == "ab" else {}
+    d = distiller(method, (16, 24, 8), **options)
+    out = d(batch[0][:0], batch[1][:0], 0.0)
+    assert all(term == 0 for term in out.losses.values())
+    out.loss.backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in d.parameters())
+    assert all(b.isfinite().all() for b in d.buffers())
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
