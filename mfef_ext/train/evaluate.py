@@ -16,7 +16,7 @@ from .loop import accuracy
 from .models import StudentSpec
 from .presets import saved
 from .processes import join
-from .run import Run, build, changes, load_data, load_student_for
+from .run import Run, build, changes, compare_data, load_data, load_student_for
 
 
 def restore(path: Path, which: str, device: str | None = None, data_dir: Path | None = None) -> Run:
@@ -93,8 +93,7 @@ def add_data(run: Run, known: dict[str, Any] | None, file: Path) -> None:
     """Loads the run's images and compares them with the fingerprint of those that it was trained
     on, which the checkpoint ``file`` holds."""
     dataset = load_data(run.config)
-    run.fingerprint = data.fingerprint(dataset)
-    run.check_data(known, file)
+    run.complaints += compare_data(known, data.fingerprint(dataset), run.config, file)
     run.dataset = dataset.to(run.processes.device)
 
 

@@ -159,7 +159,7 @@ class Run:
                     f"({typed(name, there.get(name))}); resume it with the same options, or name a "
                     "new --out"
                 )
-        self.check_data(state.get("data"), path)
+        self.complaints += compare_data(state.get("data"), self.fingerprint, self.config, path)
         taught_by, teacher = state.get("teacher"), self.teacher
         if taught_by and teacher and taught_by["sha256"] != teacher["sha256"]:
             raise UsageError(
@@ -210,25 +210,6 @@ class Run:
             folder.write_rows(self.path / f"metrics{suffix}", self.rows)
         folder.write_rows(self.path / "timings.jsonl", self.timings)
 
-    def check_data(self, known: dict[str, Any] | None, path: Path) -> None:
-        """DataError unless the data set is the ``known`` one, which the checkpoint ``path`` names;
-        a complaint if it names none."""
-        if known is None:
-            self.complaints.append(
-                f"{path} is of a version that did not note which data a run is trained on: those "
-                "that are here are taken for its own"
-            )
-        elif differs := data.difference(known, self.fingerprint):
-            raise DataError(
-                f"{path} was trained on other data than {self.where_from} holds: {differs}; name "
-                "the folder with its own by --data-dir, or train on these into a new --out"
-            )
-
-    @property
-    def where_from(self) -> str:
-        """The data set's folder, or its name where it has none."""
-        return str(self.config.data_dir or self.config.dataset)
-
 
 # What a student's file says of its data. All but the name is compared.
 _OF_STUDENTS = ("dataset", "classes", "input_shape", "mean", "std", "scale")
@@ -241,12 +222,31 @@ NOT_OF_THE_RESULT = {
 }
 
 
+def compare_data(
+    known: dict[str, Any] | None, here: dict[str, Any], config: TrainConfig, path: Path
+) -> list[str]:
+    """DataError unless the fingerprint ``here`` is the ``known`` one, which the checkpoint ``path``
+    holds; a complaint if it holds none."""
+    if known is None:
+        return [
+            f"{path} is of a version that did not note which data a run is trained on: those that "
+            "are here are taken for its own"
+        ]
+    if differs := data.difference(known, here):
+        raise DataError(
+            f"{path} was trained on other data than {config.data_dir or config.dataset} holds: "
+            f"{differs}; name the folder with its own by --data-dir, or train on these into a new "
+            "--out"
+        )
+    return []
+
+
 def versions(config: TrainConfig) -> dict[str, str]:
     """What else a run's numbers depend on: versions of libraries, the processor's instructions, and
     a method's own file by its hash."""
     packages = ["numpy"]
     packages += ["pillow"] * (config.dataset in ("folder", "cinic10"))
-    packages += {name.partition(":")[0] for name in sorted(config.students) if ":" in name}
+    packages += sorted({name.partition(":")[0] for name in config.students if ":" in name})
     found = {"mfef_ext": __version__, "torch": str(torch.__version__)}
     found |= {name: version(name) for name in packages}
     module = METHODS[config.method].__module__

@@ -293,6 +293,19 @@ def test_every_real_file_counts_once(photos):
     assert "links to folders" in said and "other names of files" in said
 
 
+def test_of_two_ways_to_a_folder_its_own_place_counts(photos):
+    """Whatever the names: links in two classes lead to a folder that lies in one of them."""
+    for i in range(3):
+        picture(photos / "train" / "dog" / "more" / f"{i}.png")
+    before = load(photos)
+    (photos / "train" / "cat" / "a").symlink_to("../dog/more")
+    (photos / "train" / "cat" / "z").symlink_to("../dog/more")
+    (photos / "train" / "dog" / "a").symlink_to("more")
+    (photos / "train" / "dog" / "z").symlink_to("more")
+    after = load(photos)
+    assert data.fingerprint(after) == data.fingerprint(before)
+
+
 def test_a_test_set_of_links_to_training_images_is_none(photos):
     shutil.copytree(photos / "train", photos / "test", copy_function=os.link)
     with pytest.raises(DataError, match="test has 0 images of cat"):

@@ -110,12 +110,20 @@ def find_images(source: Source, folders: Sequence[Path]) -> list[list[Path]]:
 def _walk(source: Source, folder: Path) -> Iterator[tuple[bool, Path, object]]:
     """All files below ``folder``: whether a link led there, the path, and which file it is."""
     # A link to a folder around this one would show its neighbours' images here.
-    around = {folder, *folder.absolute().parents, *folder.resolve().parents}
+    around = {*folder.absolute().parents, *folder.resolve().parents}
     entered = {_identity(f, f.stat()) for f in around}
-    waiting = [(folder, folder.is_symlink())]
-    while waiting:
-        here, linked = waiting.pop()
+    # Links wait until all else is done: a folder in its own place comes first.
+    waiting: dict[bool, list[Path]] = {False: [], True: []}
+    waiting[folder.is_symlink()].append(folder)
+    while any(waiting.values()):
+        linked = not waiting[False]
+        here = waiting[linked].pop()
         try:
+            identity = _identity(here, here.stat())
+            if identity in entered:
+                source.pass_over("links to folders that were entered already", here)
+                continue
+            entered.add(identity)
             entries = list(os.scandir(here))
         except OSError as error:
             source.problem(f"{here} cannot be read ({error.strerror}); allow it, or remove it")
@@ -132,16 +140,12 @@ def _walk(source: Source, folder: Path) -> Iterator[tuple[bool, Path, object]]:
                 else:
                     source.pass_over("links to nothing", path)
                 continue
-            identity = _identity(path, status)
             if stat.S_ISREG(status.st_mode):
-                yield through_link, path, identity
-            elif not stat.S_ISDIR(status.st_mode):
-                source.pass_over("neither files nor folders", path)
-            elif identity in entered:
-                source.pass_over("links to folders that were entered already", path)
+                yield through_link, path, _identity(path, status)
+            elif stat.S_ISDIR(status.st_mode):
+                waiting[through_link].append(path)
             else:
-                entered.add(identity)
-                waiting.append((path, through_link))
+                source.pass_over("neither files nor folders", path)
 
 
 def _identity(path: Path, status: os.stat_result) -> object:
