@@ -42,45 +42,47 @@ class Explanation(str):
         return str(self)
 
 
-def _describe(x: Tensor, block: nn.Module) -> list[Problem]:
-    """The problems that one forward of ``block`` poses."""
+def _with_channels(x: Tensor, channels: int) -> Tensor:
+    """A tensor like ``x`` but for its number of channels; nothing is computed or copied."""
+    return x[:, :1].expand(-1, channels, -1, -1)
 
-    def attention_problem(a: DualAttention, y: Tensor) -> Problem:
-        return describe_dual_attention(
-            y, a.fc1_weight, a.fc1_bias, a.fc2_weight, a.fc2_bias, a.spatial_weight
-        )
 
-    def conv_problems(c: MultiScaleConv2d) -> list[Problem]:
-        weights = list(c.weights)
-        if c.mode != "hierarchical":
-            return [describe_multi_scale_conv2d(x, weights, c.groups, c.mode == "split", c.bias)]
-        part = c.channels // len(weights)
-        return [
-            describe_multi_scale_conv2d(x[:, :part], [w], [g], True, None)
-            for w, g in zip(weights, c.groups, strict=True)
-        ]
-
+def _describe(x: Tensor, block: nn.Module) -> list[tuple[Problem, str | None] | str]:
+    """What one forward of ``block`` does: operators, each with the backend that it asks for, and
+    sentences about parts that are called."""
     if isinstance(block, DualAttention):
-        return [attention_problem(block, x)]
+        return [(describe_dual_attention(x, *block._arguments()), block.backend)]
     if isinstance(block, MultiScaleConv2d):
-        return conv_problems(block)
-    if isinstance(block, MFEFBlock):
-        c, a = block.conv, block.attention
-        if c.mode == "hierarchical":
-            return [*conv_problems(c), attention_problem(a, x)]
+        why, weights, biases = block._branch_parameters()
+        if why:
+            kinds = (type(branch).__name__ for branch in block.branches)
+            return [f"the branches are called one by one ({', '.join(kinds)}): {why}"]
+        if block.mode != "hierarchical":
+            bias = torch.cat(biases) if biases else None
+            split = block.mode == "split"
+            described = describe_multi_scale_conv2d(x, weights, block.groups, split, bias)
+            return [(described, block.backend)]
+        parts = zip(weights, block.groups, block.branch_channels, strict=True)
         return [
-            describe_mfef_block(
-                x,
-                list(c.weights),
-                c.groups,
-                a.fc1_weight,
-                a.fc1_bias,
-                a.fc2_weight,
-                a.fc2_bias,
-                a.spatial_weight,
-                c.mode == "split",
-            )
+            (describe_multi_scale_conv2d(x[:, :c], [w], [g], True, None), block.backend)
+            for w, g, c in parts
         ]
+    if isinstance(block, MFEFBlock):
+        conv, attention = block.conv, block.attention
+        why, weights = block._fused()
+        if not why:
+            split = conv.mode == "split"
+            arguments: list = [weights, conv.groups, *attention._arguments(), split]
+            described = describe_mfef_block(x, *arguments)
+            return [(described, conv.backend)]
+        found: list[tuple[Problem, str | None] | str]
+        found = [f"conv and attention are called one after the other: {why}"]
+        for name, part in (("conv", conv), ("attention", attention)):
+            if isinstance(part, (MultiScaleConv2d, DualAttention)):
+                found += _describe(_with_channels(x, part.channels), part)
+            else:
+                found.append(f"{name} is a {type(part).__name__}, which is called")
+        return found
     raise TypeError(
         f"block must be an MFEFBlock, MultiScaleConv2d or DualAttention, got {type(block).__name__}"
     )
@@ -222,12 +224,13 @@ def explain(x: Tensor, block: nn.Module) -> Explanation:
         x: an (N, C, H, W) input of the block.
         block: an ``MFEFBlock``, ``MultiScaleConv2d`` or ``DualAttention``.
 
-    Returns a text of a few lines; nothing is computed. Raises as the block would for bad input.
+    Returns a text of a few lines, which says so where parts are called instead of fused, and why;
+    nothing is computed. Raises as the block would for bad input.
     """
-    forced = getattr(block, "backend", None)
-    problems = _describe(x, block)
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    lines = [line for p in problems for line in _explain_problem(p, forced, last)]
+    lines: list[str] = []
+    for what in _describe(x, block):
+        lines += [what] if isinstance(what, str) else _explain_problem(*what, last)
     return Explanation("\n".join(lines))
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from math import gcd
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import functional as F
 from . import reference
@@ -50,13 +53,68 @@ def _divide(channels: int, parts: int) -> list[int]:
     return [channels // parts + (i < channels % parts) for i in range(parts)]
 
 
-def _attributes(layer: nn.Module, own: dict, *names: str) -> list:
-    """Parameters or children of ``layer`` by name, ``own`` being its dictionary of them.
+# A fused operator computes with the parameters of layers that it does not call. It may stand in for
+# them only where nobody can tell, so before every call it is asked what calling them would do.
+# Whatever is not known to be harmless means that they are called.
+#
+# That is asked of six layers for one block, and may not cost what the forward of one small image
+# does. nn.Module takes ten times as long as a dictionary to look up an attribute: hence `__dict__`.
 
-    nn.Module takes ten times as long to look one up, and a block has twelve.
+_CONV2D_FORWARD = nn.Conv2d.forward
+
+
+def _told_apart(layer: nn.Module, cls: type[nn.Module]) -> str:
+    """Why calling ``layer`` is more than the ``forward`` of ``cls``; "" where it is that."""
+    if type(layer) is not cls:
+        return f"is a {type(layer).__name__}"
+    own = layer.__dict__
+    if (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    ):
+        return "has hooks"
+    if "forward" in own:
+        return "has a forward of its own"
+    return "" if own.get("_compiled_call_impl") is None else "was compiled by itself"
+
+
+def _options(own: dict) -> tuple:
+    """What a branch, whose ``__dict__`` is ``own``, has besides its parameters."""
+    return own["stride"], own["padding"], own["dilation"], own["groups"], own["padding_mode"]
+
+
+def _leaf(x: Any, *layers: nn.Module) -> bool:
+    """Whether ``x`` comes from a tracer of torch.fx that wants to see one of ``layers`` called."""
+    tracer = getattr(x, "tracer", None)
+    return tracer is not None and any(
+        tracer.is_leaf_module(layer, tracer.path_of_module(layer)) for layer in layers
+    )
+
+
+def _reset_children(layer: nn.Module) -> None:
+    """``reset_parameters`` of every layer inside that has one, the outermost first."""
+    for child in layer.children():
+        reset = getattr(child, "reset_parameters", None)
+        if reset is None:
+            _reset_children(child)
+        else:
+            reset()
+
+
+def _branch_inputs(x: Tensor, channels: int, parts: Sequence[int]) -> Sequence[Tensor]:
+    """What each branch is shown of ``x``: ``parts`` channels of it, or all where each takes all.
+
+    One function, so that a tracer of torch.fx records one call instead of its checks.
     """
-    # What is computed, as under torch.nn.utils.parametrize, is in no dictionary.
-    return [own[name] if name in own else getattr(layer, name) for name in names]
+    if has_torch_function((x,)):
+        return handle_torch_function(_branch_inputs, (x,), x, channels, parts)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"x must be (N, {channels}, H, W), got shape {tuple(x.shape)}")
+    return x.split(list(parts), dim=1) if sum(parts) == channels else [x] * len(parts)
 
 
 class MultiScaleConv2d(nn.Module):
@@ -76,6 +134,10 @@ class MultiScaleConv2d(nn.Module):
             which needs ``out_channels == channels`` and equal parts.
         bias: adds a bias per output channel.
         backend: None to choose automatically, or "reference", "cpu", "triton", "cuda".
+
+    ``branches`` holds one ``nn.Conv2d`` per branch. One operator computes all of them, unless that
+    could be told from calling them, as where one has hooks (pruning, old weight norm), was replaced
+    or changed; then they are called. States with the keys ``weights.<i>`` and ``bias`` load too.
 
     Raises ValueError or TypeError naming the argument, its value and what would do.
     """
@@ -145,62 +207,109 @@ class MultiScaleConv2d(nn.Module):
         self.groups = groups
         self.mode = mode
         self.backend = backend
-        self.weights = nn.ParameterList(
-            torch.empty(cout, cin // g, k, k, device=device, dtype=dtype)
+        self.branch_channels = tuple(in_parts)
+        self.branches = nn.ModuleList(
+            nn.Conv2d(cin, cout, k, padding=k // 2, groups=g, bias=bias, device=device, dtype=dtype)
             for cin, cout, k, g in zip(in_parts, out_parts, kernel_sizes, groups, strict=True)
         )
-        self.bias = (
-            nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
-        )
-        self.reset_parameters()
+        self._as_made = tuple(_options(branch.__dict__) for branch in self.branches)
 
     def reset_parameters(self) -> None:
-        """Kaiming-uniform weights and uniform biases, each branch as ``nn.Conv2d`` has them."""
-        bounds = []
-        for weight in self.weights:
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-            bounds.append(1 / math.sqrt(weight[0].numel()))
-        if self.bias is not None:
-            parts = self.bias.split([w.shape[0] for w in self.weights])
-            for part, bound in zip(parts, bounds, strict=True):
-                nn.init.uniform_(part, -bound, bound)
+        """Draws all parameters anew, each branch's as ``nn.Conv2d`` does."""
+        _reset_children(self)
 
-    def _weights(self) -> list[Tensor]:
-        (weights,) = _attributes(self, self._modules, "weights")
-        if type(weights) is not nn.ParameterList:
-            return list(weights)
-        return _attributes(weights, weights._parameters, *map(str, range(len(weights))))
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The branches' weights, (Cout_i, Cin_i / groups_i, k_i, k_i) each."""
+        branches: Any = self.branches
+        return tuple(branch.weight for branch in branches)
+
+    def _branch_parameters(self) -> tuple[str, list[Tensor], list[Tensor]]:
+        """Why the branches have to be called, "" if not; else their weights, and biases if any."""
+        if (
+            torch_module._global_forward_hooks
+            or torch_module._global_forward_pre_hooks
+            or torch_module._global_backward_hooks
+            or torch_module._global_backward_pre_hooks
+        ):
+            return "hooks of all modules are registered", [], []
+        if nn.Conv2d.forward is not _CONV2D_FORWARD:
+            return "nn.Conv2d has another forward", [], []
+        modules: Any = self._modules
+        branches, made = modules["branches"]._modules.values(), self._as_made
+        if len(branches) != len(made):
+            raise ValueError(
+                f"branches holds {len(branches)} modules but kernel_sizes={self.kernel_sizes} has "
+                f"{len(made)}: keep one per branch"
+            )
+        weights, biases = [], []
+        for branch, options in zip(branches, made, strict=True):
+            if why := _told_apart(branch, nn.Conv2d):
+                return f"a branch {why}", [], []
+            own = branch.__dict__
+            if _options(own) != options:
+                return "a branch has other options than it was made with", [], []
+            parameters = own["_parameters"]
+            try:
+                weights.append(parameters["weight"])
+                if (bias := parameters["bias"]) is not None:
+                    biases.append(bias)
+            except KeyError:
+                return "a branch computes its parameters", [], []
+        if biases and len(biases) < len(weights):
+            return "not every branch has a bias", [], []
+        return "", weights, biases
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mode != "hierarchical":
+        why, weights, biases = self._branch_parameters()
+        if not why and self.mode != "hierarchical":
+            if biases and not isinstance(x, Tensor):
+                # A tracer of torch.fx records what is done with parameters that it hands out.
+                biases = [branch.bias for branch in self.branches]
             return F.multi_scale_conv2d(
                 x,
-                self._weights(),
+                weights,
                 self.groups,
                 split=self.mode == "split",
-                bias=self.bias,
+                bias=torch.cat(biases) if biases else None,
                 backend=self.backend,
             )
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"x must be (N, {self.channels}, H, W), got shape {tuple(x.shape)}")
-        part = self.channels // len(self.groups)
+        inputs = _branch_inputs(x, self.channels, self.branch_channels)
         outputs: list[Tensor] = []
-        for i, (weight, g) in enumerate(zip(self.weights, self.groups, strict=True)):
-            x_i = x[:, i * part : (i + 1) * part]
-            if outputs:
+        for i, branch in enumerate(self.branches):
+            x_i = inputs[i]
+            if self.mode == "hierarchical" and outputs:
                 x_i = x_i + outputs[-1]
-            bias = None if self.bias is None else self.bias[i * part : (i + 1) * part]
+            if why:
+                outputs.append(branch(x_i))
+                continue
+            bias = biases[i] if biases else None
             outputs.append(
-                F.multi_scale_conv2d(x_i, [weight], [g], bias=bias, backend=self.backend)
+                F.multi_scale_conv2d(
+                    x_i, [weights[i]], [self.groups[i]], bias=bias, backend=self.backend
+                )
             )
         return torch.cat(outputs, dim=1)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Before the branches were modules, they had their weights in a list and one bias together.
+        for key in [key for key in state_dict if key.startswith(f"{prefix}weights.")]:
+            name = re.sub(r"^weights\.(\d+)$", r"branches.\1.weight", key.removeprefix(prefix))
+            state_dict[prefix + name] = state_dict.pop(key)
+        bias = state_dict.get(f"{prefix}bias")
+        widths = [getattr(branch, "out_channels", 0) for branch in self.branches]
+        if bias is not None and bias.shape == (sum(widths),):
+            del state_dict[f"{prefix}bias"]
+            for i, part in enumerate(bias.split(widths)):
+                state_dict[f"{prefix}branches.{i}.bias"] = part.clone()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return (
             f"{self.channels}, {self.out_channels}, kernel_sizes={self.kernel_sizes}, "
-            f"groups={self.groups}, mode={self.mode!r}, bias={self.bias is not None}"
+            f"groups={self.groups}, mode={self.mode!r}"
             + (f", backend={self.backend!r}" if self.backend else "")
         )
 
@@ -263,18 +372,53 @@ class DualAttention(nn.Module):
                 bound = 1 / math.sqrt(weight[0].numel())
                 nn.init.uniform_(bias, -bound, bound)
 
-    def _arguments(self) -> list[Tensor]:
+    def _arguments(self) -> list[Any]:
         """The parameters in the order of :func:`mfef_ext.functional.dual_attention`."""
-        names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "spatial_weight")
-        return _attributes(self, self._parameters, *names)
+        own: dict[str, Any] = self._parameters
+        try:
+            return [
+                own["fc1_weight"],
+                own["fc1_bias"],
+                own["fc2_weight"],
+                own["fc2_bias"],
+                own["spatial_weight"],
+            ]
+        except KeyError:  # what is computed, as under torch.nn.utils.parametrize, is not in there
+            return [
+                self.fc1_weight,
+                self.fc1_bias,
+                self.fc2_weight,
+                self.fc2_bias,
+                self.spatial_weight,
+            ]
 
     def forward(self, y: Tensor) -> Tensor:
         return F.dual_attention(y, *self._arguments(), backend=self.backend)
 
     def gates(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The channel gate (N, C) and the spatial gate (N, H, W), for pictures and analysis."""
-        channel_gate, _, spatial_gate = reference.attention_gates(y, *self._arguments())
-        return channel_gate, spatial_gate[:, 0]
+        return self._gates_of(self, y)
+
+    def _gates_of(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gates that arise in ``network(x)``, of which this layer is a part or all."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def look(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            # Here hooks have made the input and the parameters what they are in a forward.
+            gates = reference.attention_gates(inputs[0], *self._arguments())
+            seen.append((gates[0], gates[2][:, 0]))
+
+        handle = self.register_forward_hook(look)
+        try:
+            network(x)
+        finally:
+            handle.remove()
+        if len(seen) != 1:
+            raise RuntimeError(
+                f"the attention ran {len(seen)} times in one forward of {type(network).__name__}; "
+                "its gates can be seen where it runs once and is not compiled"
+            )
+        return seen[0]
 
     def extra_repr(self) -> str:
         return (
@@ -333,34 +477,99 @@ class MFEFBlock(nn.Module):
             dtype=dtype,
         )
         self.channels = self.conv.channels
-        self.backend = backend
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of the parts; setting it sets both."""
+        return getattr(self.conv, "backend", None)
+
+    @backend.setter
+    def backend(self, name: str | None) -> None:
+        for part in (self.conv, self.attention):
+            if isinstance(part, (MultiScaleConv2d, DualAttention)):
+                part.backend = name
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew."""
-        self.conv.reset_parameters()
-        self.attention.reset_parameters()
+        _reset_children(self)
+
+    def _fused(self) -> tuple[str, list[Tensor]]:
+        """Why the parts have to be called, "" if not; else the weights of the convolution."""
+        parts: Any = self._modules
+        conv, attention = parts["conv"], parts["attention"]
+        if why := _told_apart(conv, MultiScaleConv2d):
+            return f"conv {why}", []
+        if why := _told_apart(attention, DualAttention):
+            return f"attention {why}", []
+        if (MultiScaleConv2d.forward, DualAttention.forward) != _FORWARDS:
+            return "a class has another forward", []
+        if conv.mode == "hierarchical":
+            return "mode='hierarchical' is not fused", []
+        if conv.backend != attention.backend:
+            return f"conv has backend={conv.backend!r}, attention {attention.backend!r}", []
+        why, weights, biases = conv._branch_parameters()
+        return ("conv has a bias", []) if biases else (why, weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        conv: MultiScaleConv2d
-        attention: DualAttention
-        conv, attention = _attributes(self, self._modules, "conv", "attention")
-        if conv.mode == "hierarchical":
+        parts: Any = self._modules
+        conv, attention = parts["conv"], parts["attention"]
+        why, weights = self._fused()
+        if why or (not isinstance(x, Tensor) and _leaf(x, conv, attention)):
             return attention(conv(x))
         return F.mfef_block(
             x,
-            conv._weights(),
+            weights,
             conv.groups,
             *attention._arguments(),
             split=conv.mode == "split",
-            backend=self.backend,
+            backend=conv.backend,
         )
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The channel gate (N, C) and the spatial gate (N, H, W) that ``x`` gives rise to."""
-        return self.attention.gates(self.conv(x))
+        """The channel gate (N, C) and the spatial gate (N, H, W) that ``x`` gives rise to.
+
+        TypeError if the attention was replaced by something without a :class:`DualAttention`.
+        """
+        for layer in self.attention.modules():
+            if isinstance(layer, DualAttention):
+                return layer._gates_of(self, x)
+        raise TypeError(
+            f"attention is a {type(self.attention).__name__}, which has no gates; "
+            "use a DualAttention"
+        )
 
     def extra_repr(self) -> str:
         return f"{self.channels}" + (f", backend={self.backend!r}" if self.backend else "")
+
+
+_FORWARDS = (MultiScaleConv2d.forward, DualAttention.forward)
+
+
+def _concatenated(maps: Sequence[Tensor], in_channels: Sequence[int]) -> Tensor:
+    """The maps, brought to the first one's size, in one: (N, sum of in_channels, H, W).
+
+    One function, so that a tracer of torch.fx records one call instead of its checks.
+    """
+    several = maps if isinstance(maps, (list, tuple)) else (maps,)
+    if has_torch_function(several):
+        return handle_torch_function(_concatenated, several, maps, in_channels)
+    if len(maps) != len(in_channels):
+        raise ValueError(
+            f"maps has {len(maps)} entries but in_channels={in_channels} "
+            f"was built for {len(in_channels)}"
+        )
+    for i, (m, c) in enumerate(zip(maps, in_channels, strict=True)):
+        if not isinstance(m, Tensor):
+            raise TypeError(f"maps[{i}] must be a torch.Tensor, got {type(m).__name__}")
+        if m.dim() != 4 or m.shape[1] != c:
+            raise ValueError(f"maps[{i}] must be (N, {c}, H, W), got shape {tuple(m.shape)}")
+        if m.shape[0] != maps[0].shape[0]:
+            raise ValueError(f"maps[{i}] has batch {m.shape[0]} but maps[0] has {maps[0].shape[0]}")
+    size = (maps[0].shape[2], maps[0].shape[3])
+    aligned = [
+        m if m.shape[2:] == size else nn.functional.adaptive_avg_pool2d(m, size) for m in maps
+    ]
+    return torch.cat(aligned, dim=1)
 
 
 class FeatureFusion(nn.Module):
@@ -407,31 +616,10 @@ class FeatureFusion(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew and clears the running statistics."""
-        self.depthwise.reset_parameters()
-        self.norm1.reset_parameters()
-        self.pointwise.reset_parameters()
-        self.norm2.reset_parameters()
+        _reset_children(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        if len(maps) != len(self.in_channels):
-            raise ValueError(
-                f"maps has {len(maps)} entries but in_channels={self.in_channels} "
-                f"was built for {len(self.in_channels)}"
-            )
-        for i, (m, c) in enumerate(zip(maps, self.in_channels, strict=True)):
-            if not isinstance(m, Tensor):
-                raise TypeError(f"maps[{i}] must be a torch.Tensor, got {type(m).__name__}")
-            if m.dim() != 4 or m.shape[1] != c:
-                raise ValueError(f"maps[{i}] must be (N, {c}, H, W), got shape {tuple(m.shape)}")
-            if m.shape[0] != maps[0].shape[0]:
-                raise ValueError(
-                    f"maps[{i}] has batch {m.shape[0]} but maps[0] has {maps[0].shape[0]}"
-                )
-        size = (maps[0].shape[2], maps[0].shape[3])
-        aligned = [
-            m if m.shape[2:] == size else nn.functional.adaptive_avg_pool2d(m, size) for m in maps
-        ]
-        z = torch.relu(self.norm1(self.depthwise(torch.cat(aligned, dim=1))))
+        z = torch.relu(self.norm1(self.depthwise(_concatenated(maps, self.in_channels))))
         return torch.relu(self.norm2(self.pointwise(z)))
 
     def extra_repr(self) -> str:

@@ -169,7 +169,7 @@ def signature(
         tuple(groups),
         kinds,  # 1 == 1.0 == True, and only the first is accepted
         split,
-        _autocast_dtype(x),
+        _autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None,  # mostly it is not
         allow_tf32(),
     )
 

@@ -60,11 +60,8 @@ def test_hierarchical_mode_adds_the_previous_branch():
     )
     x = torch.randn(2, 12, 5, 5)
     y, parts = None, []
-    for x_i, w, g, b in zip(
-        x.chunk(3, 1), conv.weights, conv.groups, conv.bias.chunk(3), strict=True
-    ):
-        x_i = x_i if y is None else x_i + y
-        y = nn.functional.conv2d(x_i, w, b, padding=w.shape[-1] // 2, groups=g)
+    for x_i, branch in zip(x.chunk(3, 1), conv.branches, strict=True):
+        y = branch(x_i if y is None else x_i + y)
         parts.append(y)
     torch.testing.assert_close(conv(x), torch.cat(parts, 1))
 
@@ -78,10 +75,10 @@ def test_state_dict_is_plain_and_loads():
         "attention.fc2_bias",
         "attention.fc2_weight",
         "attention.spatial_weight",
-        "conv.weights.0",
-        "conv.weights.1",
-        "conv.weights.2",
-        "conv.weights.3",
+        "conv.branches.0.weight",
+        "conv.branches.1.weight",
+        "conv.branches.2.weight",
+        "conv.branches.3.weight",
     ]
     other = MFEFBlock(16, groups="auto")
     other.load_state_dict(state)
@@ -107,7 +104,7 @@ def test_init_matches_the_ordinary_layers():
     torch.manual_seed(0)
     plain = nn.Conv2d(8, 8, 3, groups=2)
     assert torch.equal(conv.weights[0], plain.weight)
-    assert torch.equal(conv.bias, plain.bias)
+    assert torch.equal(conv.branches[0].bias, plain.bias)
 
 
 def test_repr_names_the_options():
