@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import backends, problem
 
@@ -19,7 +21,7 @@ MOST_DESCRIBED = 1024
 
 
 def _operator(
-    op: str,
+    function: Callable,
     backend: str | None,
     describe: Callable[[], problem.Problem],
     tensors: tuple[Tensor | None, ...],
@@ -27,8 +29,8 @@ def _operator(
     groups: Sequence[int] = (),
     split: bool = True,
 ) -> Callable:
-    """The function that runs ``op``; raises if the arguments are wrong or nothing can run them."""
-    described = key = None
+    """What runs ``function``; raises if the arguments are wrong or nothing can run them."""
+    op, described, key = function.__name__, None, None
     # A tracer passes here once, with symbols or tensors for sizes; torch.compile would guard on
     # whatever is looked up.
     if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
@@ -39,6 +41,12 @@ def _operator(
                 described = _described.get(key)
             except TypeError:  # what has no hash is refused below
                 key = None
+        else:
+            # Proxies of torch.fx record the call; subclasses of tensors do as elsewhere.
+            several = isinstance(weights, (list, tuple))
+            relevant = (*tensors, *weights) if several else (*tensors, weights)
+            if has_torch_function(relevant):
+                return partial(handle_torch_function, function, relevant, backend=backend)
     if described is None:
         described = describe()
         if key is not None:
@@ -73,7 +81,7 @@ def multi_scale_conv2d(
     cannot run). Source: :func:`mfef_ext.reference.multi_scale_conv2d` is the specification.
     """
     run = _operator(
-        "multi_scale_conv2d",
+        multi_scale_conv2d,
         backend,
         lambda: problem.describe_multi_scale_conv2d(x, weights, groups, split, bias),
         (x, bias),
@@ -108,7 +116,7 @@ def dual_attention(
     """
     arguments = (y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
     run = _operator(
-        "dual_attention",
+        dual_attention,
         backend,
         lambda: problem.describe_dual_attention(*arguments),
         arguments,
@@ -136,7 +144,7 @@ def mfef_block(
     """
     attention = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
     run = _operator(
-        "mfef_block",
+        mfef_block,
         backend,
         lambda: problem.describe_mfef_block(x, conv_weights, groups, *attention, split),
         (x, *attention),
@@ -169,6 +177,11 @@ def kd_loss(
     where the student has -inf; a student with -inf where the target allows the class makes the loss
     infinite, and a row of -inf alone NaN. Raises TypeError, ValueError, RuntimeError.
     """
+    if has_torch_function((student, target)):
+        return handle_torch_function(
+            kd_loss, (student, target), student, target, temperature,
+            detach_target=detach_target, backend=backend,
+        )  # fmt: skip
     temperature = problem.check_temperature(temperature)
     described = problem.describe_kd_loss(student, target)
     run = backends.choose(described, backend).operators["kd_loss"]
@@ -188,6 +201,11 @@ def kd_losses(
     In one launch each way where the backend that runs them has such a kernel and they are of one
     shape; else they are exactly those calls. Arguments and errors as in :func:`kd_loss`.
     """
+    if has_torch_function((*students, *targets)):
+        return [
+            kd_loss(s, t, temperature, detach_target=detach_target, backend=backend)
+            for s, t in zip(students, targets, strict=True)
+        ]
     temperature = problem.check_temperature(temperature)
     described = [
         problem.describe_kd_loss(student, target)

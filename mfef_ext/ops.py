@@ -23,7 +23,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from . import _C as _C  # registers the operators' schemas and CPU kernels
-from . import problem
+from . import flops, problem
 
 # The CUDA library needs a torch with CUDA; in another one it could not be loaded.
 _cuda_library = Path(__file__).with_name("_C_cuda.so")
@@ -565,3 +565,10 @@ def register(namespace: str, kernels: Mapping[str, Callable] | None = None) -> d
 
 
 NATIVE = register("mfef")
+
+# Where the kernels are, they are implemented and registered; counters of FLOPs look before that.
+TRITON = torch.library.Library("mfef_triton", "FRAGMENT")
+for _op in OPERATORS:
+    for _name in (_op, f"{_op}_backward"):
+        TRITON.define(str(getattr(torch.ops.mfef, _name).default._schema).removeprefix("mfef::"))
+flops.register(("mfef", "mfef_triton"))

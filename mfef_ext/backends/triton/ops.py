@@ -17,11 +17,6 @@ from ... import ops
 from . import attention, conv, device_of
 from .launch import usual
 
-_lib = torch.library.Library("mfef_triton", "FRAGMENT")
-for _op in ops.OPERATORS:
-    for _name in (_op, f"{_op}_backward"):
-        _lib.define(str(getattr(torch.ops.mfef, _name).default._schema).removeprefix("mfef::"))
-
 
 def _nothing(x: Tensor) -> Tensor:
     return x.new_empty((0,))
@@ -165,6 +160,6 @@ _BY_SCHEMA = {
 }
 for _name, _implementation in (_IMPLEMENTATIONS | _BY_SCHEMA).items():
     for _key in ("CUDA", "CPU"):
-        _lib.impl(_name, _implementation, _key)
+        ops.TRITON.impl(_name, _implementation, _key)
 
 OPERATORS = ops.register("mfef_triton", _IMPLEMENTATIONS)
