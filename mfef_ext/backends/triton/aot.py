@@ -389,6 +389,13 @@ def digest(specialisations: Iterable[Specialisation]) -> str:
     return found.hexdigest()[:16]
 
 
+def seal(page: str, code: str) -> str:
+    """``page`` with a last line that only this text and kernels with the digest ``code`` have, so
+    that a changed row shows."""
+    found = hashlib.sha256(f"{code}\n{page}".encode()).hexdigest()[:16]
+    return f"{page}\nDigest of the kernels and of this page: {found}\n"
+
+
 def _usage(one: Specialisation, cubin: Path, shared: int) -> Usage:
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -525,7 +532,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = compile_all(in_order[first::step], options.arch, options.jobs)
     text = document(rows, options.arch)
     if options.write:
-        DOCUMENT.write_text(f"{text}\nDigest of what was compiled: {digest(found)}\n")
+        DOCUMENT.write_text(seal(text, digest(found)))
     else:
         print(text, end="")
     for sentence in complaints(rows, options.arch):
