@@ -177,7 +177,7 @@ class Run:
             check_optimizer(state["optimizer"], self.optimizer.state_dict())
             check_scaler(state["scaler"])
             steps = math.ceil(len(self.dataset.train) / self.config.batch_size)
-            if state["step"] >= steps:
+            if state["step"] > steps:  # all steps are done when only the epoch's end is missing
                 raise ValueError(f"step {state['step']} of {steps}")
             self.distiller.load_state_dict(state["distiller"])
             self.optimizer.load_state_dict(state["optimizer"])

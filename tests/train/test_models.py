@@ -251,5 +251,5 @@ def test_every_kind_is_rebuilt_from_its_file(name, tmp_path, fake_timm):
 def test_a_student_of_an_unknown_network_is_refused(tmp_path):
     path = tmp_path / "student0.safetensors"
     checkpoint.save_student(path, nn.Linear(1, 1), StudentSpec("resnet9", 1, 10), {})
-    with pytest.raises(checkpoint.CheckpointError, match="does not describe a student"):
+    with pytest.raises(checkpoint.CheckpointError, match="names a network that there is not"):
         checkpoint.load_student(path)
