@@ -46,8 +46,9 @@ struct Branch {
   int64_t weight_stride[4];
 
   // Set by choose(), for one direction. spectrum: side of the spectra of the forward or of the data gradient, 0 where
-  // that is direct.
+  // that is direct. spectral_weights: the gradient of the weights is by way of the same spectra.
   int spectrum;
+  bool spectral_weights;
   int64_t packed_first;  // of its packed weights among those of all branches
 
   // Backward, set by lay_out(). by_channels: the weight gradient is computed after all units, from what they

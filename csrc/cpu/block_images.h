@@ -22,10 +22,10 @@ MFEF_INLINE ConvMap<T> branch_map(const BlockArgs& a, const Branch& b, bool back
   return map;
 }
 
-// That of the weight gradient, which is never by way of spectra.
+// That of the weight gradient.
 template <class T>
 MFEF_INLINE ConvMap<T> gradient_map(const BlockArgs& a, const Branch& b) {
-  auto make = a.plan == Plan::kPixels ? pixels_map<T> : images_map<T>;
+  auto make = a.plan == Plan::kPixels ? pixels_map<T> : b.spectral_weights ? spectra_map<T> : images_map<T>;
   return make(b.in, b.out, b.groups, b.k, a.height, a.width);
 }
 
@@ -39,9 +39,13 @@ MFEF_INLINE void branch_extents(const BlockArgs& a, bool backward, int64_t* chan
     const ConvMap<T> map = branch_map<T>(a, b, false);
     const int64_t widest = most(b.in, b.out);
     *channels = most(*channels, widest);
-    *padded = most(*padded, widest * (backward ? gradient_map<T>(a, b) : map).channel);
+    // Weight gradients by way of spectra are in part direct.
+    const int64_t bordered = images_map<T>(b.in, b.out, b.groups, b.k, a.height, a.width).channel;
+    *padded = most(*padded, widest * (b.spectral_weights ? bordered
+                                      : backward         ? gradient_map<T>(a, b).channel
+                                                         : map.channel));
     *outputs = most(*outputs, widest * map.out_channel);
-    if (b.spectrum) *sums = most(*sums, fourier_scratch(map, b.spectrum));
+    if (b.spectrum) *sums = most(*sums, fourier_scratch(map, b.spectrum, b.spectral_weights));
     if (backward) *sums = most(*sums, weight_grad_scratch<T>(int(b.k)));
   }
 }
@@ -152,8 +156,13 @@ struct BlockImages {
     for (int i = 0; i < args.branch_count; ++i) {
       if (at_step != kWhole && at_step != i) continue;
       const Branch& b = args.branches[i];
+      const bool data = args.split && args.grad_x.data;
+      if (b.spectral_weights && args.need_parameters) {
+        spectral_gradients<E>(b, image, images, partials, data);
+        continue;
+      }
       if (args.need_parameters) weight_gradient<E>(b, unit, image, images, partials);
-      if (!args.split || !args.grad_x.data) continue;
+      if (!data) continue;
       if (!args.need_parameters) finish(b, images, true);
       data_gradient<E>(b, image, images, false);
     }
@@ -214,6 +223,18 @@ struct BlockImages {
     }
   }
 
+  // The gradient of the weights and, if asked for, of x, by way of spectra.
+  template <class E>
+  void spectral_gradients(const Branch& b, int64_t image, int images, T* partials, bool data) {
+    finish(b, images, true);
+    conv_input<E>(b, gradient_map<T>(args, b), image, images);
+    fourier_gradients(gradient_map<T>(args, b), branch_map<T>(args, b, true), table(b), images, branch_x(b),
+                      grad + b.out_first * step, partials + args.partial.conv + b.grad_first,
+                      data ? static_cast<const T*>(args.packed_backward) + b.packed_first : nullptr,
+                      static_cast<const E*>(b.weights), b.full_k, b.weight_stride, padded, padded_grad, sums);
+    if (data && branchwise) unpack_grad_x<E>(image, images, b.in_first, b.in);
+  }
+
   bool any_spectra() const {
     for (int i = 0; i < args.branch_count; ++i) {
       if (args.branches[i].spectrum) return true;
@@ -252,7 +273,7 @@ struct BlockImages {
       if (args.hidden && first) {
         attention.finish_backward(grad, b.out_first, b.out_first + b.out, images, dy, step, 0);
       }
-      const bool by_taps = !b.spectrum || (first && args.need_parameters);
+      const bool by_taps = !b.spectrum || (first && args.need_parameters && !b.spectral_weights);
       if (map.bordered() && by_taps) pad_images(map, b.out, dy, padded_grad);
     } else if (args.hidden) {
       zero_borders(map, b.out, padded_grad);

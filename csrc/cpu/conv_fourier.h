@@ -1,16 +1,15 @@
-// A grouped convolution of one packed map as a product of spectra: forward and data gradient.
+// A grouped convolution of one packed map as a product of spectra: forward, data gradient and weight gradient.
 //
 // Images plan only, on square maps that dft_table() has. Direct sums multiply every tap with every pixel it meets:
 // 2704 products for a 9 x 9 kernel on 8 x 8 pixels, for each pair of an input and an output channel. The spectra of
 // both on 12 x 12 have 74 complex bins, 296 products; transforms cost once per channel what they would otherwise cost
 // once per pair. With X, Y, W, D the spectra of x, y, the weights and dy:
 //
-//   y:  Y = conj(W) X        dx:  W D
+//   y:  Y = conj(W) X        dx:  W D        dW:  conj(D) X, summed over images, of which the taps are kept
 //
 // A spectrum mixes all pixels of a map: one that is not finite reaches every output of its group, and one that is very
-// large leaves rounding errors in all of them. find_weak() says which outputs those would spoil; they are summed
-// directly. Gradients of weights always are: no bound of the kind can be had for them at a price worth paying
-// (docs/kernels.md).
+// large leaves rounding errors in all of them. find_weak() says which outputs those would spoil, find_rare() which
+// gradients of weights; they are summed directly.
 #pragma once
 
 #include <cmath>
@@ -26,6 +25,10 @@ namespace mfef::cpu::MFEF_ISA {
 constexpr int kSpectrumTile = kRegisters == 32 ? 8 : 4;
 // Input channels of a chain of additions, two products each.
 constexpr int64_t kSpectrumChain = kChain / 2;
+
+// From this many output channels of a group on, they are the lanes of the weight gradient's products.
+template <class T>
+constexpr int64_t kLaneOutputs = kLanes<T> * 3 / 4;
 
 MFEF_INLINE int bins_per_tile(int64_t out_group) {
   return out_group >= kSpectrumTile ? 1 : kSpectrumTile / int(out_group);
@@ -209,6 +212,156 @@ void multiply_spectra(const ConvMap<T>& map, int64_t n, const T* x, const T* pac
       }
       o += out;
     }
+  }
+}
+
+// --- weight gradient --------------------------------------------------------------------------------
+//
+// The products of a block of images are summed over its lanes, brought back to taps and added to the sums, a vector
+// of weights at a time: `kLanes` output channels of an input channel, or `kLanes` weights in their order (output
+// channel, input channel) where groups are narrow. The sums are [block][k][k][lane].
+
+template <class T>
+MFEF_INLINE bool outputs_in_lanes(const ConvMap<T>& map) {
+  return map.out_group() >= kLaneOutputs<T>;
+}
+// Groups whose weights share blocks.
+template <class T>
+MFEF_INLINE int64_t groups_at_once(const ConvMap<T>& map) {
+  const int64_t pairs = map.in_group() * map.out_group();
+  if (outputs_in_lanes(map) || pairs >= kLanes<T>) return 1;
+  return least(map.groups, (kLanes<T> + pairs - 1) / pairs);
+}
+// Blocks of `groups` groups.
+template <class T>
+MFEF_INLINE int64_t weight_blocks(const ConvMap<T>& map, int64_t groups) {
+  constexpr int L = kLanes<T>;
+  if (outputs_in_lanes(map)) return groups * ((map.out_group() + L - 1) / L) * map.in_group();
+  const int64_t at_once = groups_at_once(map), pairs = map.in_group() * map.out_group();
+  const int64_t whole = groups / at_once * ((at_once * pairs + L - 1) / L);
+  return whole + (groups % at_once * pairs + L - 1) / L;
+}
+
+// Elements of all blocks of sums; where tap 0 of a pair of group g is, the others being kLanes apart.
+template <class T>
+MFEF_INLINE int64_t spectra_grad_elements(const ConvMap<T>& map) {
+  return weight_blocks(map, map.groups) * map.k * map.k * kLanes<T>;
+}
+template <class T>
+MFEF_INLINE int64_t spectra_grad_at(const ConvMap<T>& map, int64_t g, int64_t o, int64_t i) {
+  constexpr int L = kLanes<T>;
+  // In blocks of pairs, or of output channels for each input channel.
+  const int64_t in_group = map.in_group(), in_chunk = g % groups_at_once(map);
+  const int64_t pair = (in_chunk * map.out_group() + o) * in_group + i;
+  const int64_t block = outputs_in_lanes(map) ? o / L * in_group + i : pair / L;
+  return (weight_blocks(map, g - in_chunk) + block) * map.k * map.k * L + (outputs_in_lanes(map) ? o : pair) % L;
+}
+// The gradient of group g out of the sums, as read_weight_grad() has it.
+template <class T, class E>
+void read_spectra_grad(const ConvMap<T>& map, const T* sums, int64_t g, int64_t full_k, E* grads,
+                       const int64_t stride[4]) {
+  const int64_t in_group = map.in_group(), out_group = map.out_group();
+  grads += g * out_group * stride[0] + (full_k - map.k) / 2 * (stride[2] + stride[3]);
+  for (int64_t o = 0; o < out_group; ++o) {
+    for (int64_t i = 0; i < in_group; ++i) {
+      const T* from = sums + spectra_grad_at(map, g, o, i);
+      E* to = grads + o * stride[0] + i * stride[1];
+      for (int ky = 0; ky < map.k; ++ky) {
+        for (int kx = 0; kx < map.k; ++kx, from += kLanes<T>) from_compute(*from, to + ky * stride[2] + kx * stride[3]);
+      }
+    }
+  }
+}
+
+constexpr int kLaneInputs = kRegisters == 32 ? 8 : 4;  // of a tile with output channels in the lanes
+
+// Output channels in the lanes: dy is transposed to [bin][re, im][image][lane], x is read a number at a time.
+template <class T>
+void weight_spectra_lanes(const ConvMap<T>& map, const DftTable<T>& table, int images, const T* x, const T* dy, T* sums,
+                          T* scratch) {
+  constexpr int L = kLanes<T>;
+  const int64_t bins = dft_bins(table.n), step = spectrum_vectors(table.n) * L;
+  const int64_t in_group = map.in_group(), out_group = map.out_group(), taps = int64_t(map.k) * map.k;
+  const T scale = T(1.0 / (double(table.n) * table.n));
+  T *turned = scratch, *products = scratch + 2 * bins * L * L;
+  for (int64_t o = 0; o < out_group; o += L) {
+    for (int64_t b = 0; b < 2 * bins; ++b) {
+      Vec<T> rows[L];
+      for (int r = 0; r < L; ++r) rows[r] = o + r < out_group ? load(dy + (o + r) * step + b * L) : Vec<T>{};
+      transpose<T>(rows);
+      for (int r = 0; r < L; ++r) store(turned + (b * L + r) * L, rows[r]);
+    }
+    for (int64_t i = 0; i < in_group;) {
+      auto tile = [&](auto inputs) {
+        constexpr int kIn = decltype(inputs)::value;
+        for (int64_t b = 0; b < bins; ++b) {
+          Vec<T> re[kIn], im[kIn];
+          static_for<kIn>([&](auto j) { re[decltype(j)::value] = im[decltype(j)::value] = Vec<T>{}; });
+          const T* d = turned + 2 * b * L * L;
+          const T* at = x + i * step + 2 * b * L;
+          for (int r = 0; r < images; ++r, d += L, ++at) {
+            const Vec<T> d_re = load(d), d_im = load(d + L * L);
+            static_for<kIn>([&](auto j) {
+              constexpr int j_ = decltype(j)::value;
+              const Vec<T> x_re = splat(at[j_ * step]), x_im = splat(at[j_ * step + L]);
+              re[j_] += d_re * x_re;
+              im[j_] += d_re * x_im;
+              re[j_] += d_im * x_im;
+              im[j_] -= d_im * x_re;
+            });
+          }
+          static_for<kIn>([&](auto j) {
+            constexpr int j_ = decltype(j)::value;
+            store(products + (j_ * bins + b) * 2 * L, re[j_]);
+            store(products + ((j_ * bins + b) * 2 + 1) * L, im[j_]);
+          });
+        }
+        for (int j = 0; j < kIn; ++j, sums += taps * L) {
+          table.inverse_kernel(products + j * bins * 2 * L, map.k, scale, sums);
+        }
+        i += kIn;
+      };
+      if (in_group - i >= kLaneInputs) {
+        tile(Index<kLaneInputs>{});
+      } else if (in_group - i >= 4) {
+        tile(Index<4>{});
+      } else {
+        tile(Index<1>{});
+      }
+    }
+  }
+}
+
+// Weights in the lanes: kLanes of them at a time, each product summed over the lanes of its images.
+template <class T>
+void weight_spectra_pairs(const ConvMap<T>& map, const DftTable<T>& table, int64_t groups, const T* x, const T* dy,
+                          T* sums, T* scratch) {
+  constexpr int L = kLanes<T>;
+  const int64_t bins = dft_bins(table.n), step = spectrum_vectors(table.n) * L;
+  const int64_t in_group = map.in_group(), out_group = map.out_group(), taps = int64_t(map.k) * map.k;
+  const int64_t pairs = groups * in_group * out_group;
+  const T scale = T(1.0 / (double(table.n) * table.n));
+  for (int64_t first = 0; first < pairs; first += L, sums += taps * L) {
+    const T *x_at[L], *dy_at[L];
+    for (int lane = 0; lane < L; ++lane) {  // those beyond the last pair are never read
+      const int64_t pair = least(first + lane, pairs - 1);
+      x_at[lane] = x + (pair / (in_group * out_group) * in_group + pair % in_group) * step;
+      dy_at[lane] = dy + pair / in_group * step;
+    }
+    for (int64_t b = 0; b < 2 * bins * L; b += 2 * L) {
+      Vec<T> re[L], im[L];
+      static_for<L>([&](auto lane) {
+        constexpr int l = decltype(lane)::value;
+        re[l] = load(dy_at[l] + b) * load(x_at[l] + b) + load(dy_at[l] + b + L) * load(x_at[l] + b + L);
+      });
+      store(scratch + b, sums_of_lanes<T>(re));
+      static_for<L>([&](auto lane) {
+        constexpr int l = decltype(lane)::value;
+        im[l] = load(dy_at[l] + b) * load(x_at[l] + b + L) - load(dy_at[l] + b + L) * load(x_at[l] + b);
+      });
+      store(scratch + b + L, sums_of_lanes<T>(im));
+    }
+    table.inverse_kernel(scratch, map.k, scale, sums);
   }
 }
 
@@ -546,10 +699,41 @@ Vec<T> largest_spectrum(int64_t channels, int64_t n, const T* spectra) {
   return largest;
 }
 
-// Elements of scratch.
-template <class T>
-MFEF_INLINE int64_t fourier_scratch(const ConvMap<T>& map, int64_t n) {
-  return (map.in_group() + map.out_group()) * spectrum_vectors(n) * kLanes<T>;
+// One group of fourier_map(). x, y, packed, guard, bias and slack: what belongs to the group. x_spectra: those of x, to
+// be written unless they are `known`.
+template <class T, bool kBackward, class E>
+void fourier_group(const ConvMap<T>& map, const DftTable<T>& table, const T* x, bool known, T* x_spectra,
+                   const T* packed, const T* guard, const RawWeights<E>& raw, const T* bias, bool accumulate, T* y,
+                   T* slack, T* spectra) {
+  const int64_t in_group = map.in_group(), out_group = map.out_group();
+  const int64_t step = spectrum_vectors(table.n) * kLanes<T>;
+  Weak<T> weak;
+  find_weak(map, table.n, x, guard, weak);
+  Vec<T> gap{};
+  // What is added to y takes the place of its spectra first.
+  T* to = accumulate ? spectra : y;
+  const int64_t to_step = accumulate ? step : map.out_channel;
+  if (!weak.all) {
+    for (int64_t i = 0; i < in_group && !known; ++i) table.map(x + i * map.channel, x_spectra + i * step);
+    multiply_spectra<T, !kBackward>(map, table.n, x_spectra, packed, spectra);
+    if (slack) {
+      gap = largest_spectrum(out_group, table.n, spectra) * splat(kSlack * std::numeric_limits<T>::epsilon());
+      gap = weak.whole ? Vec<T>{} : gap;  // direct sums that are equal are equal
+    }
+    for (int64_t o = 0; o < out_group; ++o) {
+      table.inverse_map(spectra + o * step, bias ? bias + o : nullptr, to + o * to_step);
+    }
+  }
+  if (weak.any) direct_sums(map, weak, x, raw, bias, to, to_step);
+  for (int64_t o = 0; o < out_group; ++o) {
+    if (slack) store(slack + o * kLanes<T>, gap);
+    if (!accumulate) continue;
+    T* sum = y + o * map.out_channel;
+    for (int64_t p = 0; p < map.height * map.width; ++p) {
+      const int64_t at = p * kLanes<T>;
+      store(sum + at, load(sum + at) + load(to + o * to_step + at));
+    }
+  }
 }
 
 // y = conv(x), or y += conv(x), both [channel][pixel][lane] without borders; kBackward: of a data gradient, whose map
@@ -560,52 +744,276 @@ void fourier_map(const ConvMap<T>& map, const DftTable<T>& table, const T* x, co
   const int64_t in_group = map.in_group(), out_group = map.out_group();
   const int64_t step = spectrum_vectors(table.n) * kLanes<T>, group_size = packed_spectra_group(map, table.n);
   const T* guard = packed + map.groups * group_size;
-  T* spectra = scratch + in_group * step;
-  Weak<T> weak;
-  for (int64_t g = 0; g < map.groups; ++g, x += in_group * map.channel, y += out_group * map.out_channel) {
-    find_weak(map, table.n, x, guard + g * guard_group(map), weak);
-    Vec<T> gap{};
-    // What is added to y takes the place of its spectra first.
-    T* to = accumulate ? spectra : y;
-    const int64_t to_step = accumulate ? step : map.out_channel;
-    const T* of_group = bias ? bias + g * out_group : nullptr;
-    if (!weak.all) {
-      for (int64_t i = 0; i < in_group; ++i) table.map(x + i * map.channel, scratch + i * step);
-      multiply_spectra<T, !kBackward>(map, table.n, scratch, packed + g * group_size, spectra);
-      if (slack) {
-        gap = largest_spectrum(out_group, table.n, spectra) * splat(kSlack * std::numeric_limits<T>::epsilon());
-        gap = weak.whole ? Vec<T>{} : gap;  // direct sums that are equal are equal
+  for (int64_t g = 0; g < map.groups; ++g) {
+    fourier_group<T, kBackward>(map, table, x + g * in_group * map.channel, false, scratch, packed + g * group_size,
+                                guard + g * guard_group(map), RawWeights<E>(map, kBackward, weights, full_k, stride, g),
+                                bias ? bias + g * out_group : nullptr, accumulate, y + g * out_group * map.out_channel,
+                                slack ? slack + g * out_group * kLanes<T> : nullptr, scratch + in_group * step);
+  }
+}
+
+// --- which gradients of weights are right ------------------------------------------------------------
+//
+// Here S is the sum of |dy| |x| over the pairs of pixels that a tap joins, in all images of a block, and spectra leave
+// errors of kError eps |x| |dy| / n at most, |.| over all pixels and images (the Cauchy-Schwarz inequality). Both
+// factors are data, and S has to be bounded for every pair of channels before anything is multiplied:
+//
+// For each tap there is a square of w = side - k / 2 pixels a side, which it moves from one of the corners of dy to one
+// of (k / 2 + 1)^2 places of x. Let the sum of min(|x|, t) over that square in x be C t or more wherever it lies, and
+// fewer than N_j pixels of dy be below level d_j in any corner. In however unfortunate places those are,
+//
+//   S >= t sum over j of (d_j - d_(j-1)) max(0, C - N_j)
+//
+// With levels that are multiples of the root mean square of dy, of its own channel, one set of N_j serves all output
+// channels of a group. Input channels are *rare* where the sum is not enough.
+
+constexpr double kGradAllowed = 128;
+constexpr int kLevels = 3;
+constexpr double kLevel[kLevels + 1] = {0, 0.02, 0.1, 0.4};
+
+// Of the output channels of a group.
+template <class T>
+struct Levels {
+  T missing[kLevels];   // N_j
+  T smallest, largest;  // |dy| of the channels that are not zero
+  bool known;           // all that is there is finite, and so are its squares
+};
+
+template <class T>
+MFEF_INLINE T sum_of_counts(IVec<T> v) {
+  typename IntOf<T>::type sum = 0;
+  for (int i = 0; i < kLanes<T>; ++i) sum -= v[i];
+  return T(sum);
+}
+
+template <class T>
+void find_levels(const ConvMap<T>& map, int images, const T* dy, Levels<T>& levels) {
+  constexpr int L = kLanes<T>;
+  const int64_t side = map.height, radius = map.k / 2, window = side - radius, pixels = side * side;
+  // A corner is two of three parts, or one.
+  const int64_t cut[4] = {0, least(window, radius), most(window, radius), side};
+  const bool overlap = radius < window;
+  levels = {{}, std::numeric_limits<T>::infinity(), T(0), true};
+  for (int64_t o = 0; o < map.out_group(); ++o, dy += map.out_channel) {
+    Vec<T> squares[4] = {}, any{};
+    for (int64_t p = 0; p < pixels; ++p) {
+      const Vec<T> v = load(dy + p * L);
+      squares[p & 3] += v * v;
+    }
+    const T square = sum_of_lanes<T>(squares[0] + squares[1] + (squares[2] + squares[3]));
+    if (!(square > std::numeric_limits<T>::min() * T(1e6) && square < std::numeric_limits<T>::infinity())) {
+      for (int64_t p = 0; p < pixels; ++p) any += absolute<T>(load(dy + p * L));
+      if (sum_of_lanes<T>(any) == T(0)) continue;
+      levels.known = false;
+      return;
+    }
+    const T size = std::sqrt(square), mean = size / std::sqrt(T(images * pixels));
+    levels.smallest = least(levels.smallest, size);
+    levels.largest = most(levels.largest, size);
+    IVec<T> part[3][3][kLevels] = {};
+    for (int a = 0; a < 3; ++a) {
+      for (int b = 0; b < 3; ++b) {
+        IVec<T> count[kLevels] = {};
+        for (int64_t h = cut[a]; h < cut[a + 1]; ++h) {
+          for (int64_t w = cut[b]; w < cut[b + 1]; ++w) {
+            const Vec<T> v = absolute<T>(load(dy + (h * side + w) * L));
+            static_for<kLevels>([&](auto j) {
+              constexpr int j_ = decltype(j)::value;
+              count[j_] += v < splat(T(kLevel[j_ + 1]) * mean);
+            });
+          }
+        }
+        static_for<kLevels>([&](auto j) { part[a][b][decltype(j)::value] = count[decltype(j)::value]; });
+      }
+    }
+    const T absent = T((L - images) * window * window);
+    for (int corner = 0; corner < 4; ++corner) {
+      const int a = corner / 2 * 2, b = corner % 2 * 2;
+      static_for<kLevels>([&](auto j) {
+        constexpr int j_ = decltype(j)::value;
+        IVec<T> count = part[a][b][j_];
+        if (overlap) count += part[1][b][j_] + part[a][1][j_] + part[1][1][j_];
+        levels.missing[j_] = most(levels.missing[j_], sum_of_counts<T>(count) - absent);
+      });
+    }
+  }
+}
+
+// Whether input channel x is rare.
+template <class T>
+bool is_rare(const ConvMap<T>& map, int64_t n, int images, const T* x, const Levels<T>& levels) {
+  constexpr int L = kLanes<T>;
+  const int64_t side = map.height, radius = map.k / 2, window = side - radius, pixels = side * side;
+  Vec<T> squares[2] = {}, sizes[2] = {};
+  for (int64_t p = 0; p < pixels; ++p) {
+    const Vec<T> v = load(x + p * L);
+    squares[p & 1] += v * v;
+    sizes[p & 1] += absolute<T>(v);
+  }
+  const T square = sum_of_lanes<T>(squares[0] + squares[1]), sum = sum_of_lanes<T>(sizes[0] + sizes[1]);
+  if (sum == T(0)) return false;
+  const T smallest = std::numeric_limits<T>::min() * T(1e6), infinity = std::numeric_limits<T>::infinity();
+  if (!(square > smallest && square < infinity)) return true;
+  const T size = std::sqrt(square);
+  // Products of all with all must stay within the range, too.
+  if (levels.largest > T(0) && !(size * levels.smallest > smallest && size * levels.largest * T(1e6) < infinity)) {
+    return true;
+  }
+  const T limit = square / sum;  // the usual size of what is not zero
+  alignas(64) T at[kMostSide * kMostSide + L];
+  for (int64_t p = 0; p < pixels; p += L) {
+    Vec<T> rows[L];
+    static_for<L>([&](auto r) {
+      constexpr int r_ = decltype(r)::value;
+      const Vec<T> v = p + r_ < pixels ? absolute<T>(load(x + (p + r_) * L)) : Vec<T>{};
+      rows[r_] = v < splat(limit) ? v : splat(limit);
+    });
+    store(at + p, sums_of_lanes<T>(rows));
+  }
+  T columns[kMostSide] = {}, fewest = infinity;
+  for (int64_t h = 0; h < side; ++h) {
+    for (int64_t w = 0; w < side; ++w) {
+      columns[w] += at[h * side + w];
+      if (h >= window) columns[w] -= at[(h - window) * side + w];
+    }
+    if (h < window - 1) continue;
+    T sum_of_window = 0;
+    for (int64_t w = 0; w < side; ++w) {
+      sum_of_window += columns[w];
+      if (w >= window) sum_of_window -= columns[w - window];
+      if (w >= window - 1) fewest = least(fewest, sum_of_window);
+    }
+  }
+  const T pairs = fewest / limit - T(0.01);  // what is added and subtracted leaves errors
+  T found = 0;
+  for (int j = 0; j < kLevels; ++j) {
+    found += T(kLevel[j + 1] - kLevel[j]) * most(T(0), pairs - levels.missing[j]);
+  }
+  return !(found * limit >= size * std::sqrt(T(images * pixels)) * T(kError / kGradAllowed) / T(n));
+}
+
+// Elements of scratch of fourier_gradients(); of fourier_map() where weights have none.
+template <class T>
+MFEF_INLINE int64_t fourier_scratch(const ConvMap<T>& map, int64_t n, bool weights) {
+  constexpr int L = kLanes<T>;
+  const int64_t channels = map.in_group() + map.out_group(), step = spectrum_vectors(n) * L;
+  if (!weights) return channels * step;
+  const int64_t rest = (outputs_in_lanes(map) ? L + kLaneInputs : 1) * 2 * dft_bins(n) * L;
+  return groups_at_once(map) * channels * step + most(rest, weight_grad_scratch<T>(map.k)) +
+         round_up(map.in_group(), L);
+}
+
+// sums += the gradient of the weights of group g, whose x and dy these are, for the input channels that are rare, by
+// direct sums. padded_x, padded_dy: room for a group with borders.
+template <class T>
+void direct_weight_grad(const ConvMap<T>& map, int64_t g, const T* x, const T* dy, const T* rare, T* padded_x,
+                        T* padded_dy, T* sums, T* scratch) {
+  constexpr int L = kLanes<T>;
+  const int64_t in_group = map.in_group(), out_group = map.out_group(), taps = int64_t(map.k) * map.k;
+  const ConvMap<T> one = images_map<T>(in_group, out_group, 1, map.k, map.height, map.width);
+  int64_t dy_step = map.out_channel, dy_gap = 0;
+  if (one.bordered()) {
+    pad_images(one, in_group, x, padded_x);
+    pad_images(one, out_group, dy, padded_dy);
+    x = padded_x;
+    dy = padded_dy + one.lead;
+    dy_step = one.channel;
+    dy_gap = one.pitch - one.width;
+  }
+  weight_grad_tiles<T>(
+      one, x, dy, dy_step, scratch, dy_gap, [&](int64_t i) { return rare[i] != T(0); },
+      [&](int64_t o, int out, int64_t i, int64_t t, Vec<T> sum) {
+        for (int r = 0; r < L && t + r < out * taps; ++r) {
+          sums[spectra_grad_at(map, g, o + (t + r) / taps, i) + (t + r) % taps * L] += sum[r];
+        }
+      });
+}
+
+// The gradients of a branch whose forward is `map` and whose data gradient is `back`: sums += that of the weights, and
+// if `packed`, dx = that of x, in the place of x.
+template <class T, class E>
+void fourier_gradients(const ConvMap<T>& map, const ConvMap<T>& back, const DftTable<T>& table, int images, T* x,
+                       const T* dy, T* sums, const T* packed, const E* weights, int64_t full_k, const int64_t stride[4],
+                       T* padded_x, T* padded_dy, T* scratch) {
+  constexpr int L = kLanes<T>;
+  const int64_t step = spectrum_vectors(table.n) * L, at_once = groups_at_once(map);
+  const int64_t in_group = map.in_group(), out_group = map.out_group(), taps = int64_t(map.k) * map.k;
+  const int64_t group_size = packed_spectra_group(back, table.n);
+  T* dy_spectra = scratch + at_once * in_group * step;
+  T* rare = dy_spectra + at_once * out_group * step;
+  T* rest = rare + round_up(in_group, L);
+  for (int64_t first = 0; first < map.groups; first += at_once) {
+    const int64_t groups = least(at_once, map.groups - first);
+    bool apart[L], any = false;  // groups that are all rare
+    for (int64_t r = 0; r < groups; ++r) {
+      const T *x_group = x + (first + r) * in_group * map.channel,
+              *dy_group = dy + (first + r) * out_group * map.out_channel;
+      T *x_to = scratch + r * in_group * step, *dy_to = dy_spectra + r * out_group * step;
+      Levels<T> levels;
+      find_levels(map, images, dy_group, levels);
+      int64_t count = 0;
+      for (int64_t i = 0; i < in_group; ++i) {
+        const bool is = !levels.known || is_rare(map, table.n, images, x_group + i * map.channel, levels);
+        rare[i] = is ? T(1) : T(0);
+        count += is;
+      }
+      apart[r] = 2 * count > in_group;
+      any |= !apart[r];
+      // What is summed directly is zero here: so it stays apart whatever it holds.
+      for (int64_t i = 0; i < in_group; ++i) {
+        if (apart[r]) rare[i] = T(1);
+        if (rare[i] == T(0)) {
+          table.map(x_group + i * map.channel, x_to + i * step);
+        } else {
+          for (int64_t at = 0; at < step; at += L) store(x_to + i * step + at, Vec<T>{});
+        }
       }
       for (int64_t o = 0; o < out_group; ++o) {
-        table.inverse_map(spectra + o * step, of_group ? of_group + o : nullptr, to + o * to_step);
+        if (!apart[r]) {
+          table.map(dy_group + o * map.out_channel, dy_to + o * step);
+        } else {
+          for (int64_t at = 0; at < step; at += L) store(dy_to + o * step + at, Vec<T>{});
+        }
       }
+      if (count) direct_weight_grad(map, first + r, x_group, dy_group, rare, padded_x, padded_dy, sums, rest);
     }
-    if (weak.any) {
-      direct_sums(map, weak, x, RawWeights<E>(map, kBackward, weights, full_k, stride, g), of_group, to, to_step);
+    T* to = sums + weight_blocks(map, first) * taps * L;
+    if (any && outputs_in_lanes(map)) {
+      weight_spectra_lanes(map, table, images, scratch, dy_spectra, to, rest);
+    } else if (any) {
+      weight_spectra_pairs(map, table, groups, scratch, dy_spectra, to, rest);
     }
-    for (int64_t o = 0; o < out_group; ++o) {
-      if (slack) store(slack + (g * out_group + o) * kLanes<T>, gap);
-      if (!accumulate) continue;
-      T* sum = y + o * map.out_channel;
-      for (int64_t p = 0; p < map.height * map.width; ++p) {
-        const int64_t at = p * kLanes<T>;
-        store(sum + at, load(sum + at) + load(to + o * to_step + at));
-      }
+    for (int64_t r = 0; r < groups && packed; ++r) {
+      const int64_t g = first + r;
+      fourier_group<T, true>(back, table, dy + g * out_group * map.out_channel, !apart[r],
+                             dy_spectra + r * out_group * step, packed + g * group_size,
+                             packed + map.groups * group_size + g * guard_group(back),
+                             RawWeights<E>(back, true, weights, full_k, stride, g), nullptr, false,
+                             x + g * in_group * map.channel, nullptr, scratch + r * in_group * step);
     }
   }
 }
 
 // What the planner takes for the cycles of a block of images, fitted to the times of 94 branches on each instruction
 // set (docs/kernels.md): of a transform, for each bin; of a product of a pair's spectra, the weights' transform
-// included, for each bin; of a direct product.
+// included, and of the weight gradient's, with weights in the lanes, for each bin; of turning dy, for each bin; of a
+// direct product; of a sum over the lanes.
 #if defined(MFEF_ISA_avx512) || defined(MFEF_ISA_avx512_bf16)
-constexpr double kTransformCost = 16, kMultiplyCost = 4.2;
+constexpr double kTransformCost = 16, kMultiplyCost = 4.2, kPairCost = 5;
 #elif defined(MFEF_ISA_avx2)
-constexpr double kTransformCost = 12, kMultiplyCost = 2.8;
+constexpr double kTransformCost = 12, kMultiplyCost = 2.8, kPairCost = 3;
 #else
-constexpr double kTransformCost = 4.5, kMultiplyCost = 3;
+constexpr double kTransformCost = 4.5, kMultiplyCost = 3, kPairCost = 6;
 #endif
-constexpr double kDirectCost = 0.575;
+constexpr double kTurnCost = 6, kDirectCost = 0.575, kLaneSumCost = 1.4;
+
+// Real products of all pairs of channels.
+template <class T>
+MFEF_INLINE double direct_products(const BlockArgs& a, const Branch& b) {
+  const double pairs = double(b.out) * double(b.in / b.groups), line = double(meeting(a.height, b.k));
+  const bool clips = images_map<T>(b.in, b.out, b.groups, b.k, a.height, a.width).layout == kClip;
+  return pairs * line * (clips ? line : double(a.height) * double(b.k));
+}
 
 // Side of the spectra of a branch, 0 for a direct convolution: whichever should take fewer cycles, in either direction.
 // Not by the number of images: alone or among others, an image has the same result.
@@ -615,12 +1023,25 @@ MFEF_INLINE int choose_spectrum(const BlockArgs& a, const Branch& b) {
   const DftTable<T>* table = dft_table<T>(a.height, b.k);
   if (!table) return 0;
   if (a.convolution == Convolution::kFourier) return table->n;
-  const double pairs = double(b.out) * double(b.in / b.groups), side = double(a.height);
-  const double bins = double(dft_bins(table->n)), line = double(meeting(a.height, b.k));
-  const bool clips = images_map<T>(b.in, b.out, b.groups, b.k, a.height, a.width).layout == kClip;
-  const double products = line * (clips ? line : side * double(b.k));
+  const double pairs = double(b.out) * double(b.in / b.groups), bins = double(dft_bins(table->n));
   const double fourier = double(b.in + b.out) * bins * kTransformCost + pairs * bins * kMultiplyCost;
-  return fourier < pairs * products * kDirectCost ? table->n : 0;
+  return fourier < direct_products<T>(a, b) * kDirectCost ? table->n : 0;
+}
+
+// Whether the weight gradient goes by the spectra that the data gradient has; those of dy are there.
+template <class T>
+MFEF_INLINE bool choose_spectral_weights(const BlockArgs& a, const Branch& b) {
+  if (a.convolution == Convolution::kFourier) return true;
+  const double pairs = double(b.out) * double(b.in / b.groups), bins = double(dft_bins(b.spectrum));
+  const double transform = bins * kTransformCost, inverse = pairs / kLanes<T> * transform;
+  double fourier = double(b.in) * transform;
+  if (outputs_in_lanes(spectra_map<T>(b.in, b.out, b.groups, b.k, a.height, a.width))) {
+    const double used = double(b.out / b.groups) / double(round_up(b.out / b.groups, kLanes<T>));
+    fourier += (pairs * bins * kMultiplyCost + inverse) / used + double(b.out) * bins * kTurnCost;
+  } else {
+    fourier += pairs * bins * kPairCost + inverse;
+  }
+  return fourier < direct_products<T>(a, b) * kDirectCost + pairs * double(b.k * b.k) * kLaneSumCost;
 }
 
 }  // namespace mfef::cpu::MFEF_ISA

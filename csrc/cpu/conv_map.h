@@ -266,13 +266,13 @@ MFEF_INLINE int next_grad_out(const ConvMap<T>& map, int64_t remaining) {
   return out;
 }
 
-// sums += the weights' gradient of this map, in the order in which it is computed, [group][tile][in][out of
-// the tile][ky][kx], every (tile, in) rounded up to whole vectors: so that sums over lanes are added where
-// they arise, a vector at a time. read_weight_grad() puts them in order. dy has rows of `width` vectors, `dy_gap`
+// The weights' gradient of this map, for the input channels that are wanted(channel): calls add(o, out, i, t, sums)
+// with elements [t, t + kLanes) of the gradient [out of the tile][ky][kx] of `out` output channels from o on and input
+// channel i of a group. Groups, tiles and input channels follow each other. dy has rows of `width` vectors, `dy_gap`
 // vectors apart (images), or the padded layout of the map, borders zero (pixels).
-template <class T>
-void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_channel, T* sums, T* scratch,
-                     int64_t dy_gap = 0) {
+template <class T, class Wanted, class Add>
+MFEF_INLINE void weight_grad_tiles(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_channel, T* scratch,
+                                   int64_t dy_gap, const Wanted& wanted, const Add& add) {
   constexpr int L = kLanes<T>;
   const ConvTable<T>& table = conv_table<T>();
   const int ki = kernel_size_index<T>(map.k);
@@ -304,6 +304,7 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
       const int64_t vectors = most<int64_t>(1, least<int64_t>(kGradChain, kBandBytes / (out * L * int64_t(sizeof(T)))));
       const int64_t band = pixels ? vectors : most<int64_t>(1, vectors / map.width);
       for (int64_t i = 0; i < in_group; ++i) {
+        if (!wanted(g * in_group + i)) continue;
         const T* channel = x + (g * in_group + i) * map.channel;
         // A band of rows of dy, for all ky; the first to reach a ky starts its sums.
         auto run = [&](int ky, const T* x_at, const T* dy_at, int64_t rows, int64_t width, bool first) {
@@ -339,15 +340,29 @@ void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_
           }
         }
         // Sums of lanes, kLanes of them at a time; those beyond the last tap are never read.
-        for (int64_t t = 0; t < out * taps; t += L, sums += L) {
+        for (int64_t t = 0; t < out * taps; t += L) {
           Vec<T> lanes[L];
           static_for<L>([&](auto r) { lanes[decltype(r)::value] = load(scratch + (t + decltype(r)::value) * L); });
-          store(sums, load(sums) + sums_of_lanes<T>(lanes));
+          add(o, out, i, t, sums_of_lanes<T>(lanes));
         }
       }
       o += out;
     }
   }
+}
+
+// sums += all of it, in the order in which it is computed, [group][tile][in][out of the tile][ky][kx], every (tile, in)
+// rounded up to whole vectors: so that sums over lanes are added where they arise, a vector at a time.
+// read_weight_grad() puts them in order.
+template <class T>
+void weight_grad_map(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_channel, T* sums, T* scratch,
+                     int64_t dy_gap = 0) {
+  weight_grad_tiles<T>(
+      map, x, dy, dy_channel, scratch, dy_gap, [](int64_t) { return true; },
+      [&](int64_t, int, int64_t, int64_t, Vec<T> sum) {
+        store(sums, load(sums) + sum);
+        sums += kLanes<T>;
+      });
 }
 
 // --- weight gradient with output channels in the lanes -------------------------------------------

@@ -394,12 +394,30 @@ void dft_kernel(const T* taps, int k, T* bins) {
   dft_columns<T, kN, kN>(half, bins);
 }
 
+// taps += scale * the part of the inverse that a kernel covers.
+template <class T, int kN>
+void inverse_dft_kernel(const T* bins, int k, T scale, T* taps) {
+  constexpr int L = kLanes<T>;
+  const int radius = k / 2;
+  alignas(64) T half[kN * kN * L], row[kN * L];
+  inverse_dft_columns<T, kN, kN>(bins, half);
+  for (int ky = 0; ky < k; ++ky, taps += k * L) {
+    Vec<T> x[kN];
+    inverse_dft_row<T, kN, kN>(half + (ky - radius + kN) % kN * kN * L, x);
+    static_for<kN>([&](auto i) { store(row + decltype(i)::value * L, x[decltype(i)::value]); });
+    for (int kx = 0; kx < k; ++kx) {
+      store(taps + kx * L, load(taps + kx * L) + load(row + (kx - radius + kN) % kN * L) * scale);
+    }
+  }
+}
+
 template <class T>
 struct DftTable {
   int n;
   void (*map)(const T* x, T* bins);
   void (*inverse_map)(const T* bins, const T* bias, T* y);
   void (*kernel)(const T* taps, int k, T* bins);
+  void (*inverse_kernel)(const T* bins, int k, T scale, T* taps);
 };
 
 // The transforms for maps of side x side under kernels of k x k, with the least length that keeps what wraps around
@@ -408,6 +426,7 @@ template <class T>
 const DftTable<T>* dft_table(int64_t side, int64_t k);
 
 template <class T, int kN, int kSide>
-inline constexpr DftTable<T> kDft{kN, &dft_map<T, kN, kSide>, &inverse_dft_map<T, kN, kSide>, &dft_kernel<T, kN>};
+inline constexpr DftTable<T> kDft{kN, &dft_map<T, kN, kSide>, &inverse_dft_map<T, kN, kSide>, &dft_kernel<T, kN>,
+                                  &inverse_dft_kernel<T, kN>};
 
 }  // namespace mfef::cpu::MFEF_ISA

@@ -27,6 +27,7 @@ int64_t choose(BlockArgs& a, bool backward) {
     for (int i = 0; i < a.branch_count; ++i) {
       Branch& b = a.branches[i];
       b.spectrum = choose_spectrum<T>(a, b);
+      b.spectral_weights = backward && b.spectrum && choose_spectral_weights<T>(a, b);
       b.packed_first = count;
       const auto map = branch_map<T>(a, b, backward);
       count +=
@@ -92,10 +93,10 @@ int64_t lay_out(BlockArgs& a) {
     for (int i = 0; i < a.branch_count; ++i) {
       Branch& b = a.branches[i];
       const auto map = gradient_map<T>(a, b);
-      b.by_channels = weight_grad_by_channels(map);
+      b.by_channels = !b.spectral_weights && weight_grad_by_channels(map);
       int64_t& sums = b.by_channels ? a.channel_sum_elements : conv;
       b.grad_first = sums;
-      sums += round_up(weight_grad_elements(map), 16);
+      sums += round_up(b.spectral_weights ? spectra_grad_elements(map) : weight_grad_elements(map), 16);
       if (!b.by_channels) continue;
       b.kept_x_first = a.kept_x_elements;
       b.kept_grad_first = a.kept_grad_elements;
@@ -143,7 +144,8 @@ void read_branch_grad(const BlockArgs& a, int branch, int64_t group, void* to, c
     const Branch& b = a.branches[branch];
     const T* sums =
         b.by_channels ? static_cast<const T*>(a.channel_sums) : static_cast<const T*>(a.partials) + a.partial.conv;
-    read_weight_grad<T, E>(gradient_map<T>(a, b), sums + b.grad_first, group, b.full_k, static_cast<E*>(to), stride);
+    auto read = b.spectral_weights ? read_spectra_grad<T, E> : read_weight_grad<T, E>;
+    read(gradient_map<T>(a, b), sums + b.grad_first, group, b.full_k, static_cast<E*>(to), stride);
   });
 }
 

@@ -160,6 +160,25 @@ def test_squares_that_leave_the_range_of_float32(spectra, scale):
     check_convolution(x, weights, groups, grad, torch.float32)
 
 
+@pytest.mark.parametrize("maps", ["dense", "rectified", "sparse"])
+def test_spectra_serve_ordinary_gradients_of_weights(spectra, maps):
+    """What is not an outlier is not summed directly, or the guard costs more than it saves."""
+    _C.force_cpu_plan("images")
+    x, weights, groups, grad = drawn(8, images=16)
+    if maps != "dense":
+        x = (x - (0.0 if maps == "rectified" else 0.5)).clamp(min=0)
+    x, grad, weights = x.float(), grad.float(), [w.float().requires_grad_() for w in weights]
+    got = {}
+    for way in ("fourier", "direct"):
+        _C.force_cpu_convolution(way)
+        out = functional.multi_scale_conv2d(x, weights, groups, backend="cpu")
+        got[way] = torch.autograd.grad(out, weights, grad)
+    for a, b in zip(got["fourier"], got["direct"], strict=True):
+        # Sums in another order: of all pairs of channels of the first branch, of most of the second.
+        changed = (a != b).flatten(2).any(2).float().mean()
+        assert changed > 0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_pyramids_add_their_branches(spectra, dtype):
     """The gradient of x is added up over branches, each with outputs of its own that are weak."""
