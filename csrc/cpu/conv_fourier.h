@@ -388,6 +388,11 @@ constexpr double kError = 4;
 // What an output may be off by, in units of eps S.
 constexpr double kAllowed = 256;
 
+template <class T>
+MFEF_INLINE Vec<T> absolute(Vec<T> v) {
+  return bit_cast<Vec<T>>(bit_cast<IVec<T>>(v) & std::numeric_limits<typename IntOf<T>::type>::max());
+}
+
 // M: that of random maps and weights by which the sum above exceeds M limit most often.
 template <class T>
 MFEF_INLINE T guard_terms(const ConvMap<T>& map, int64_t n) {
@@ -433,13 +438,20 @@ void weigh_inputs(const ConvMap<T>& map, int64_t n, bool flipped, const E* weigh
   for (int64_t g = begin; g < end; ++g) {
     const RawWeights<E> raw(map, flipped, weights, full_k, stride, g);
     T *scale = guard + g * guard_group(map), *reach = scale + in, *squares = reach + in;
+    const int64_t forward = flipped ? -1 : 1;
+    const bool dense = raw.column == forward && raw.row == forward * map.k;
     auto read = [&](int64_t o, int64_t i, T unit) {
       const E* from = raw.at + o * raw.out + i * raw.in;
       T* to = sizes;
+      if (dense) {  // in any order
+        if (flipped) from -= taps - 1;
+        for (; to + L <= sizes + taps; to += L, from += L) store(to, absolute<T>(load_elements(from)) * unit);
+        for (; to < sizes + taps; ++to, ++from) *to = std::fabs(to_compute(*from)) * unit;
+        return to;
+      }
       for (int ky = 0; ky < map.k; ++ky, from += raw.row) {
         for (int kx = 0; kx < map.k; ++kx) {
-          const T w = to_compute(from[kx * raw.column]);
-          *to++ = (w < T(0) ? -w : w) * unit;
+          *to++ = std::fabs(to_compute(from[kx * raw.column])) * unit;
         }
       }
       return to;
@@ -519,11 +531,6 @@ constexpr int64_t kMostSide = 16;  // of a map that has spectra
 template <class T>
 constexpr T kSevere = 4;
 
-template <class T>
-MFEF_INLINE Vec<T> absolute(Vec<T> v) {
-  return v < Vec<T>{} ? -v : v;
-}
-
 // v[j] = the sum of v[i], |i - j| <= radius, for a line of `side` vectors, `step` elements apart. Nothing is
 // subtracted: a small sum beside large values stays right.
 template <class T>
@@ -547,6 +554,27 @@ MFEF_INLINE void sum_windows(T* v, int64_t side, int64_t step, int64_t radius) {
     }
     store(v + i * step, sum);
   }
+}
+
+// The least sum over any of some squares of radius + 1 pixels a side, of which each window has one.
+template <class T>
+MFEF_INLINE Vec<T> fewest_in_squares(const ConvMap<T>& map, const T* sums) {
+  const int64_t side = map.height, square = map.k / 2 + 1, last = side - square;
+  Vec<T> fewest = splat(std::numeric_limits<T>::infinity());
+  auto next = [&](int64_t at) { return at < last ? least(at + square, last) : side; };
+  for (int64_t top = 0; top < side; top = next(top)) {
+    Vec<T> columns[kMostSide];
+    for (int64_t w = 0; w < side; ++w) {
+      columns[w] = load(sums + (top * side + w) * kLanes<T>);
+      for (int64_t h = 1; h < square; ++h) columns[w] += load(sums + ((top + h) * side + w) * kLanes<T>);
+    }
+    for (int64_t left = 0; left < side; left = next(left)) {
+      Vec<T> sum = columns[left];
+      for (int64_t w = 1; w < square; ++w) sum += columns[left + w];
+      fewest = sum < fewest ? sum : fewest;
+    }
+  }
+  return fewest;
 }
 
 // Outputs of one group that may not come out of spectra, the same for all its output channels.
@@ -588,14 +616,18 @@ void find_weak(const ConvMap<T>& map, int64_t n, const T* x, const T* guard, Wea
   alignas(64) T sums[kMostSide * kMostSide * L];
   auto add = [&](int64_t i, auto count) {
     constexpr int kCount = decltype(count)::value;
-    Vec<T> factor[kCount];
-    static_for<kCount>([&](auto j) { factor[decltype(j)::value] = splat(scale[i + decltype(j)::value]); });
+    Vec<T> factor[kCount], clip[kCount];
+    static_for<kCount>([&](auto j) {
+      constexpr int j_ = decltype(j)::value;
+      factor[j_] = splat(scale[i + j_]);
+      clip[j_] = limit / factor[j_];
+    });
     for (int64_t p = 0; p < pixels; ++p) {
       Vec<T> sum = i ? load(sums + p * L) : Vec<T>{};
       static_for<kCount>([&](auto j) {
         constexpr int j_ = decltype(j)::value;
-        const Vec<T> size = absolute<T>(load(x + (i + j_) * map.channel + p * L)) * factor[j_];
-        sum += size < limit ? size : limit;
+        const Vec<T> size = absolute<T>(load(x + (i + j_) * map.channel + p * L));
+        sum += (size < clip[j_] ? size : clip[j_]) * factor[j_];
       });
       store(sums + p * L, sum);
     }
@@ -609,13 +641,17 @@ void find_weak(const ConvMap<T>& map, int64_t n, const T* x, const T* guard, Wea
     for (int64_t p = 0; p < pixels; ++p) total += load(sums + p * L);
     blank = total == Vec<T>{};
   }
+  const Vec<T> wanted = limit * splat(guard_terms(map, n));
+  const IVec<T> passed = blank | (known & (fewest_in_squares(map, sums) >= wanted));
+  weak.any = weak.all = false;
+  weak.whole = IVec<T>{};
+  if (!any_lane<T>(~passed)) return;
   for (int64_t h = 0; h < map.height; ++h) sum_windows(sums + h * map.width * L, map.width, L, map.k / 2);
   for (int64_t w = 0; w < map.width; ++w) sum_windows(sums + w * L, map.height, map.width * L, map.k / 2);
-  const Vec<T> wanted = limit * splat(guard_terms(map, n));
   weak.whole = ~known;
   for (int64_t p = 0; p < pixels; ++p) {
     const Vec<T> sum = load(sums + p * L);
-    weak.lanes[p] = ~(sum >= wanted) & ~blank;
+    weak.lanes[p] = ~(sum >= wanted) & ~passed;
     weak.whole |= weak.lanes[p] & (sum != Vec<T>{}) & (sum * splat(kSevere<T>) < wanted);
   }
   weak.whole &= ~blank;
@@ -780,13 +816,6 @@ struct Levels {
 };
 
 template <class T>
-MFEF_INLINE T sum_of_counts(IVec<T> v) {
-  typename IntOf<T>::type sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum -= v[i];
-  return T(sum);
-}
-
-template <class T>
 void find_levels(const ConvMap<T>& map, int images, const T* dy, Levels<T>& levels) {
   constexpr int L = kLanes<T>;
   const int64_t side = map.height, radius = map.k / 2, window = side - radius, pixels = side * side;
@@ -826,15 +855,21 @@ void find_levels(const ConvMap<T>& map, int images, const T* dy, Levels<T>& leve
         static_for<kLevels>([&](auto j) { part[a][b][decltype(j)::value] = count[decltype(j)::value]; });
       }
     }
+    constexpr int kCounts = 4 * kLevels;
+    alignas(64) T counts[kCounts + L];
+    for (int first = 0; first < kCounts; first += L) {
+      Vec<T> rows[L] = {};
+      for (int r = 0; r < L && first + r < kCounts; ++r) {
+        const int corner = (first + r) / kLevels, j = (first + r) % kLevels, a = corner / 2 * 2, b = corner % 2 * 2;
+        IVec<T> count = part[a][b][j];
+        if (overlap) count += part[1][b][j] + part[a][1][j] + part[1][1][j];
+        rows[r] = __builtin_convertvector(-count, Vec<T>);  // of lanes of -1
+      }
+      store(counts + first, sums_of_lanes<T>(rows));
+    }
     const T absent = T((L - images) * window * window);
-    for (int corner = 0; corner < 4; ++corner) {
-      const int a = corner / 2 * 2, b = corner % 2 * 2;
-      static_for<kLevels>([&](auto j) {
-        constexpr int j_ = decltype(j)::value;
-        IVec<T> count = part[a][b][j_];
-        if (overlap) count += part[1][b][j_] + part[a][1][j_] + part[1][1][j_];
-        levels.missing[j_] = most(levels.missing[j_], sum_of_counts<T>(count) - absent);
-      });
+    for (int r = 0; r < kCounts; ++r) {
+      levels.missing[r % kLevels] = most(levels.missing[r % kLevels], counts[r] - absent);
     }
   }
 }
