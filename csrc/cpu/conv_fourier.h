@@ -791,17 +791,21 @@ void fourier_map(const ConvMap<T>& map, const DftTable<T>& table, const T* x, co
 // --- which gradients of weights are right ------------------------------------------------------------
 //
 // Here S is the sum of |dy| |x| over the pairs of pixels that a tap joins, in all images of a block, and spectra leave
-// errors of kError eps |x| |dy| / n at most, |.| over all pixels and images (the Cauchy-Schwarz inequality). Both
-// factors are data, and S has to be bounded for every pair of channels before anything is multiplied:
+// errors of kError eps / n times the sum over images of |x| |dy| at most, |.| over all pixels of an image. Both factors
+// are data, and S has to be bounded for every pair of channels before anything is multiplied.
+//
+// Gradients of some images are much larger than those of others. Let g be the size of dy of an image, all channels
+// together, and h = g / the largest g: what follows is said of dy / g, and all sums over images are weighted with h.
 //
 // For each tap there is a square of w = side - k / 2 pixels a side, which it moves from one of the corners of dy to one
 // of (k / 2 + 1)^2 places of x. Let the sum of min(|x|, t) over that square in x be C t or more wherever it lies, and
-// fewer than N_j pixels of dy be below level d_j in any corner. In however unfortunate places those are,
+// at most N_j pixels of dy be below level d_j in any corner. In however unfortunate places those are,
 //
 //   S >= t sum over j of (d_j - d_(j-1)) max(0, C - N_j)
 //
 // With levels that are multiples of the root mean square of dy, of its own channel, one set of N_j serves all output
-// channels of a group. Input channels are *rare* where the sum is not enough.
+// channels of a group, and by the Cauchy-Schwarz inequality their magnitudes cancel. Input channels are *rare* where
+// the sum is not enough.
 
 constexpr double kGradAllowed = 128;
 constexpr int kLevels = 3;
@@ -810,35 +814,77 @@ constexpr double kLevel[kLevels + 1] = {0, 0.02, 0.1, 0.4};
 // Of the output channels of a group.
 template <class T>
 struct Levels {
+  Vec<T> weight;        // h
+  T images;             // the sum of h
   T missing[kLevels];   // N_j
   T smallest, largest;  // |dy| of the channels that are not zero
   bool known;           // all that is there is finite, and so are its squares
 };
 
+// squares: room for a vector for each output channel.
 template <class T>
-void find_levels(const ConvMap<T>& map, int images, const T* dy, Levels<T>& levels) {
+void find_levels(const ConvMap<T>& map, const T* dy, T* squares, Levels<T>& levels) {
   constexpr int L = kLanes<T>;
   const int64_t side = map.height, radius = map.k / 2, window = side - radius, pixels = side * side;
+  const T smallest = std::numeric_limits<T>::min() * T(1e6), infinity = std::numeric_limits<T>::infinity();
+  levels = Levels<T>{};
+  levels.smallest = infinity;
+  levels.known = true;
+  // Zeros, or nothing that is known.
+  auto is_zero = [&](const T* channel) {
+    Vec<T> sum{};
+    for (int64_t p = 0; p < pixels; ++p) sum += absolute<T>(load(channel + p * L));
+    return !any_lane<T>(~(sum == Vec<T>{}));
+  };
+  Vec<T> size{};
+  for (int64_t o = 0; o < map.out_group(); ++o) {
+    Vec<T> sums[2] = {};
+    for (int64_t p = 0; p < pixels; ++p) {
+      const Vec<T> v = load(dy + o * map.out_channel + p * L);
+      sums[p & 1] += v * v;
+    }
+    const Vec<T> sum = sums[0] + sums[1];
+    store(squares + o * L, sum);
+    size += sum;
+  }
+  const IVec<T> there = (size > splat(smallest)) & (size < splat(infinity));
+  if (any_lane<T>(~there)) {
+    Vec<T> sum{};
+    for (int64_t o = 0; o < map.out_group(); ++o) {
+      for (int64_t p = 0; p < pixels; ++p) sum += absolute<T>(load(dy + o * map.out_channel + p * L));
+    }
+    levels.known = !any_lane<T>(~there & ~(sum == Vec<T>{}));
+    if (!levels.known) return;
+  }
+  T largest = 0;
+  for (int lane = 0; lane < L; ++lane) {
+    size[lane] = there[lane] ? std::sqrt(size[lane]) : T(0);
+    largest = most(largest, T(size[lane]));
+  }
+  if (largest == T(0)) return;
+  levels.weight = size / splat(largest);
+  levels.images = sum_of_lanes<T>(levels.weight);
+  const Vec<T> inverse = there ? T(1) / (there ? size : splat(T(1))) : Vec<T>{};
   // A corner is two of three parts, or one.
   const int64_t cut[4] = {0, least(window, radius), most(window, radius), side};
   const bool overlap = radius < window;
-  levels = {{}, std::numeric_limits<T>::infinity(), T(0), true};
   for (int64_t o = 0; o < map.out_group(); ++o, dy += map.out_channel) {
-    Vec<T> squares[4] = {}, any{};
-    for (int64_t p = 0; p < pixels; ++p) {
-      const Vec<T> v = load(dy + p * L);
-      squares[p & 3] += v * v;
-    }
-    const T square = sum_of_lanes<T>(squares[0] + squares[1] + (squares[2] + squares[3]));
-    if (!(square > std::numeric_limits<T>::min() * T(1e6) && square < std::numeric_limits<T>::infinity())) {
-      for (int64_t p = 0; p < pixels; ++p) any += absolute<T>(load(dy + p * L));
-      if (sum_of_lanes<T>(any) == T(0)) continue;
+    const Vec<T> square = load(squares + o * L);
+    const T sum = sum_of_lanes<T>(square);
+    if (!(sum > smallest)) {
+      if (is_zero(dy)) continue;
       levels.known = false;
       return;
     }
-    const T size = std::sqrt(square), mean = size / std::sqrt(T(images * pixels));
-    levels.smallest = least(levels.smallest, size);
-    levels.largest = most(levels.largest, size);
+    levels.smallest = least(levels.smallest, T(std::sqrt(sum)));
+    levels.largest = most(levels.largest, T(std::sqrt(sum)));
+    // Of dy / g; a multiple of g is what a pixel is compared with.
+    const T mean = std::sqrt(sum_of_lanes<T>(square * inverse) / largest / (T(pixels) * levels.images));
+    Vec<T> level[kLevels];
+    static_for<kLevels>([&](auto j) {
+      constexpr int j_ = decltype(j)::value;
+      level[j_] = size * (T(kLevel[j_ + 1]) * mean);
+    });
     IVec<T> part[3][3][kLevels] = {};
     for (int a = 0; a < 3; ++a) {
       for (int b = 0; b < 3; ++b) {
@@ -846,10 +892,7 @@ void find_levels(const ConvMap<T>& map, int images, const T* dy, Levels<T>& leve
         for (int64_t h = cut[a]; h < cut[a + 1]; ++h) {
           for (int64_t w = cut[b]; w < cut[b + 1]; ++w) {
             const Vec<T> v = absolute<T>(load(dy + (h * side + w) * L));
-            static_for<kLevels>([&](auto j) {
-              constexpr int j_ = decltype(j)::value;
-              count[j_] += v < splat(T(kLevel[j_ + 1]) * mean);
-            });
+            static_for<kLevels>([&](auto j) { count[decltype(j)::value] += v < level[decltype(j)::value]; });
           }
         }
         static_for<kLevels>([&](auto j) { part[a][b][decltype(j)::value] = count[decltype(j)::value]; });
@@ -863,20 +906,17 @@ void find_levels(const ConvMap<T>& map, int images, const T* dy, Levels<T>& leve
         const int corner = (first + r) / kLevels, j = (first + r) % kLevels, a = corner / 2 * 2, b = corner % 2 * 2;
         IVec<T> count = part[a][b][j];
         if (overlap) count += part[1][b][j] + part[a][1][j] + part[1][1][j];
-        rows[r] = __builtin_convertvector(-count, Vec<T>);  // of lanes of -1
+        rows[r] = __builtin_convertvector(-count, Vec<T>) * levels.weight;  // lanes of a comparison are -1
       }
       store(counts + first, sums_of_lanes<T>(rows));
     }
-    const T absent = T((L - images) * window * window);
-    for (int r = 0; r < kCounts; ++r) {
-      levels.missing[r % kLevels] = most(levels.missing[r % kLevels], counts[r] - absent);
-    }
+    for (int r = 0; r < kCounts; ++r) levels.missing[r % kLevels] = most(levels.missing[r % kLevels], counts[r]);
   }
 }
 
 // Whether input channel x is rare.
 template <class T>
-bool is_rare(const ConvMap<T>& map, int64_t n, int images, const T* x, const Levels<T>& levels) {
+bool is_rare(const ConvMap<T>& map, int64_t n, const T* x, const Levels<T>& levels) {
   constexpr int L = kLanes<T>;
   const int64_t side = map.height, radius = map.k / 2, window = side - radius, pixels = side * side;
   Vec<T> squares[2] = {}, sizes[2] = {};
@@ -885,15 +925,18 @@ bool is_rare(const ConvMap<T>& map, int64_t n, int images, const T* x, const Lev
     squares[p & 1] += v * v;
     sizes[p & 1] += absolute<T>(v);
   }
-  const T square = sum_of_lanes<T>(squares[0] + squares[1]), sum = sum_of_lanes<T>(sizes[0] + sizes[1]);
-  if (sum == T(0)) return false;
+  squares[0] += squares[1];
+  sizes[0] += sizes[1];
+  if (sum_of_lanes<T>(sizes[0]) == T(0)) return false;
   const T smallest = std::numeric_limits<T>::min() * T(1e6), infinity = std::numeric_limits<T>::infinity();
-  if (!(square > smallest && square < infinity)) return true;
-  const T size = std::sqrt(square);
+  const T of_all = sum_of_lanes<T>(squares[0]);
+  if (!(of_all > smallest && of_all < infinity)) return true;
+  if (levels.largest == T(0)) return false;  // dy is zero
   // Products of all with all must stay within the range, too.
-  if (levels.largest > T(0) && !(size * levels.smallest > smallest && size * levels.largest * T(1e6) < infinity)) {
-    return true;
-  }
+  const T product = std::sqrt(of_all) * levels.smallest;
+  if (!(product > smallest && std::sqrt(of_all) * levels.largest * T(1e6) < infinity)) return true;
+  const T square = sum_of_lanes<T>(squares[0] * levels.weight), sum = sum_of_lanes<T>(sizes[0] * levels.weight);
+  if (!(square > smallest)) return true;
   const T limit = square / sum;  // the usual size of what is not zero
   alignas(64) T at[kMostSide * kMostSide + L];
   for (int64_t p = 0; p < pixels; p += L) {
@@ -901,7 +944,7 @@ bool is_rare(const ConvMap<T>& map, int64_t n, int images, const T* x, const Lev
     static_for<L>([&](auto r) {
       constexpr int r_ = decltype(r)::value;
       const Vec<T> v = p + r_ < pixels ? absolute<T>(load(x + (p + r_) * L)) : Vec<T>{};
-      rows[r_] = v < splat(limit) ? v : splat(limit);
+      rows[r_] = (v < splat(limit) ? v : splat(limit)) * levels.weight;
     });
     store(at + p, sums_of_lanes<T>(rows));
   }
@@ -924,7 +967,7 @@ bool is_rare(const ConvMap<T>& map, int64_t n, int images, const T* x, const Lev
   for (int j = 0; j < kLevels; ++j) {
     found += T(kLevel[j + 1] - kLevel[j]) * most(T(0), pairs - levels.missing[j]);
   }
-  return !(found * limit >= size * std::sqrt(T(images * pixels)) * T(kError / kGradAllowed) / T(n));
+  return !(found * limit >= std::sqrt(square * T(pixels) * levels.images) * T(kError / kGradAllowed) / T(n));
 }
 
 // Elements of scratch of fourier_gradients(); of fourier_map() where weights have none.
@@ -935,7 +978,7 @@ MFEF_INLINE int64_t fourier_scratch(const ConvMap<T>& map, int64_t n, bool weigh
   if (!weights) return channels * step;
   const int64_t rest = (outputs_in_lanes(map) ? L + kLaneInputs : 1) * 2 * dft_bins(n) * L;
   return groups_at_once(map) * channels * step + most(rest, weight_grad_scratch<T>(map.k)) +
-         round_up(map.in_group(), L);
+         round_up(map.in_group(), L) + map.out_group() * L;
 }
 
 // sums += the gradient of the weights of group g, whose x and dy these are, for the input channels that are rare, by
@@ -976,7 +1019,8 @@ void fourier_gradients(const ConvMap<T>& map, const ConvMap<T>& back, const DftT
   const int64_t group_size = packed_spectra_group(back, table.n);
   T* dy_spectra = scratch + at_once * in_group * step;
   T* rare = dy_spectra + at_once * out_group * step;
-  T* rest = rare + round_up(in_group, L);
+  T* squares = rare + round_up(in_group, L);
+  T* rest = squares + out_group * L;
   for (int64_t first = 0; first < map.groups; first += at_once) {
     const int64_t groups = least(at_once, map.groups - first);
     bool apart[L], any = false;  // groups that are all rare
@@ -985,10 +1029,10 @@ void fourier_gradients(const ConvMap<T>& map, const ConvMap<T>& back, const DftT
               *dy_group = dy + (first + r) * out_group * map.out_channel;
       T *x_to = scratch + r * in_group * step, *dy_to = dy_spectra + r * out_group * step;
       Levels<T> levels;
-      find_levels(map, images, dy_group, levels);
+      find_levels(map, dy_group, squares, levels);
       int64_t count = 0;
       for (int64_t i = 0; i < in_group; ++i) {
-        const bool is = !levels.known || is_rare(map, table.n, images, x_group + i * map.channel, levels);
+        const bool is = !levels.known || is_rare(map, table.n, x_group + i * map.channel, levels);
         rare[i] = is ? T(1) : T(0);
         count += is;
       }
