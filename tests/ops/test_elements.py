@@ -174,7 +174,7 @@ def test_spectra_serve_ordinary_gradients_of_weights(spectra, maps):
         out = functional.multi_scale_conv2d(x, weights, groups, backend="cpu")
         got[way] = torch.autograd.grad(out, weights, grad)
     for a, b in zip(got["fourier"], got["direct"], strict=True):
-        # Sums in another order: of all pairs of channels of the first branch, of most of the second.
+        # Sums in another order: all pairs of channels of the first branch, most of the second.
         changed = (a != b).flatten(2).any(2).float().mean()
         assert changed > 0.5
 
