@@ -73,6 +73,16 @@ def test_grey_of_any_largest_value_is_scaled(tmp_path, largest):
     assert found.min() == 0 and found.max() == 255
 
 
+def test_sixteen_bit_tiff_of_which_zero_is_white(tmp_path):
+    values = (GREY * 257).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.tag_v2[262] == 0 and image.mode.startswith("I;16")
+        stored = np.asarray(image).astype(int)
+    expected = 255 - np.rint(stored / 257).astype(int)
+    assert (shown(tmp_path / "a.tif")[..., 0] == expected).all()
+
+
 def chunk(name, content):
     body = name + content
     return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))

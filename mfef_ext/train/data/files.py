@@ -260,10 +260,12 @@ def _rgb(file: Picture) -> Picture:
 
     file.load()
     if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
-        # Pillow leaves TIFF's 12 bits as they are.
-        bits = getattr(file, "tag_v2", {}).get(258, (16,))[0]
-        white = 2**bits - 1
+        # Pillow leaves TIFF's 12 bits as they are, and here also those of which 0 is white.
+        tags = getattr(file, "tag_v2", {})
+        white = 2 ** tags.get(258, (16,))[0] - 1
         scaled = (np.asarray(file).astype(np.int64) * 255 + white // 2) // white
+        if tags.get(262) == 0:
+            scaled = 255 - scaled
         return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert("RGB")
     if file.mode in ("I", "F"):
         kind = "floating-point numbers" if file.mode == "F" else "integers of 32 bits or signed"
