@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
-from matplotlib import rc_context
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from . import checkpoint
@@ -18,9 +16,25 @@ from .display import score_line, scores
 from .run import Run
 from .writing import save_figure
 
-# A decorator: names of classes are shown as they are, $ and all. The logarithmic axes of curves
-# need formulas.
-names_as_they_are = rc_context({"text.parse_math": False})
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Matplotlib is imported where something is drawn: where it cannot be, such as for an unknown
+# MPLBACKEND, a run still has its summary and its table.
+
+
+def names_as_they_are(draw: Callable[P, R]) -> Callable[P, R]:
+    """A decorator: names of classes are shown as they are, $ and all. The logarithmic axes of
+    curves need formulas."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        from matplotlib import rc_context
+
+        with rc_context({"text.parse_math": False}):
+            return draw(*args, **kwargs)
+
+    return drawn
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -69,6 +83,8 @@ def table(run: Run) -> Table:
 
 def draw_curves(run: Run, path: Path) -> bool:
     """PNG: loss terms and test accuracy by epoch. True: there is always a picture."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in run.rows]
@@ -96,6 +112,10 @@ def draw_curves(run: Run, path: Path) -> bool:
 def draw_gates(run: Run, path: Path) -> bool:
     """PNG: for one test image of up to ten classes, the image and each student's spatial gate
     over it. False, and no file, if the method has no gates."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
     test, classes = run.dataset.test, run.dataset.classes
     run.distiller.eval()
     first = [int((test.y == c).nonzero()[0]) for c in range(min(len(classes), 10))]

@@ -144,6 +144,17 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, capsys, monkeypat
     assert "checkpoints, metrics\n" in said.out and (out / "summary.json").exists()
 
 
+def test_a_run_is_whole_without_matplotlib(tmp_path, capsys, monkeypatch):
+    """It may not be importable when a run has come to its end, as with an unknown MPLBACKEND."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = tmp_path / "run"
+    options = ["--dataset", "fake", "--method", "ce", "--epochs", "1", "--out", str(out)]
+    assert main(options) == 0
+    said = capsys.readouterr()
+    assert said.err.count("could not be drawn") == 2 and (out / "summary.json").exists()
+    assert "mean of the students" in said.out
+
+
 def test_a_file_in_the_way_is_left_alone(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("mine")
