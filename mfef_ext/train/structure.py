@@ -29,8 +29,11 @@ def check_checkpoint(state: Any) -> None:
     _need(bool(step) or not state["sums"], "there are sums of no steps")
     for name in ("metrics", "timings"):
         _check_rows(name, state[name], epoch)
+    students = state["config"].get("students", ())
+    _need(isinstance(students, list | tuple), "config has no list of students")
+    wanted = {"loss", "test/students", *(f"test/student{i}" for i in range(len(students)))}
     for row in state["metrics"]:
-        _need({"loss", "test/students"} <= set(row), "metrics lack loss or accuracy")
+        _need(wanted <= set(row), "metrics lack loss or accuracy")
     for row in state["timings"]:
         good = row.get("train_seconds", 0) > 0 and row.get("method_seconds", -1) >= 0
         _need(good, "timings lack seconds")
@@ -49,6 +52,8 @@ def check_checkpoint(state: Any) -> None:
             parts = state["data"].get(name)
             splits = {"train", "validation", "test"}
             _need(_is_mapping(parts) and set(parts) == splits, f"data: {name} is not by split")
+        for name in ("dataset", "classes", "input_shape", "mean", "std", "scale"):
+            _need(name in state["data"], f"data has no {name}")
 
 
 _CHECKPOINT = (
@@ -106,7 +111,8 @@ def check_about(about: Any) -> None:
         _need(_is_name(about["dataset"]), "dataset is no name")
     if "classes" in about:
         names = about["classes"]
-        _need(_is_list(names) and all(map(_is_name, names)), "classes are no list of names")
+        good = _is_list(names) and len(names) > 0 and all(map(_is_name, names))
+        _need(good, "classes are no list of names")
     if "input_shape" in about:
         shape = about["input_shape"]
         good = _is_list(shape) and len(shape) == 3 and all(_is_whole(s, 1, 2**16) for s in shape)

@@ -39,6 +39,7 @@ def state(epoch):
 
 
 STATE = state(3)
+SPLITS = ("train", "validation", "test")
 
 
 @pytest.fixture
@@ -253,6 +254,10 @@ def test_a_planted_link_is_not_followed(tmp_path):
         ({"metrics": STATE["metrics"][:2]}, "metrics are not those of 3 epochs"),
         ({"metrics": [*STATE["metrics"][:2], {"epoch": 3}]}, "metrics differ in their columns"),
         ({"metrics": [{"epoch": i} for i in (1, 2, 3)]}, "metrics lack loss"),
+        ({"config": STATE["config"] | {"students": ["a"] * 9}}, "metrics lack loss"),
+        ({"config": STATE["config"] | {"students": "a"}}, "config has no list of students"),
+        ({"data": {"classes": []}}, "classes are no list of names"),
+        ({"data": {name: dict.fromkeys(SPLITS, 1) for name in ("images", "sha256")}}, "no dataset"),
         ({"metrics": [dict(row, loss="x") for row in STATE["metrics"]]}, "hold no numbers"),
         ({"metrics": [dict(row, loss=float("nan")) for row in STATE["metrics"]]}, "no numbers"),
         ({"metrics": STATE["metrics"][::-1]}, "not one row for every epoch"),
