@@ -92,7 +92,7 @@ def rebuild(
 def add_data(run: Run, known: dict[str, Any] | None, file: Path) -> None:
     """Loads the run's images and compares them with the fingerprint of those that it was trained
     on, which the checkpoint ``file`` holds."""
-    dataset = load_data(run.config)
+    dataset = load_data(run.config, of_a_run=True)
     run.complaints += compare_data(known, data.fingerprint(dataset), run.config, file)
     run.dataset = dataset.to(run.processes.device)
 

@@ -46,6 +46,14 @@ class Place:
         except OSError as error:
             raise self._not_writable(error) from error
 
+    def check_held(self) -> None:
+        """UsageError unless the folder was there, and was locked, at the time of :meth:`hold`."""
+        if self._lock is None:
+            raise UsageError(
+                f"--out={self.path} was made by another process while this one started; wait for "
+                "that one, or name another folder"
+            )
+
     def create(self) -> Path:
         """Makes the folder and locks it, or takes one that is empty.
 

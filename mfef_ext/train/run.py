@@ -288,7 +288,7 @@ def prepare(config: TrainConfig, processes: Processes, place: folder.Place | Non
     place = place or folder.Place(config.out, f"{config.method}-{config.dataset}")
     if config.resumes_in_place:
         processes.first(place.hold)
-    dataset = processes.in_turn(partial(load_data, config))
+    dataset = processes.in_turn(partial(load_data, config, config.resume is not None))
     fingerprint = data.fingerprint(dataset)
     processes.agree(_facts_of_data(fingerprint))
     make = partial(_make, config, processes, dataset.to(processes.device), fingerprint)
@@ -303,6 +303,8 @@ def prepare(config: TrainConfig, processes: Processes, place: folder.Place | Non
         processes.together(partial(run.restore, file, state))
     if file is None or not config.resumes_in_place:
         run.path = processes.first(place.create)
+    else:
+        processes.first(place.check_held)
     processes.together(partial(run.begin, file))
     return run
 
@@ -341,17 +343,24 @@ def _to_go_on_from(config: TrainConfig) -> checkpoint.Found | None:
     return found
 
 
-def load_data(config: TrainConfig) -> data.Dataset:
-    """The data set that the options name, on the CPU."""
-    return data.load(
-        config.dataset,
-        config.validation,
-        config.data_dir,
-        image_size=config.image_size,
-        download=config.download,
-        labels_per_class=config.labels_per_class,
-        seed=config.seed,
-    )
+def load_data(config: TrainConfig, of_a_run: bool = False) -> data.Dataset:
+    """The data set that the options name, on the CPU; ``of_a_run``: those of a run that exists."""
+    try:
+        return data.load(
+            config.dataset,
+            config.validation,
+            config.data_dir,
+            image_size=config.image_size,
+            download=config.download,
+            labels_per_class=config.labels_per_class,
+            seed=config.seed,
+        )
+    except DataError as error:
+        if not of_a_run or config.data_dir is None or config.data_dir.is_dir():
+            raise
+        raise DataError(
+            f"{error}. If the images of this run have moved, say where they are: --data-dir DIR"
+        ) from error
 
 
 def _make(

@@ -137,6 +137,7 @@ def test_moved_data_are_named_by_data_dir(made, photos, tmp_path, capsys):
         assert cli.main(argv[command]) == 3
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1 and str(photos) in error
+        assert "If the images of this run have moved" in error and "--data-dir DIR" in error
     for command in ("eval", "plot", "resume", "export"):
         capsys.readouterr()
         assert cli.main([*argv[command], "--data-dir", str(moved)]) == 0, command

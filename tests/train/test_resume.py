@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mfef_ext.distill import METHODS
-from mfef_ext.train import checkpoint
+from mfef_ext.train import checkpoint, data
 from mfef_ext.train.__main__ import main
 from mfef_ext.train.display import Display
 
@@ -314,6 +314,22 @@ def test_a_folder_is_one_process_s_alone(tmp_path, capsys, options):
     assert not (out / ".mfef-lock").exists()
 
 
+def test_a_folder_that_another_process_made_meanwhile_is_its_own(tmp_path, capsys, monkeypatch):
+    """A run that begins while this one reads its data has the folder, and this one has no lock."""
+    command = [*QUICK, "--method", "ce", "--epochs", "1", "--out", str(tmp_path / "run")]
+    load = data.load
+
+    def load_while_another_runs(*arguments, **options):
+        monkeypatch.setattr(data, "load", load)
+        assert main(command) == 0
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(data, "load", load_while_another_runs)
+    assert main([*command, "--resume", "auto"]) == 2
+    assert "was made by another process while this one started" in capsys.readouterr().err
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
 def test_the_run_of_a_seed_is_one_process_s_alone(tmp_path, capsys):
     out = tmp_path / "runs"
     process, words = held(out / "seed1")
@@ -473,7 +489,7 @@ CHANGES = {
     "momentum": other_momentum,
     "settings": other_settings,
     "optimizer": lambda state: state.update(optimizer={}),
-    "step": lambda state: state.update(step=5),
+    "step": lambda state: state.update(step=6),  # of 5
     "scaler": lambda state: state.update(scaler={"scale": -1.0}),
     "lr": lambda state: state["config"].update(lr="fast"),
     "tensor": lambda state: state["distiller"].update({"students.0.stem.weight": torch.zeros(1)}),
