@@ -1,7 +1,6 @@
 """Says what the compiled CUDA kernels take: registers, spills and shared memory, per architecture.
 
-    python scripts/cuda_usage.py           the table of the installed library
-    python scripts/cuda_usage.py --write   into docs/cuda_kernels.md
+    python scripts/cuda_usage.py
 
 No GPU is needed, only cuobjdump: of the CUDA toolkit, or the one that Triton's package carries. The
 exit status is 1 if a kernel spills registers, 2 if the library or cuobjdump is not there.
@@ -14,17 +13,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import mfef_ext
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "cuda_kernels.md"
 HEAD = """\
-# What the CUDA kernels take
-
-Written by `python scripts/cuda_usage.py --write` from the library, {built}.
-A number in angle brackets is the width of a row in shared memory; the others serve large maps.
+{built}. A number in angle brackets is the width of a row in shared memory.
 Registers and spilled bytes are a thread's. Shared memory is asked for by the launch, up to what
 `explain` says; the {reserved} bytes that the code of sm_90 and later lists are the driver's own.
 """
@@ -88,8 +82,8 @@ def spills(usage: dict[str, dict[str, Usage]]) -> list[str]:
     ]
 
 
-def document(usage: dict[str, dict[str, Usage]], built: str) -> str:
-    """The page with the table of all kernels."""
+def table(usage: dict[str, dict[str, Usage]], built: str) -> str:
+    """All kernels in Markdown."""
     architectures = list(dict.fromkeys(a for of in usage.values() for a in of))
     reserved = max(shared for of in usage.values() for _, _, shared in of.values())
     rows = [f"| kernel | registers ({', '.join(architectures)}) | spilled bytes | shared |"]
@@ -106,19 +100,14 @@ def document(usage: dict[str, dict[str, Usage]], built: str) -> str:
     return HEAD.format(built=built, reserved=reserved) + "\n" + "\n".join(rows) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+def main() -> int:
     path, program = library(), cuobjdump()
     built = str(mfef_ext.build_info()["cuda"])
     if path is None or program is None:
         print(f"no _C_cuda ({built})" if path is None else "no cuobjdump", file=sys.stderr)
         return 2
     usage = read(path, program)
-    page = document(usage, built)
-    if arguments == ["--write"]:
-        DOCUMENT.write_text(page)
-    else:
-        print(page, end="")
+    print(table(usage, built), end="")
     for sentence in spills(usage):
         print(sentence, file=sys.stderr)
     return 1 if spills(usage) else 0

@@ -2,10 +2,8 @@
 
     python -m mfef_ext.backends.triton.aot                 the table, for sm_80, sm_90 and sm_100
     python -m mfef_ext.backends.triton.aot --only kd       of one file's kernels
-    python -m mfef_ext.backends.triton.aot --part 2/6      of every sixth kernel from the second on
+    python -m mfef_ext.backends.triton.aot --smoke         of one case of every kernel
     python -m mfef_ext.backends.triton.aot --all           of every launch of the benchmark's cases
-    python -m mfef_ext.backends.triton.aot --write         into docs/triton_kernels.md
-    python -m mfef_ext.backends.triton.aot --digest        of what would be compiled, in a minute
 
 No GPU is needed. The operators themselves run, on meta tensors, under a driver that launches
 nothing: so Triton derives types, constants and divisibility from the arguments that a real launch
@@ -18,7 +16,6 @@ the GPUs has, 2 if nothing could be compiled.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -37,9 +34,8 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
-from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource
 
 from . import interpreted
 from .launch import ALL_REGISTERS, Launch
@@ -50,7 +46,6 @@ ARCHITECTURES = (80, 90, 100)
 # What one block may have on compute capability 8.6, 8.9 and 12.0; 8.0 has 163 KiB, 9.0 and 10.0
 # have 227.
 SHARED_MEMORY = 99 * 1024
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "triton_kernels.md"
 
 # Of a launch; the others that Triton has are left as they are.
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
@@ -369,33 +364,6 @@ def compile_for(one: Specialisation, architectures: Sequence[int]) -> list[Usage
     return usages
 
 
-def digest(specialisations: Iterable[Specialisation]) -> str:
-    """Of all that the compiler is given: the options of each kernel, and what Triton's front end
-    makes of it, without the places in the source. What is compiled follows from that and from
-    Triton's version."""
-    target = GPUTarget("cuda", ARCHITECTURES[0], 32)
-    backend = make_backend(target)
-    given = backend.get_codegen_implementation, backend.get_module_map()
-    found = hashlib.sha256()
-    for one in specialisations:
-        source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
-        options = backend.parse_options(dict(one.options))
-        context = ir.context()
-        ir.load_dialects(context)
-        backend.load_dialects(context)
-        code = str(source.make_ir(target, options, given[0](options), given[1], context))
-        code = re.sub(r"^#loc.*\n| loc\(#loc\d*\)", "", code, flags=re.MULTILINE)
-        found.update(f"{one.name} {dict(one.options)}\n{code}".encode())
-    return found.hexdigest()[:16]
-
-
-def seal(page: str, code: str) -> str:
-    """``page`` with a last line that only this text and kernels with the digest ``code`` have, so
-    that a changed row shows."""
-    found = hashlib.sha256(f"{code}\n{page}".encode()).hexdigest()[:16]
-    return f"{page}\nDigest of the kernels and of this page: {found}\n"
-
-
 def _usage(one: Specialisation, cubin: Path, shared: int) -> Usage:
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -466,33 +434,15 @@ def table(rows: Iterable[Row], architectures: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def _part(text: str) -> tuple[int, int]:
-    """ "2/6": (1, 6)."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no part; write 1/6 to 6/6, for example")
-    return int(found[1]) - 1, int(found[2])
-
-
 def document(rows: Sequence[Row], architectures: Sequence[int]) -> str:
-    """docs/triton_kernels.md, with a section for each file of kernels."""
-    text = f"""# What the Triton kernels take
-
-Written by `python -m mfef_ext.backends.triton.aot --write`; a test compares the digest at the end,
-and a part of the table with what it compiles. Compiled ahead of time by Triton
-{triton.__version__}, without a GPU, as the launches of the cases specialise them. Launches that
-differ only in the number and shapes of the weights, in which strides are multiples of 16, in dtypes
-with the same arithmetic, in whether something is stored for the backward and in how the spatial
-weight lies are compiled once, for the first case. "Other choices" are those that may run where a
-GPU has timed them. The kernels are **not yet run on hardware**: what
-they take is what ptxas says. MOST are the channels of a tile of `convolve` at most. Registers and
-spilled bytes are a thread's, shared bytes a block's; the smallest of the GPUs has
-{SHARED_MEMORY} of them.
+    """The tables, one for each file of kernels."""
+    text = f"""Compiled by Triton {triton.__version__}, specialised as the cases launch them.
+Registers and spilled bytes are a thread's, shared bytes a block's, of at most {SHARED_MEMORY}.
 """
     for file in FILES:
         of_file = [row for row in rows if row[0].file == file]
         if of_file:
-            text += f"\n## {file}.py\n\n{table(of_file, architectures)}\n"
+            text += f"\n{file}.py\n\n{table(of_file, architectures)}\n"
     return text
 
 
@@ -503,38 +453,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES, metavar="N")
     parser.add_argument("--only", nargs="+", choices=FILES, default=FILES, help="files of kernels")
-    parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="every N-th")
-    parser.add_argument("--all", action="store_true", help="every launch of the benchmark's cases")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--smoke", action="store_true", help="one case of every kernel")
+    which.add_argument("--all", action="store_true", help="every launch of the benchmark's cases")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--digest", action="store_true", help="of what would be compiled")
     parser.add_argument("--jobs", type=int, default=cores, metavar="N", help="processes")
-    parser.add_argument("--write", action="store_true", help=f"write docs/{DOCUMENT.name}")
     options = parser.parse_args(arguments)
     if interpreted():
         print("TRITON_INTERPRET=1 leaves nothing to compile; unset it.", file=sys.stderr)
         return 2
-    first, step = options.part
-    part = set(options.only) != set(FILES) or tuple(options.arch) != ARCHITECTURES or step > 1
-    if options.write and (part or options.all):
-        print(
-            "--write writes the whole table; leave out --only, --arch, --part and --all.",
-            file=sys.stderr,
-        )
-        return 2
-    if options.write and not DOCUMENT.parent.is_dir():
-        print("--write needs a checkout of the repository, which has docs/.", file=sys.stderr)
-        return 2
     found = list(launches(ALL_CASES)) if options.all else collect()
-    if options.digest:
-        print(digest(found))
-        return 0
+    if options.smoke:
+        found = list({(one.file, one.name): one for one in reversed(found)}.values())
     in_order = [one for file in FILES if file in options.only for one in found if one.file == file]
-    rows = compile_all(in_order[first::step], options.arch, options.jobs)
-    text = document(rows, options.arch)
-    if options.write:
-        DOCUMENT.write_text(seal(text, digest(found)))
-    else:
-        print(text, end="")
+    rows = compile_all(in_order, options.arch, options.jobs)
+    print(document(rows, options.arch), end="")
     for sentence in complaints(rows, options.arch):
         print(sentence, file=sys.stderr)
     return 1 if complaints(rows, options.arch) else 0

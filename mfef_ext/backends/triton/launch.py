@@ -71,7 +71,7 @@ class Launch:
         warps, stages: of the kernel.
         reuse: whether to remember the compiled code. False if tensors may be at odd addresses.
         registers: the most that a thread may have. With None ptxas decides, so that more blocks
-            fit; it makes a few kernels spill for it: see docs/decisions.md.
+            fit; it makes a few kernels spill for it: see docs/gpu.md.
     """
 
     def __init__(
