@@ -61,18 +61,3 @@ def markdown(result: dict[str, Any]) -> str:
             cells = [f"`{method}`", last, *paired, best, ensemble, fused, f"{moved:+.2f}"]
             lines.append(row_of(cells))
     return "\n".join(lines)
-
-
-def smallest(result: dict[str, Any]) -> str:
-    """The students at the last epoch, and their differences to `ce`, without the ablations."""
-    counts, seeds = (result["options"][name] for name in ("labels", "seeds"))
-    head = row_of([f"method, {len(seeds)} seeds", *(f"{n} labels per class" for n in counts)])
-    lines = [head, row_of(["---"] + ["---:"] * len(counts))]
-    for method in ("ce", "dml", "ffl", "mfef"):
-        cells = [f"`{method}`"]
-        for labels in counts:
-            rows, ce = select(result, labels, method), select(result, labels, "ce")
-            paired = "" if method == "ce" else f" ({difference(rows, ce)})"
-            cells.append(spread([r["last_students"] for r in rows]) + paired)
-        lines.append(row_of(cells))
-    return "\n".join(lines)

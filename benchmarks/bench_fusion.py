@@ -2,7 +2,7 @@
 
     python benchmarks/bench_fusion.py                      everything, within five minutes
     python benchmarks/bench_fusion.py --quick              one shape per suite, about 40 seconds
-    python benchmarks/bench_fusion.py --table results.json the README's table of an earlier run
+    python benchmarks/bench_fusion.py --table results.json the tables of an earlier run, in Markdown
 
 A case is timed only after its numbers were checked: outputs and all gradients against float64,
 with an error of at most twice that of eager PyTorch in the same dtype plus one unit in the last
@@ -609,7 +609,7 @@ def parser() -> argparse.ArgumentParser:
         "--table",
         type=Path,
         metavar="RESULTS.JSON",
-        help="measure nothing: print the Markdown table of an earlier run",
+        help="measure nothing: print the Markdown tables of an earlier run",
     )
     return p
 

@@ -413,31 +413,12 @@ def notes(result: Json) -> list[str]:
     return lines
 
 
-def markdown(result: Json) -> str:
-    """The table for the README, and where it was measured."""
+def markdown(result: Json, cases: bool = True) -> str:
+    """Where a run was made, its geometric means and its cases, for README.md and docs."""
     env, options = result["environment"], result["options"]
-    copy = result["figures"]["copy_bandwidth"]["per_second"] / 1e9
-    lines = [
-        f"{measured(env)}; copy bandwidth {copy:.0f} GB/s. Milliseconds and ratios are medians of "
-        "interleaved rounds, in brackets the 20th to 80th percentile of the ratios. "
-        '"cl" is channels_last.',
-    ]
-    lines += ["", *markdown_summary(result["summary"])]
-    for (suite, dtype, direction), block in blocks(result["cases"]):
-        baselines = baseline_names(block)
-        if not baselines:
-            continue
-        backends = list(dict.fromkeys(b for row in block for b in case_candidates(row)))
-        head = ["shape", *map(column_title, baselines)]
-        for backend in backends:
-            head += [f"**{backend}**", "against eager", "against the fastest"]
-        lines += ["", f"**{suite}**, {dtype}, {direction} (ms)", "", row_of(head)]
-        lines.append(row_of(["---"] + ["---:"] * (len(head) - 1)))
-        for row in block:
-            cells = [row["shape"], *(milliseconds(row, name) for name in baselines)]
-            for backend in backends:
-                cells += markdown_cells(row, backend)
-            lines.append(row_of(cells))
+    lines = [f"{measured(env)}.", "", *markdown_summary(result["summary"])]
+    if cases:
+        lines += ["", *markdown_cases(result["cases"])]
     if not all(row.get("all_baselines_ran", True) for row in result["cases"]):
         reasons = "; ".join(dict.fromkeys(missing_reasons(result["cases"])))
         lines += ["", f"\\* Of the baselines that ran; not run: {reasons}."]
@@ -448,19 +429,56 @@ def markdown(result: Json) -> str:
     return "\n".join(lines)
 
 
+def times(ratio: float, all_baselines_ran: bool = True) -> str:
+    """A ratio; with a star if not every baseline ran."""
+    return f"{number(ratio)}x" + ("" if all_baselines_ran else "\\*")
+
+
 def markdown_summary(summary: list[Json]) -> list[str]:
-    """Geometric means of the candidates in contiguous layout, a line per block."""
-    head = ["suite", "dtype", "direction", "backend", "against eager contiguous"]
-    head += ["against the fastest baseline", "smallest of these"]
-    lines = [row_of(head), row_of(["---"] * 4 + ["---:"] * 3)]
+    """Geometric means of the candidates in contiguous layout, the dtypes side by side."""
+    found: dict[tuple, dict[str, Json]] = {}
     for entry in summary:
         backend, layout = entry["candidate"].rsplit(" ", 1)
-        if layout != "contiguous":
-            continue
-        star = "" if entry["all_baselines_ran"] else "\\*"
-        cells = [*(entry[k] for k in BLOCK), backend, f"{number(entry['against_eager'])}x"]
-        cells.append(f"{number(entry['against_fastest'])}x{star}")
-        lines.append(row_of([*cells, f"{number(entry['smallest_against_fastest'])}x{star}"]))
+        if layout == "contiguous":
+            block = (entry["suite"], entry["direction"], backend)
+            found.setdefault(block, {})[entry["dtype"]] = entry
+    dtypes = list(dict.fromkeys(dtype for by_dtype in found.values() for dtype in by_dtype))
+    head = ["suite", "direction", "backend"]
+    for dtype in dtypes:
+        head += [f"{dtype}: against eager", "against the fastest (smallest)"]
+    lines = [row_of(head), row_of(["---"] * 3 + ["---:"] * 2 * len(dtypes))]
+    for block, by_dtype in found.items():
+        cells = list(block)
+        for dtype in dtypes:
+            if dtype in by_dtype:
+                entry = by_dtype[dtype]
+                fastest = times(entry["against_fastest"], entry["all_baselines_ran"])
+                smallest = f"({number(entry['smallest_against_fastest'])}x)"
+                cells += [times(entry["against_eager"]), f"{fastest} {smallest}"]
+            else:
+                cells += ["-", "-"]
+        lines.append(row_of(cells))
+    return lines
+
+
+def markdown_cases(rows: list[Json]) -> list[str]:
+    """A line per shape, dtype and backend with both directions."""
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    head = ["suite", "shape", "dtype", "backend"]
+    for direction in directions:
+        head += [f"{direction}, ms", "against eager", "against the fastest"]
+    lines = [row_of(head), row_of(["---"] * 4 + ["---:"] * 3 * len(directions))]
+    found: dict[tuple, dict[str, Json]] = {}
+    for row in rows:
+        for backend in case_candidates(row):
+            line = (row["suite"], row["shape"], row["dtype"], backend)
+            found.setdefault(line, {})[row["direction"]] = row
+    for line, by_direction in found.items():
+        cells = list(line)
+        for direction in directions:
+            case = by_direction.get(direction)
+            cells += markdown_cells(case, line[-1]) if case else ["-"] * 3
+        lines.append(row_of(cells))
     return lines
 
 
@@ -472,16 +490,15 @@ def missing_reasons(rows: list[Json]) -> Iterator[str]:
 
 
 def markdown_cells(row: Json, backend: str) -> list[str]:
+    """Milliseconds, the ratio to eager, and that to the fastest baseline with its spread."""
     key = f"{backend} contiguous"
     if key not in row.get("ratios", {}):
         status = row["contestants"].get(backend, {}).get("status", row["status"])
         return [status, "-", "-"]
-    cells = [f"**{milliseconds(row, key)}**"]
-    for against in ("eager contiguous", "fastest"):
-        r = row["ratios"][key][against]
-        star = "" if against != "fastest" or row["all_baselines_ran"] else "\\*"
-        cells.append(f"{number(r['median'])}x{star} ({number(r['p20'])} to {number(r['p80'])})")
-    return cells
+    eager, fastest = (row["ratios"][key][k] for k in ("eager contiguous", "fastest"))
+    spread = f"({number(fastest['p20'])}-{number(fastest['p80'])})"
+    ratio = times(fastest["median"], row["all_baselines_ran"])
+    return [milliseconds(row, key), times(eager["median"]), f"{ratio} {spread}"]
 
 
 def row_of(cells: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Puts the tables of committed results between their markers in README.md and docs/results.md.
+"""Puts the tables of committed results between their markers in README.md and docs/.
 
     python benchmarks/tables.py
 
@@ -12,23 +12,28 @@ from pathlib import Path
 
 import accuracy_tables
 import bench_training
+import report
 
 ROOT = Path(__file__).parents[1]
 
 
+def read(name: str) -> dict:
+    """A committed result."""
+    return json.loads((ROOT / "benchmarks/results" / name).read_text())
+
+
 def tables() -> dict[str, dict[str, str]]:
     """What stands between the markers, by page and marker."""
-    accuracy, training = (
-        json.loads((ROOT / "benchmarks/results" / name).read_text())
-        for name in ("accuracy/results.json", "training/training.json")
-    )
-    step = bench_training.markdown(training)
+    accuracy, training = read("accuracy/results.json"), read("training/training.json")
+    cpu, zen4 = read("cpu/results.json"), read("cpu-zen4/results.json")
+    step = f"{bench_training.heading(training)}\n\n{bench_training.markdown(training)}"
     return {
-        "docs/results.md": {
-            "accuracy": accuracy_tables.markdown(accuracy),
-            "training": bench_training.heading(training) + "\n\n" + step,
+        "README.md": {"benchmark": report.markdown(cpu, cases=False)},
+        "docs/benchmarks.md": {
+            "cpu": report.markdown(cpu),
+            "cpu-zen4": report.markdown(zen4, cases=False),
         },
-        "README.md": {"accuracy": accuracy_tables.smallest(accuracy), "training": step},
+        "docs/results.md": {"accuracy": accuracy_tables.markdown(accuracy), "training": step},
     }
 
 

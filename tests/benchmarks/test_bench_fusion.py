@@ -140,7 +140,7 @@ def test_terminal_table_and_markdown_come_from_the_json(finished, capsys):
     assert run(["--table", str(folder / "results.json")]) == 0
     table = capsys.readouterr().out
     mean = report.number(result["summary"][0]["against_eager"])
-    assert f"| edge | float32 | forward | reference | {mean}x |" in table
+    assert f"| edge | forward | reference | {mean}x |" in table
     assert "| 1x64x8x8 |" in table
     assert "--no-compile" in table  # the asterisk is explained
 
