@@ -44,7 +44,7 @@ def test_the_layer_in_five_lines():
 
 @pytest.mark.slow
 def test_own_networks_and_images(photos):
-    code = example("README.md", "OnlineDistiller")
+    code = example("docs/recipes.md", "OnlineDistiller")
     assert code.count("range(10)") == code.count("batch_size=64") == 1
     exec(code.replace("range(10)", "range(2)").replace("batch_size=64", "batch_size=10"), {})
     weights = torch.load("student.pt", weights_only=True)

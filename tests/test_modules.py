@@ -29,7 +29,7 @@ def test_remainder_goes_to_the_first_branches():
 
 
 def test_parameters_that_groups_cost():
-    """As the README counts them."""
+    """As docs/recipes.md counts them."""
     for groups, thousands in (("auto", 181), ((1, 3, 11, 11), 34)):
         block = MFEFBlock(132, groups=groups, device="meta")
         assert round(sum(p.numel() for p in block.parameters()) / 1000) == thousands

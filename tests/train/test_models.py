@@ -29,7 +29,7 @@ def test_parameter_counts_of_table_6(name, millions):
 
 
 def test_parameters_of_the_default_student():
-    """As README.md and docs/recipes.md count them: for digits."""
+    """As docs/recipes.md counts them: for digits."""
     net = StudentSpec("resnet8", 1, 10, (1, 1, 1)).build()
     assert sum(p.numel() for p in net.parameters()) == 75_002
 
