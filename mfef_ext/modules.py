@@ -16,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import functional as F
 from . import reference
 from .backends import check_backend_name
+from .names import a, shown
 from .problem import FLOAT_DTYPES, check_groups, check_int, check_kernel_size
 
 Mode = Literal["split", "pyramid", "hierarchical"]
@@ -25,7 +26,9 @@ MODES = ("split", "pyramid", "hierarchical")
 def _check_positive(name: str, value: object, hint: str) -> int:
     value = check_int(name, value)
     if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1; {hint}")
+        raise ValueError(f"{name}={shown(value)} must be at least 1; {hint}")
+    if value >= 2**31:
+        raise ValueError(f"{name}={shown(value)} must be below 2^31; {hint}")
     return value
 
 
@@ -33,7 +36,7 @@ def _check_list(name: str, value: object, hint: str) -> tuple:
     # A set has no order, and a generator can be read once: neither says which branch is which.
     if not isinstance(value, (list, tuple)):
         raise TypeError(
-            f"{name} must be a list or tuple, got {type(value).__name__} {value!r}; {hint}"
+            f"{name} must be a list or tuple, got {type(value).__name__} {shown(value)}; {hint}"
         )
     return tuple(value)
 
@@ -47,7 +50,7 @@ def _divide(channels: int, parts: int) -> list[int]:
     """Equal parts; the remainder goes to the first ones, one channel each (132 -> 33 x 4)."""
     if channels < parts:
         raise ValueError(
-            f"channels={channels} cannot be divided among {parts} branches; "
+            f"channels={shown(channels)} cannot be divided among {parts} branches; "
             f"use at most {channels} kernel sizes"
         )
     return [channels // parts + (i < channels % parts) for i in range(parts)]
@@ -66,7 +69,7 @@ _CONV2D_FORWARD = nn.Conv2d.forward
 def _told_apart(layer: nn.Module, cls: type[nn.Module]) -> str:
     """Why calling ``layer`` is more than the ``forward`` of ``cls``; "" where it is that."""
     if type(layer) is not cls:
-        return f"is a {type(layer).__name__}"
+        return f"is {a(type(layer).__name__)}"
     own = layer.__dict__
     if (
         own["_forward_hooks"]
@@ -166,7 +169,9 @@ class MultiScaleConv2d(nn.Module):
         )
         _check_float_dtype(dtype)
         if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is unknown; use one of {', '.join(map(repr, MODES))}")
+            raise ValueError(
+                f"mode={shown(mode)} is unknown; use one of {', '.join(map(repr, MODES))}"
+            )
         kernel_sizes = _check_list("kernel_sizes", kernel_sizes, "for example (3, 5, 7, 9)")
         if len(kernel_sizes) == 0:
             raise ValueError(
@@ -177,21 +182,21 @@ class MultiScaleConv2d(nn.Module):
         )
         branches = len(kernel_sizes)
         if isinstance(groups, str) and groups != "auto":
-            raise ValueError(f'groups={groups!r} must be "auto" or one number per kernel size')
+            raise ValueError(f'groups={shown(groups)} must be "auto" or one number per kernel size')
         if not isinstance(groups, str):
             groups = _check_list("groups", groups, 'one number per kernel size, or "auto"')
         if not isinstance(groups, str) and len(groups) != branches:
             raise ValueError(
-                f"groups={tuple(groups)} has {len(groups)} entries but kernel_sizes="
-                f'{tuple(kernel_sizes)} has {branches}: give one per branch or "auto"'
+                f"groups={shown(groups)} has {len(groups)} entries but kernel_sizes="
+                f'{shown(kernel_sizes)} has {branches}: give one per branch or "auto"'
             )
         out_parts = _divide(out_channels, branches)
         in_parts = [channels] * branches if mode == "pyramid" else _divide(channels, branches)
         if mode == "hierarchical" and (out_channels != channels or channels % branches):
             raise ValueError(
                 f"mode='hierarchical' adds each branch's result to the next branch's input: "
-                f"channels={channels} and out_channels={out_channels} must be equal and "
-                f"divisible by the {branches} branches"
+                f"channels={shown(channels)} and out_channels={shown(out_channels)} must be equal "
+                f"and divisible by the {branches} branches"
             )
         if isinstance(groups, str):
             wanted = [1 if k <= 3 else 2 ** ((k - 1) // 2) for k in kernel_sizes]
@@ -534,7 +539,7 @@ class MFEFBlock(nn.Module):
             if isinstance(layer, DualAttention):
                 return layer._gates_of(self, x)
         raise TypeError(
-            f"attention is a {type(self.attention).__name__}, which has no gates; "
+            f"attention is {a(type(self.attention).__name__)}, which has no gates; "
             "use a DualAttention"
         )
 

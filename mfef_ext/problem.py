@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .names import shown
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -89,6 +91,7 @@ def _check_tensor(name: str, value: object, like: Tensor | None = None) -> Tenso
             f"{name} has dtype {value.dtype}; use one of float32, bfloat16, float16, float64 "
             f"(for example {name}.float())"
         )
+    check_dense(name, value)
     if like is not None:
         if value.device != like.device:
             raise ValueError(
@@ -106,6 +109,12 @@ def _check_tensor(name: str, value: object, like: Tensor | None = None) -> Tenso
                 "convert one of them, or run under torch.autocast (which leaves float64 alone)"
             )
     return value
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """TypeError for a sparse tensor, or another whose elements do not lie by strides."""
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: layout {value.layout} is not dense; give what .to_dense() makes")
 
 
 def _has_autocast(device_type: str) -> bool:
@@ -166,6 +175,7 @@ def signature(
         return None
     return (
         tuple([t if t is None else (t.shape, t.dtype, t.device) for t in everything]),
+        x.layout,
         tuple(groups),
         kinds,  # 1 == 1.0 == True, and only the first is accepted
         split,
@@ -186,13 +196,13 @@ def check_int(name: str, value: object) -> int:
             return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         pass
-    raise TypeError(f"{name} must be an int, got {_kind(value)} {value!r}")
+    raise TypeError(f"{name} must be an int, got {_kind(value)} {shown(value)}")
 
 
 def check_bool(name: str, value: object) -> bool:
     """True or False; TypeError for what is only taken for one of them, such as "no"."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {_kind(value)} {value!r}")
+        raise TypeError(f"{name} must be True or False, got {_kind(value)} {shown(value)}")
     return value
 
 
@@ -210,7 +220,7 @@ def _number(name: str, value: Any) -> float:
     if hasattr(value, "item") and prod(value.shape) == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
-        raise TypeError(f"{name} must be a number, got {_kind(value)} {value!r}")
+        raise TypeError(f"{name} must be a number, got {_kind(value)} {shown(value)}")
     try:
         return float(value)
     except OverflowError:
@@ -233,7 +243,7 @@ def check_number(
     # Of these torch.compile may have a symbol, of which it traces little more than comparisons.
     number = value if type(value) in (float, int) else _number(name, value)
     if not low <= number <= high:
-        raise ValueError(f"{name}={number} must be {must_be}")
+        raise ValueError(f"{name}={shown(number)} must be {must_be}")
     return float(number)
 
 
@@ -248,11 +258,11 @@ def check_kernel_size(name: str, k: object) -> int:
     k = check_int(name, k)
     if k < 1 or k % 2 == 0:
         raise ValueError(
-            f"{name}={k} must be odd and positive, so that H and W are kept; "
-            f"use {max(k, 0) + 1 if k % 2 == 0 or k < 1 else k}"
+            f"{name}={shown(k)} must be odd and positive, so that H and W are kept; "
+            f"use {min(max(k, 0) + 1, MOST_KERNEL_SIZE)}"
         )
     if k > MOST_KERNEL_SIZE:
-        raise ValueError(f"{name}={k} is too large; use at most {MOST_KERNEL_SIZE}")
+        raise ValueError(f"{name}={shown(k)} is too large; use at most {MOST_KERNEL_SIZE}")
     return k
 
 
@@ -261,9 +271,9 @@ def check_groups(name: str, groups: object, in_channels: int, out_channels: int)
     groups = check_int(name, groups)
     if groups < 1 or in_channels % groups or out_channels % groups:
         common = gcd(in_channels, out_channels)
-        good = ", ".join(str(g) for g in range(1, common + 1) if common % g == 0)
+        good = ", ".join(str(g) for g in range(1, min(common, 4096) + 1) if common % g == 0)
         raise ValueError(
-            f"{name}={groups} must divide Cin={in_channels} and Cout={out_channels}; "
+            f"{name}={shown(groups)} must divide Cin={in_channels} and Cout={out_channels}; "
             f'use groups="auto" or one of {good}'
         )
     return groups
@@ -305,7 +315,7 @@ def _describe_branches(
             raise ValueError(f"{name} has shape {tuple(weight.shape)}: no channels")
         g = check_int(f"groups[{i}]", g)
         if g < 1:
-            raise ValueError(f"groups[{i}]={g} must be a positive int")
+            raise ValueError(f"groups[{i}]={shown(g)} must be a positive int")
         in_channels = weight.shape[1] * g if split else x.shape[1]
         check_groups(f"groups[{i}]", g, int(in_channels), int(weight.shape[0]))
         if not split and weight.shape[1] * g != in_channels:

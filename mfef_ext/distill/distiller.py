@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..names import unknown
-from ..problem import check_bool, check_int, check_number
+from ..names import shown, unknown
+from ..problem import check_bool, check_dense, check_int, check_number
 from .method import METHODS, Batch, Method
 from .stem import computing_once
 from .stem import share_stem as share_stem_of
@@ -43,7 +43,8 @@ class Distilled:
 def method_options(method: str) -> tuple[str, ...]:
     """The names of the options that ``method`` takes; ValueError if there is no such method."""
     if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(unknown(f"method={method!r}", str(method), sorted(METHODS)))
+        name = method if isinstance(method, str) else shown(method)
+        raise ValueError(unknown(f"method={shown(method)}", name, sorted(METHODS)))
     parameters = inspect.signature(METHODS[method]).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "input_shape")
 
@@ -56,6 +57,7 @@ def check_labels(labels: Tensor, count: int, num_classes: int) -> None:
             f"labels must be a torch.Tensor, got {type(labels).__name__}; give "
             "torch.as_tensor(labels)"
         )
+    check_dense("labels", labels)
     shares = labels.is_floating_point() and labels.dim() == 2
     if labels.dtype != torch.int64 and not shares:
         raise TypeError(
@@ -134,12 +136,13 @@ class OnlineDistiller(nn.Module):
         unknown = sorted(set(options) - set(accepted))
         if unknown:
             raise TypeError(
-                f"{unknown[0]}={options[unknown[0]]!r} is no option of method={method!r}; "
+                f"{unknown[0]}={shown(options[unknown[0]])} is no option of method={method!r}; "
                 + (f"it takes {', '.join(accepted)}" if accepted else "it takes none")
             )
         networks = isinstance(students, (list, tuple, nn.ModuleList))
         if not networks or not all(isinstance(student, nn.Module) for student in students):
-            what = [type(s).__name__ for s in students] if networks else type(students).__name__
+            kinds = shown([type(s).__name__ for s in students]) if networks else ""
+            what = kinds or type(students).__name__
             raise TypeError(f"students must be a list of networks, nn.Module, got {what}")
         if len(students) == 0:
             raise ValueError("students=[] is empty; give at least one network")
@@ -150,19 +153,19 @@ class OnlineDistiller(nn.Module):
             )
         if not isinstance(tap, (str, list, tuple)):
             raise TypeError(
-                f"tap={tap!r} must be the name of a layer, as in named_modules(), or a list of one "
-                "for each student"
+                f"tap={shown(tap)} must be the name of a layer, as in named_modules(), or a list "
+                "of one for each student"
             )
         given = input_shape if isinstance(input_shape, (list, tuple)) else ()
         sizes = [check_int(f"input_shape[{i}]", size) for i, size in enumerate(given)]
         if len(sizes) != 3 or min(sizes) < 1:
             raise ValueError(
-                f"input_shape={input_shape!r} must be (channels, height, width) of one image"
+                f"input_shape={shown(input_shape)} must be (channels, height, width) of one image"
             )
         taps = (tap,) * len(students) if isinstance(tap, str) else tuple(tap)
         if len(taps) != len(students):
             raise ValueError(
-                f"tap={taps} names {len(taps)} layers for {len(students)} students: "
+                f"tap={shown(taps)} names {len(taps)} layers for {len(students)} students: "
                 "give one name for all or one each"
             )
         teacher = options.get("teacher")
@@ -205,6 +208,8 @@ class OnlineDistiller(nn.Module):
                 f"x holds {len(images)} batches of images for {len(self.students)} students: "
                 "give one tensor for all or one each"
             )
+        for v in images:
+            check_dense("x", v)
         shapes = [tuple(v.shape) for v in images]
         if any(len(s) != 4 or s[0] != shapes[0][0] for s in shapes):
             raise ValueError(
@@ -229,6 +234,7 @@ class OnlineDistiller(nn.Module):
                     f"student {i} gives {what} and not logits {wanted}; wrap it in a module that "
                     "returns its logits alone"
                 )
+            check_dense(f"the logits of student {i}", z)
             if z.device != logits[0].device:
                 raise ValueError(
                     f"student {i} gives logits on {z.device} and student 0 on {logits[0].device}; "

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import kd_losses
+from ..names import shown
 from ..problem import check_number, check_temperature
 from .method import (
     Batch,
@@ -64,7 +65,7 @@ class CollaborativeLearning(Method):
         super().__init__()
         at_least_two(shapes, "kdcl", "their logits are combined")
         if variant not in get_args(Variant):
-            raise ValueError(f"variant={variant!r} is unknown; use one of {get_args(Variant)}")
+            raise ValueError(f"variant={shown(variant)} is unknown; use one of {get_args(Variant)}")
         self.variant = variant
         self.temperature = check_temperature(temperature)
         self.alpha = check_number("alpha", alpha, 0, 1, "from 0 to 1; 0.5 is usual")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..names import shown
 from .method import StudentShape
 
 
@@ -25,7 +26,7 @@ def forward_with_map(network: nn.Module, tap: str, x: Tensor) -> tuple[Tensor, T
         hook.remove()
     if len(seen) != 1:
         raise ValueError(
-            f"tap={tap!r} ran {len(seen)} times in one forward of {type(network).__name__}; "
+            f"tap={shown(tap)} ran {len(seen)} times in one forward of {type(network).__name__}; "
             "name a layer that runs once"
         )
     return logits, seen[0]
@@ -107,7 +108,7 @@ def probe(
     """
     if not tap or tap not in dict(network.named_modules()):
         raise ValueError(
-            f"tap={tap!r} is no layer of {who} ({type(network).__name__}); its layers are "
+            f"tap={shown(tap)} is no layer of {who} ({type(network).__name__}); its layers are "
             f"{', '.join(name for name, _ in network.named_children())}"
         )
     with _shown_zeros(network, input_shape) as image:
@@ -132,7 +133,7 @@ def probe(
     if not isinstance(last_map, Tensor) or last_map.dim() != 4:
         what = tuple(last_map.shape) if isinstance(last_map, Tensor) else type(last_map)
         raise ValueError(
-            f"tap={tap!r} of {who} gives {what}, not a map (N, C, H, W); "
+            f"tap={shown(tap)} of {who} gives {what}, not a map (N, C, H, W); "
             "name the last layer before global pooling"
         )
     return StudentShape(*last_map.shape[1:])

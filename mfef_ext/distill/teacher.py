@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..names import shown
 from .method import Batch, Method
 
 
@@ -23,8 +24,8 @@ class TaughtByTeacher(Method):
         super().__init__()
         if not isinstance(teacher, nn.Module):
             raise TypeError(
-                f"method={method!r} needs a trained network: teacher={teacher!r} is no nn.Module; "
-                "from the command line, --teacher RUN/student0.safetensors"
+                f"method={method!r} needs a trained network: teacher={shown(teacher)} is no "
+                "nn.Module; from the command line, --teacher RUN/student0.safetensors"
             )
         self.teacher = teacher.requires_grad_(False).eval()
 

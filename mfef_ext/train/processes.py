@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from ..names import a
 from . import UsageError
 
 T = TypeVar("T")
@@ -322,7 +323,7 @@ def synchronise_batch_norm(module: nn.Module, processes: Processes) -> None:
             continue
         if type(part) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             raise UsageError(
-                f"{name} is a {type(part).__name__}, which cannot be synchronised between "
+                f"{name} is {a(type(part).__name__)}, which cannot be synchronised between "
                 "processes; use other --students, or --no-sync-batch-norm"
             )
     if processes.device.type == "cuda":

@@ -8,6 +8,7 @@ import torch
 
 from mfef_ext.distill.kdcl import simplex_weights
 from mfef_ext.distill.method import label_losses
+from mfef_ext.functional import kd_loss
 from tests.distill.by_hand import CLASSES, N, Net, arrays, distiller, softmax
 from tests.distill.test_distiller import make
 from tests.distill.test_masked_classes import cases
@@ -29,6 +30,27 @@ def mixed(labels):
     """Class probabilities as mixup makes them, and the two class numbers that are in them."""
     other = labels.flip(0)
     return 0.7 * ONE_HOT[labels] + 0.3 * ONE_HOT[other], other
+
+
+@pytest.mark.parametrize("kind", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+def test_what_is_not_dense_is_refused_in_our_words(kind, batch):
+    def sparse(t):
+        return getattr(t, kind)()
+
+    def refused(call, name):
+        with pytest.raises(TypeError, match=rf"^{name}: layout torch\.\w+ is not dense; give what"):
+            call()
+
+    (x, y), d = batch, build("ce", {})
+    refused(lambda: d(x, sparse(ONE_HOT[y])), "labels")
+    if kind == "to_sparse":
+        refused(lambda: d(x, y.to_sparse()), "labels")
+        refused(lambda: d(x.to_sparse(), y), "x")
+    d.students[1].register_forward_hook(lambda *a: sparse(a[2].detach()))
+    refused(lambda: d(x, y), "the logits of student 1")
+    z = torch.randn(2, 3)
+    refused(lambda: kd_loss(sparse(z), z), "student")
+    refused(lambda: kd_loss(z, sparse(z)), "target")
 
 
 @cases

@@ -55,6 +55,16 @@ CONV = [
 ]
 
 
+def test_what_is_not_dense_is_refused_after_what_is():
+    """What is known of dense tensors of these sizes says nothing about others."""
+    x = torch.randn(2, 4, 5, 5)
+    layers = [MFEFBlock(4, groups="auto"), MultiScaleConv2d(4, groups="auto"), DualAttention(4)]
+    for layer in layers:
+        layer(x)
+        with pytest.raises(TypeError, match=r"[xy]: layout torch\.sparse_coo is not dense"):
+            layer(x.to_sparse())
+
+
 @pytest.mark.parametrize(("arguments", "error", "match"), CONV, ids=[m for _, _, m in CONV])
 def test_multi_scale_conv2d(arguments, error, match):
     with pytest.raises(error, match=match):
