@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from . import _C, backends, ops
 from .backends import cuda, triton
 from .modules import DualAttention, MFEFBlock, MultiScaleConv2d
+from .names import a
 from .problem import (
     Problem,
     describe_dual_attention,
@@ -35,6 +37,9 @@ def build_info() -> dict[str, object]:
     return info
 
 
+MOST_ELEMENTS = 2**40  # kMostElements in csrc/common/problem.h
+
+
 class Explanation(str):
     """A text that shows itself line by line at a prompt too."""
 
@@ -47,45 +52,43 @@ def _with_channels(x: Tensor, channels: int) -> Tensor:
     return x[:, :1].expand(-1, channels, -1, -1)
 
 
-def _describe(x: Tensor, block: nn.Module) -> list[tuple[Problem, str | None] | str]:
+def _describe(x: Tensor, block: nn.Module) -> Iterator[tuple[Problem, str | None] | str]:
     """What one forward of ``block`` does: operators, each with the backend that it asks for, and
     sentences about parts that are called."""
     if isinstance(block, DualAttention):
-        return [(describe_dual_attention(x, *block._arguments()), block.backend)]
-    if isinstance(block, MultiScaleConv2d):
+        yield describe_dual_attention(x, *block._arguments()), block.backend
+    elif isinstance(block, MultiScaleConv2d):
         why, weights, biases = block._branch_parameters()
         if why:
             kinds = (type(branch).__name__ for branch in block.branches)
-            return [f"the branches are called one by one ({', '.join(kinds)}): {why}"]
-        if block.mode != "hierarchical":
+            yield f"the branches are called one by one ({', '.join(kinds)}): {why}"
+        elif block.mode != "hierarchical":
             bias = torch.cat(biases) if biases else None
             split = block.mode == "split"
             described = describe_multi_scale_conv2d(x, weights, block.groups, split, bias)
-            return [(described, block.backend)]
-        parts = zip(weights, block.groups, block.branch_channels, strict=True)
-        return [
-            (describe_multi_scale_conv2d(x[:, :c], [w], [g], True, None), block.backend)
-            for w, g, c in parts
-        ]
-    if isinstance(block, MFEFBlock):
+            yield described, block.backend
+        else:
+            for w, g, c in zip(weights, block.groups, block.branch_channels, strict=True):
+                yield describe_multi_scale_conv2d(x[:, :c], [w], [g], True, None), block.backend
+    elif isinstance(block, MFEFBlock):
         conv, attention = block.conv, block.attention
         why, weights = block._fused()
         if not why:
             split = conv.mode == "split"
             arguments: list = [weights, conv.groups, *attention._arguments(), split]
-            described = describe_mfef_block(x, *arguments)
-            return [(described, conv.backend)]
-        found: list[tuple[Problem, str | None] | str]
-        found = [f"conv and attention are called one after the other: {why}"]
+            yield describe_mfef_block(x, *arguments), conv.backend
+            return
+        yield f"conv and attention are called one after the other: {why}"
         for name, part in (("conv", conv), ("attention", attention)):
             if isinstance(part, (MultiScaleConv2d, DualAttention)):
-                found += _describe(_with_channels(x, part.channels), part)
+                yield from _describe(_with_channels(x, part.channels), part)
             else:
-                found.append(f"{name} is a {type(part).__name__}, which is called")
-        return found
-    raise TypeError(
-        f"block must be an MFEFBlock, MultiScaleConv2d or DualAttention, got {type(block).__name__}"
-    )
+                yield f"{name} is {a(type(part).__name__)}, which is called"
+    else:
+        raise TypeError(
+            "block must be an MFEFBlock, MultiScaleConv2d or DualAttention, got "
+            f"{type(block).__name__}"
+        )
 
 
 def cpu_plan(problem: Problem) -> dict[str, object]:
@@ -178,6 +181,24 @@ def _explain_cuda(plan: dict[str, object]) -> list[str]:
     return lines
 
 
+def _check_counts(problem: Problem) -> None:
+    """RuntimeError, in the words of the native operators, for sizes that they refuse."""
+    n, pixels, out = problem.batch, problem.height * problem.width, problem.out_channels
+    x = "y" if problem.op == "dual_attention" else "x"
+    counts = {f"an image of {x}": problem.channels * pixels, x: n * problem.channels * pixels}
+    for b in problem.branches:
+        weight = b.out_channels * b.in_channels // b.groups * b.kernel_size**2
+        counts["a weight"] = max(weight, counts.get("a weight", 0))
+    counts |= {"an image of the result": out * pixels, "the result": n * out * pixels}
+    counts |= {"fc1_weight": problem.hidden * out}
+    counts |= {"the layer of hidden units": n * problem.hidden}
+    for what, count in counts.items():
+        if count > MOST_ELEMENTS:
+            raise RuntimeError(
+                f"mfef: {what} has about {float(count):g} elements, at most 2^40 are supported"
+            )
+
+
 def _explain_problem(problem: Problem, forced: str | None, channels_last: bool) -> list[str]:
     shape = (problem.batch, problem.channels, problem.height, problem.width)
     lines = [f"{problem.op} on {shape}, {problem.dtype_name}, {problem.device}"]
@@ -185,6 +206,8 @@ def _explain_problem(problem: Problem, forced: str | None, channels_last: bool) 
         chosen = backends.choose(problem, forced)
     except RuntimeError as error:
         return [*lines, f"  refused: {error}"]
+    if chosen.name in ("cpu", "cuda"):
+        _check_counts(problem)
     why = "forced" if backends.forced_name(forced) else "the first that can"
     lines.append(f"  runs on: {chosen.name} ({why})")
     if chosen.name == "cpu":

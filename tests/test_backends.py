@@ -112,6 +112,33 @@ def test_explain_covers_every_layer_and_mode():
     mfef_ext.explain(x, MultiScaleConv2d(16, 8, groups="auto", bias=True))
 
 
+@pytest.mark.parametrize("images", [2**58, 2**40 + 1])
+def test_explain_refuses_the_sizes_that_the_call_refuses(images):
+    """In the same words, also where the parts are called one after the other."""
+    hooked = MFEFBlock(16, groups="auto")
+    hooked.conv.register_forward_hook(lambda *arguments: None)
+    layers = [
+        *(MFEFBlock(16, groups="auto", mode=m) for m in ("split", "pyramid", "hierarchical")),
+        hooked,
+        MultiScaleConv2d(16, 32, groups="auto", bias=True),
+        DualAttention(16, reduction=1),
+    ]
+    x = torch.zeros(1).expand(images, 16, 1, 1)
+    for layer in layers:
+        with pytest.raises(RuntimeError, match=r"mfef: .* at most 2\^40") as called:
+            layer(x)
+        with pytest.raises(RuntimeError) as explained:
+            mfef_ext.explain(x, layer)
+        assert str(called.value).endswith(str(explained.value))
+    wide = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**15, 2**15)
+    weight = torch.zeros(1, 1, 1, 1).expand(2**11, 1, 1, 1)
+    layer = MultiScaleConv2d(1, 2**11, kernel_sizes=(1,), groups=(1,), device="meta")
+    layer.branches[0].weight = torch.nn.Parameter(weight)
+    for refuse in (layer, lambda x: mfef_ext.explain(x, layer)):
+        with pytest.raises(RuntimeError, match=r"mfef: an image of the result has about 2\.199"):
+            refuse(wide)
+
+
 def test_explain_tells_the_plan_that_runs(plan):
     assert f"{plan} plan" in mfef_ext.explain(torch.randn(20, 64, 8, 8), MFEFBlock(64))
 

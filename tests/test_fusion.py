@@ -241,7 +241,7 @@ def test_gates_are_those_of_the_parameters_that_a_forward_uses():
     block.attention = nn.Sequential(block.attention)
     close(block.gates(x)[0], again.gates(x)[0])
     block.attention = nn.Identity()
-    with pytest.raises(TypeError, match="attention is a Identity, which has no gates"):
+    with pytest.raises(TypeError, match="attention is an Identity, which has no gates"):
         block.gates(x)
 
 
@@ -255,9 +255,9 @@ def test_explain_says_what_is_called_and_why():
     handle.remove()
     block.conv.branches[1] = nn.Identity()
     text = str(explain(x, block))
-    assert "the branches are called one by one (Conv2d, Identity): a branch is a Identity" in text
+    assert "the branches are called one by one (Conv2d, Identity): a branch is an Identity" in text
     block.attention = nn.Identity()
-    assert "attention is a Identity, which is called" in str(explain(x, block))
+    assert "attention is an Identity, which is called" in str(explain(x, block))
 
 
 def old_state(block):
