@@ -334,31 +334,20 @@ def _report(run: Run, console: Console) -> None:
     method = run.config.method
     result = report.summary(run)
     folder.write_json(run.path / "summary.json", result)
-    drawn = [
-        name
-        for name, draw in {"curves.png": report.draw_curves, "gates.png": report.draw_gates}.items()
-        if _is_drawn(partial(draw, run, run.path / name), run.path / name)
-    ]
+    figures = {"curves.png": report.draw_curves, "gates.png": report.draw_gates}
+    draws: dict[str, report.Draw] = {name: partial(draw, run) for name, draw in figures.items()}
+    drawn, failed = report.draw_all(draws, run.path)
+    if failed:  # which does not undo a run that is whole
+        print(
+            f"mfef: warning: {failed}; the run is whole, and mfef plot {run.path} draws it",
+            file=sys.stderr,
+        )
     console.print(report.table(run))
     print(
         f"{result['images_per_second']:.0f} images per second; what {method} adds (forward "
         f"and backward, all losses) takes {100 * result['method_share_of_step']:.0f} % of a step"
     )
     print(f"{run.path}: {', '.join(['students, checkpoints, metrics', *drawn])}")
-
-
-def _is_drawn(draw: Callable[[], bool], path: Path) -> bool:
-    """Whether there is a picture. One that cannot be drawn does not undo a run that is whole."""
-    try:
-        return draw()
-    except Exception as error:  # of any library, for any reason
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        print(
-            f"mfef: warning: {path} could not be drawn ({reason}); the run is whole, and "
-            f"mfef plot {path.parent} draws it",
-            file=sys.stderr,
-        )
-        return False
 
 
 if __name__ == "__main__":

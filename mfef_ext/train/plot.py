@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import report
+from . import UsageError, report
 from .evaluate import restore
 from .writing import save_figure
 
@@ -27,7 +25,11 @@ def plot(
     data_dir: Path | None = None,
 ) -> str:
     """Draws what the run ``path`` makes of its test images into PNG files in it; says which they
-    are, and how diverse the students. Other checkpoints than the last are named in the files'."""
+    are, and how diverse the students. Other checkpoints than the last are named in the files'.
+
+    Raises UsageError, and prints what it would have returned, where one cannot be drawn; the others
+    are there then.
+    """
     run = restore(path, checkpoint, device, data_dir)
     test, which = run.dataset.test, "" if checkpoint == "last" else f"-{checkpoint}"
     with torch.no_grad():
@@ -40,23 +42,26 @@ def plot(
     students = torch.stack([logits[f"student{i}"] for i in range(len(run.specs))])
     distance, disagreement = diversity(students)
 
-    drawn = [f"confusion{which}.png", f"tsne{which}.png"]
-    draw_confusion(logits, labels, run.dataset.classes, path / drawn[0])
-    draw_tsne(pooled, labels[some], run.dataset.classes, run.config.seed, path / drawn[1])
-    if len(students) > 1:
-        drawn.append(f"diversity{which}.png")
-        draw_diversity(distance, disagreement, path / drawn[-1])
-    if report.draw_gates(run, path / f"gates{which}.png"):
-        drawn.append(f"gates{which}.png")
+    classes = run.dataset.classes
+    figures: dict[str, report.Draw] = {
+        "confusion": partial(draw_confusion, logits, labels, classes),
+        "tsne": partial(draw_tsne, pooled, labels[some], classes, run.config.seed),
+        "diversity": partial(draw_diversity, distance, disagreement),
+        "gates": partial(report.draw_gates, run),
+    }
     if not which:  # other checkpoints do not know all epochs
-        report.draw_curves(run, path / "curves.png")
-        drawn.append("curves.png")
+        figures["curves"] = partial(report.draw_curves, run)
+    drawn, failed = report.draw_all({f"{n}{which}.png": f for n, f in figures.items()}, path)
     lines = [
         f"students {i} and {j}: mean distance of softmax outputs {distance[i, j]:.4f}, different "
         f"answers for {disagreement[i, j]:.2f} % of {len(test)} test images"
         for i, j in combinations(range(len(students)), 2)
     ]
-    return "\n".join([*run.complaints, *lines, f"{path}: {', '.join(drawn)}"])
+    answer = "\n".join([*run.complaints, *lines, f"{path}: {', '.join(drawn) or 'no pictures'}"])
+    if failed:
+        print(answer)
+        raise UsageError(f"{failed}; mend that, and call mfef plot {path} again")
+    return answer
 
 
 def diversity(students: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -74,8 +79,11 @@ def diversity(students: Tensor) -> tuple[np.ndarray, np.ndarray]:
 @report.names_as_they_are
 def draw_confusion(
     logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...], path: Path
-) -> None:
-    """PNG: per role, how many percent of each class (rows) were taken for which (columns)."""
+) -> bool:
+    """PNG: per role, how many percent of each class (rows) were taken for which (columns). True:
+    there is always a picture."""
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
     from sklearn.metrics import confusion_matrix
 
     names = len(classes) <= 20
@@ -97,10 +105,16 @@ def draw_confusion(
                 axes.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", c=dark, size=7)
     figure.colorbar(image, ax=list(row), label="% of the class", pad=0.01)
     save_figure(figure, path)
+    return True
 
 
-def draw_diversity(distance: np.ndarray, disagreement: np.ndarray, path: Path) -> None:
-    """PNG: both measures of :func:`diversity`, every student against every other."""
+def draw_diversity(distance: np.ndarray, disagreement: np.ndarray, path: Path) -> bool:
+    """PNG: both measures of :func:`diversity`, every student against every other. False, and no
+    file, for one student alone."""
+    from matplotlib.figure import Figure
+
+    if len(distance) < 2:
+        return False
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     titles = ("mean distance of softmax outputs", "different answers, % of the images")
     pairs = zip(figure.subplots(1, 2), titles, (distance, disagreement), (4, 2), strict=True)
@@ -112,13 +126,17 @@ def draw_diversity(distance: np.ndarray, disagreement: np.ndarray, path: Path) -
         for (i, j), value in np.ndenumerate(values):
             axes.text(j, i, f"{value:.{digits}f}", ha="center", va="center")
     save_figure(figure, path)
+    return True
 
 
 @report.names_as_they_are
 def draw_tsne(
     features: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...], seed: int, path: Path
-) -> None:
-    """PNG: per role, its features (N, C) brought to the plane by t-SNE, coloured by class."""
+) -> bool:
+    """PNG: per role, its features (N, C) brought to the plane by t-SNE, coloured by class. True:
+    there is always a picture."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
     from sklearn.manifold import TSNE
 
     figure = Figure(figsize=(4.4 * len(features) + 1.4, 4.6), layout="constrained")
@@ -134,3 +152,4 @@ def draw_tsne(
     if len(classes) <= 20:
         row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=2)
     save_figure(figure, path)
+    return True

@@ -16,6 +16,9 @@ from .display import score_line, scores
 from .run import Run
 from .writing import save_figure
 
+# Draws a picture into a file, or says that there is none to draw.
+Draw = Callable[[Path], bool]
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -79,6 +82,22 @@ def table(run: Run) -> Table:
     for role, last in result["last_test_accuracy"].items():
         grid.add_row(names.get(role, role), f"{last:.2f}", f"{best[role]:.2f}")
     return grid
+
+
+def draw_all(figures: dict[str, Draw], folder: Path) -> tuple[list[str], str]:
+    """Draws pictures, by the names of their files, into ``folder``, whatever becomes of others: the
+    names of those that are there then, and which could not be drawn and why, or ""."""
+    drawn: list[str] = []
+    failed: dict[str, list[str]] = {}
+    for name, draw in figures.items():
+        try:
+            if draw(folder / name):
+                drawn.append(name)
+        except Exception as error:  # of any library, for any reason
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            failed.setdefault(reason, []).append(str(folder / name))
+    said = (f"{', '.join(names)} could not be drawn ({why})" for why, names in failed.items())
+    return drawn, ", and ".join(said)
 
 
 def draw_curves(run: Run, path: Path) -> bool:

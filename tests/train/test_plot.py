@@ -1,5 +1,7 @@
 """Pictures are drawn; the numbers in them are those that numpy gives."""
 
+import importlib
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -45,6 +47,36 @@ def test_pictures_of_the_best_epoch_have_names_of_their_own(tmp_path, capsys):
     assert set(after) == {"curves.png", "confusion-best.png", "tsne-best.png"}
     assert after["curves.png"] == before["curves.png"]
     assert "mean distance" not in capsys.readouterr().out
+
+
+def test_one_picture_that_fails_leaves_the_others(trained, capsys, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no\nroom for points")
+
+    before = pictures(trained)
+    monkeypatch.setattr(plot, "draw_tsne", fail)
+    assert cli.main(["plot", str(trained)]) == 2
+    said, after = capsys.readouterr(), pictures(trained)
+    why = "could not be drawn (RuntimeError: no room for points)"
+    assert f"mfef: {trained}/tsne.png {why}; mend that" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert f"{trained}: confusion.png, diversity.png, gates.png, curves.png\n" in said.out
+    assert "different answers" in said.out
+    assert {name for name in after if after[name] > before.get(name, 0)} >= {*before} - {"tsne.png"}
+
+
+def test_without_matplotlib_there_are_numbers_and_one_sentence(trained, capsys, monkeypatch):
+    """It may be found and not be importable, as with an unknown MPLBACKEND."""
+    monkeypatch.setattr("mfef_ext.train.plot", plot)  # to be put back
+    monkeypatch.delitem(sys.modules, "mfef_ext.train.plot")
+    for name in ("figure", "colors", "cm"):
+        monkeypatch.setitem(sys.modules, f"matplotlib.{name}", None)
+    importlib.import_module("mfef_ext.train.plot")
+    assert cli.main(["plot", str(trained)]) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1 and said.err.count("tsne.png") == 1
+    assert "could not be drawn (ModuleNotFoundError: import of matplotlib" in said.err
+    assert "different answers" in said.out and f"{trained}: no pictures\n" in said.out
 
 
 def test_diversity_by_hand():
