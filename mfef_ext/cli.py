@@ -149,6 +149,7 @@ def _run(argv: Sequence[str] | None) -> int:
     verify = actions.add_parser("verify", help="counts, hashes, sizes, classes, unreadable files")
     verify.add_argument("--dataset", required=True, metavar="NAME")
     verify.add_argument("--data-dir", type=Path, metavar="DIR", help="the folder that holds it")
+    verify.add_argument("--all", action="store_true", help="name every file that is remarked on")
     commands.add_parser("doctor", help="what was built, what would run here, and why")
     options = vars(parser.parse_args(argv))
     if options["command"] == "doctor":
@@ -159,7 +160,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if options["command"] == "data":
         from .train.__main__ import verify as verify_data
 
-        return verify_data(options["dataset"], options["data_dir"])
+        return verify_data(options["dataset"], options["data_dir"], options["all"])
     from .train.__main__ import look
 
     return look(**options)

@@ -249,15 +249,16 @@ def look(command: str, **options: Any) -> int:
     return DONE
 
 
-def verify(dataset: str, data_dir: Path | None) -> int:
-    """Prints what the data set holds, and every problem with it. 0 whole, 2 usage, 3 not whole."""
+def verify(dataset: str, data_dir: Path | None, every: bool = False) -> int:
+    """Prints what the data set holds, and every problem with it; of files that are remarked on the
+    names of three, or ``every`` one. 0 whole, 2 usage, 3 not whole."""
     try:
         _check_extras()
         from . import data
         from .config import TrainConfig
 
         TrainConfig(dataset=dataset, data_dir=data_dir).check()
-        facts, problems = data.verify(dataset, data_dir or Path())
+        facts, problems = data.verify(dataset, data_dir or Path(), every)
     except UsageError as error:
         return _refuse(str(error), USAGE)
     for fact in facts:

@@ -181,15 +181,74 @@ def test_a_missing_folder_and_file(tiny):
     assert not tiny.root.exists()  # nothing is downloaded unless asked
 
 
-def test_the_right_level_is_the_remedy(tiny, server):
+# What is given in place of the folder sets/data that the data set is in, and what is found there.
+LEVELS = {
+    "below": (
+        "sets/data/cifar-10-batches-py",
+        "holds batches.meta, data_batch_1, data_batch_2, ...;",
+    ),
+    "above": ("sets", "holds data;"),
+    "two above": ("", "holds sets;"),
+    "a file beside": ("sets/data/readme", "is a file;"),
+    "a file inside": ("sets/data/cifar-10-batches-py/test_batch", "is a file;"),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_right_level_is_the_remedy(level, tmp_path, monkeypatch):
     """And nothing is downloaded for the second time."""
-    for wrong in (tiny.folder, tiny.root.parent):
-        for download in (False, True):
-            with pytest.raises(DataError) as error:
-                data.load(tiny.name, 0.0, wrong, download=download)
-            one_sentence(error, f"--data-dir={wrong} does not hold the data set")
-            assert str(error.value).endswith(f"use --data-dir {tiny.root}")
-    assert list(tiny.folder.glob("*.gz")) == []
+    tiny = Cifar("cifar10", tmp_path / "sets" / "data", monkeypatch)
+    (tiny.root / "readme").touch()
+    files = sorted(tmp_path.rglob("*"))
+    wrong, found = LEVELS[level]
+    for download in (False, True):
+        with pytest.raises(DataError) as error:
+            data.load("cifar10", 0.0, tmp_path / wrong, download=download)
+        words = f"expected is a folder with {tiny.loader.base_folder}/batches.meta: use"
+        one_sentence(error, f"--data-dir={tmp_path / wrong} {found} {words}")
+        assert str(error.value).endswith(f"use --data-dir {tiny.root}")
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def nest(folder):
+    """As some programs unpack an archive: into a folder of the name of the one that is in it."""
+    aside = folder.rename(folder.with_name("aside"))
+    folder.mkdir()
+    aside.rename(folder / folder.name)
+
+
+def nested_is_said(name, root, right):
+    for download in (False, True):
+        with pytest.raises(DataError) as error:
+            data.load(name, 0.0, root, download=download)
+        one_sentence(error, f"--data-dir={root} holds ")
+        assert str(error.value).endswith(f": use --data-dir {right}")
+    assert len(data.load(name, 0.0, right).train)
+
+
+def test_cifar_nested_twice(tiny):
+    nest(tiny.folder)
+    nested_is_said(tiny.name, tiny.root, tiny.folder)
+
+
+def test_cinic_nested_twice(tiny_cinic):
+    root = tiny_cinic.rename(tiny_cinic.with_name("CINIC-10"))
+    nest(root)
+    nested_is_said("cinic10", root.parent, root)
+
+
+def test_a_folder_nested_twice(photos):
+    nest(photos / "train")
+    nested_is_said("folder", photos, photos / "train")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "cinic10", "folder"])
+def test_a_file_in_place_of_a_folder(name, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError) as error:
+        data.load(name, 0.0, tmp_path / "file")
+    one_sentence(error, f"--data-dir={tmp_path}/file is a file; expected is a folder with ")
+    assert "download" not in str(error.value)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])

@@ -371,6 +371,10 @@ def test_what_pillow_does_not_open_is_listed(photos):
         (photos / "train" / "dog" / f"{i}.txt").write_text("x")
     said = passed_over(photos)
     assert "no images that Pillow opens: 504" in said and len(said) < 1000
+    assert "--all names all" in said
+    facts, _ = data.verify("folder", photos, every=True)
+    names = "\n".join(facts).splitlines()
+    assert all(f"  {photos}/train/dog/{i}.txt" in names for i in range(500))
 
 
 def test_verify_goes_on_to_the_end(photos, capsys):

@@ -25,7 +25,6 @@ from .dataset import (
     draw_per_class,
     stratified_split,
 )
-from .files import some
 from .fingerprint import SPLITS, difference, digest, fingerprint, without_images
 
 __all__ = [
@@ -127,12 +126,13 @@ def _hold_out(dataset: Dataset, validation: float) -> Dataset:
     return replace(dataset, train=train.part(rest), validation=train.part(held))
 
 
-def verify(name: str, data_dir: Path) -> tuple[list[str], list[str]]:
-    """Reads the whole data set; what was found, and every problem, a sentence each."""
-    source = Source(data_dir, collect=True)
+def verify(name: str, data_dir: Path, every: bool = False) -> tuple[list[str], list[str]]:
+    """Reads the whole data set; what was found, and every problem, a sentence each. Of several
+    files that are remarked on for one reason the first three are named, or ``every`` one."""
+    source = Source(data_dir, collect=True, every=every)
     dataset = _read(name, source)
     for what, paths in source.passed_over.items():
-        source.fact(f"passed over, {what}: {some(paths)}")
+        source.fact(f"passed over, {what}: {source.some(paths)}")
     if dataset is not None:
         source.fact(f"{len(dataset.classes)} classes: {', '.join(dataset.classes)}")
         for split in SPLITS:

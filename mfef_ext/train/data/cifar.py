@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,6 @@ from .dataset import (
     Source,
     check_labels,
     expect_level,
-    is_folder,
 )
 
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -52,12 +53,17 @@ def read(name: str, source: Source) -> Dataset | None:
     kind = KINDS[name]
     loader = getattr(library("torchvision").datasets, kind.loader)
     archive = Archive(loader.filename, loader.tgz_md5, loader.url, PAGE)
-    expect_level(source, lambda folder: is_folder(folder / loader.base_folder))
+    meta = (loader.meta["filename"], loader.meta["md5"])
+    published = dict([*loader.train_list, *loader.test_list, meta])
+
+    def holds(folder: Path) -> bool:
+        return any(os.path.isfile(folder / loader.base_folder / file) for file in published)
+
+    expect_level(source, holds, f"{loader.base_folder}/{meta[0]}")
     if source.problems:
         return None
     folder = source.folder / loader.base_folder
-    meta = (loader.meta["filename"], loader.meta["md5"])
-    files = {folder / file: md5 for file, md5 in (*loader.train_list, *loader.test_list, meta)}
+    files = {folder / file: md5 for file, md5 in published.items()}
     check = library("torchvision").datasets.utils.check_integrity
     if source.download and not all(check(path, md5) for path, md5 in files.items()):
         archive.obtain(source, source.folder)

@@ -43,7 +43,7 @@ def read(source: Source) -> Dataset | None:
 
     Its own validation images are the validation split.
     """
-    expect_level(source, _is_here)
+    expect_level(source, _is_here, ", ".join(SPLITS))
     if source.problems:
         return None
     below = source.folder / "CINIC-10"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from .augmentation import Augmentation
 # The splits are part of the data set, not of the experiment: every seed is scored on the same
 # test images, so that runs can be compared.
 SPLIT_SEED = 1797
+MOST_LOOKED_AT = 10_000  # files and folders of a level, in search of a data set
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,14 @@ class Source:
 
     A reader calls :meth:`fact` for what is worth telling and :meth:`problem` for what is wrong: the
     first problem ends a training run, while ``mfef data verify`` (``collect``) wants them all.
+    ``every``: whether it names every file that is remarked on.
     """
 
     folder: Path
     download: bool = False
     image_size: int = 32
     collect: bool = False
+    every: bool = False
     facts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     passed_over: dict[str, list[Path]] = field(default_factory=dict)
@@ -125,6 +130,13 @@ class Source:
     def pass_over(self, what: str, path: Path) -> None:
         """Notes a file or folder that is no part of the data set; ``what`` it is, in the plural."""
         self.passed_over.setdefault(what, []).append(path)
+
+    def some(self, paths: Sequence[Path]) -> str:
+        """The number of files, and the names of three, or all of them, a line each."""
+        if self.every:
+            return "\n  ".join([str(len(paths)), *map(str, paths)])
+        names = ", ".join(map(str, paths[:3]))
+        return f"{len(paths)}, {names}{', ... (--all names all)' * (len(paths) > 3)}"
 
     def problem(self, text: str) -> None:
         """Notes what is wrong, in one sentence; raises DataError unless problems are collected."""
@@ -160,19 +172,39 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)
 
 
-def expect_level(source: Source, holds: Callable[[Path], bool]) -> None:
-    """A problem if ``source.folder`` does not hold the data set, as ``holds`` tells, but a folder
-    around it or in it does."""
-    if holds(source.folder) or not is_folder(source.folder):
+def expect_level(source: Source, holds: Callable[[Path], bool], expected: str) -> None:
+    """A problem if ``source.folder`` is a file, or does not hold what is ``expected``, as ``holds``
+    tells, but a folder around it or in it does."""
+    is_file = os.path.isfile(source.folder)
+    if holds(source.folder) or not (is_file or is_folder(source.folder)):
         return
-    inside = sorted(filter(is_folder, source.folder.iterdir()))
-    for folder in (*source.folder.resolve().parents[:2], *inside):
-        if holds(folder):
-            source.problem(
-                f"--data-dir={source.folder} does not hold the data set, but {folder} does; use "
-                f"--data-dir {folder}"
-            )
-            return
+    found = next(filter(holds, _folders_near(source.folder)), None)
+    if found is None and not is_file:
+        return  # whoever reads it says what is missing
+    names = [path.name for path in _entries(source.folder)]
+    holding = ", ".join(names[:3]) + ", ..." * (len(names) > 3) or "nothing"
+    source.problem(
+        f"--data-dir={source.folder} {'is a file' if is_file else f'holds {holding}'}; expected is "
+        f"a folder with {expected}: {'name one' if found is None else f'use --data-dir {found}'}"
+    )
+
+
+def _folders_near(folder: Path) -> Iterator[Path]:
+    """The two folders around, then three levels of those inside, no more of each than can be looked
+    at in a moment."""
+    yield from folder.resolve().parents[:2]
+    level = [folder]
+    for _ in range(3):
+        inside = chain.from_iterable(map(_entries, level))
+        level = [path for path in islice(inside, MOST_LOOKED_AT) if is_folder(path)]
+        yield from level
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted; nothing where one cannot look."""
+    with suppress(OSError):
+        return sorted(folder.iterdir())
+    return []
 
 
 def check_labels(

@@ -244,14 +244,8 @@ def read_images(
         where = paths[0].parent.parent
         source.fact(f"{len(paths)} image files of {smallest} to {largest} pixels in {where}")
     if several:
-        source.fact(f"the first frame alone is read of images with several: {some(several)}")
+        source.fact(f"the first frame alone is read of images with several: {source.some(several)}")
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def some(paths: Sequence[Path]) -> str:
-    """The number of files, and the names of a few."""
-    names = ", ".join(map(str, paths[:3]))
-    return f"{len(paths)}, {names}{', ...' * (len(paths) > 3)}"
 
 
 def _rgb(file: Picture) -> Picture:

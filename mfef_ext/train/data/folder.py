@@ -41,7 +41,7 @@ def read(source: Source) -> Dataset | None:
 
     Normalised by the mean and standard deviation of the training images.
     """
-    expect_level(source, lambda folder: is_folder(folder / "train"))
+    expect_level(source, _has_classes, "train/CLASS")
     if source.problems:
         return None
     splits = _splits(source)
@@ -98,6 +98,12 @@ def read(source: Source) -> Dataset | None:
         Augmentation(max(source.image_size // 8, 1), flip=True, border="constant"),
         own_validation="validation" in images,
     )
+
+
+def _has_classes(folder: Path) -> bool:
+    """Whether there are classes to train on; a folder train in a folder train is none."""
+    train, splits = folder / "train", ("train", "test", *VALIDATION)
+    return is_folder(train) and any(e.is_dir() and e.name not in splits for e in os.scandir(train))
 
 
 def _splits(source: Source) -> dict[str, Path] | None:
