@@ -118,7 +118,7 @@ def _run(argv: Sequence[str] | None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("train", help="train students together (mfef train --help)")
     show = commands.add_parser("show", help="check a run's checkpoint and say what it holds")
-    show.add_argument("path", type=Path, help="a run folder or a .ckpt file")
+    show.add_argument("path", type=Path, metavar="RUN", help="a run folder or a .ckpt file")
     evaluate = commands.add_parser("eval", help="score a run's checkpoint on the test images again")
     export = commands.add_parser("export", help="one student, without any part of MFEF")
     plot = commands.add_parser("plot", help="curves, confusion, diversity, t-SNE and gates as PNG")

@@ -231,6 +231,7 @@ def look(command: str, **options: Any) -> int:
     except UsageError as error:
         return _refuse(str(error), USAGE)
     from . import evaluate, export, plot, report, table
+    from .paths import check_path
 
     commands: dict[str, Callable[..., str]] = {
         "show": report.describe,
@@ -240,6 +241,11 @@ def look(command: str, **options: Any) -> int:
         "table": table.table,
     }
     try:
+        for name, given in options.items():
+            for path in given if isinstance(given, list) else [given]:
+                if isinstance(path, Path):
+                    of_a_run = name in ("path", "paths")
+                    check_path("RUN" if of_a_run else f"--{name.replace('_', '-')}", path)
         answer = commands[command](**options)
     except (UsageError, DataError, CheckpointError) as error:
         return _refuse(str(error), _status(error))

@@ -23,8 +23,10 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
+from ..names import shown
 from . import CheckpointError as CheckpointError
 from .models import StudentSpec, is_known
+from .paths import fault
 from .structure import check_checkpoint, check_student
 from .writing import write_whole
 
@@ -205,6 +207,8 @@ def _is_intact(path: Path) -> bool:
 def _read(path: Path, largest: int = 2**63, begins: bytes = b"") -> tuple[bytes, os.stat_result]:
     """The content and status of a regular file of a run folder; CheckpointError for others."""
     remedy = "give a file of a run folder"
+    if why := fault(path):
+        raise CheckpointError(f"{shown(str(path))} cannot be read: {why}; {remedy}")
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())

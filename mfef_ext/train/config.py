@@ -19,6 +19,7 @@ from ..names import unknown
 from . import UsageError
 from .data import DATASETS, WITH_FILES
 from .models import check_known as check_student_known
+from .paths import check_path
 from .processes import TIMEOUT
 
 AUTO = "auto"
@@ -218,6 +219,9 @@ class TrainConfig:
                 f"{typed('tap', self.tap)} names {len(self.tap)} layers for "
                 f"{len(self.students)} students; name one for all, one each, or none"
             )
+        for name in ("data_dir", "teacher", "out", "resume"):
+            if (path := getattr(self, name)) is not None:
+                check_path(f"--{name.replace('_', '-')}", path)
         self._check_data()
         for name, (holds, rule) in _LIMITS.items():
             given = getattr(self, name)

@@ -18,7 +18,7 @@ from . import DataError, UsageError
 from .checkpoint import CheckpointError, load_student, save_student
 from .evaluate import add_data, rebuild
 from .run import Run
-from .writing import make_folder, write_whole
+from .writing import write_whole
 
 SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
 # Test images on which an exported student must answer as the trained one does. ONNX's own evaluator
@@ -72,7 +72,7 @@ def export(
     network, about = run.students[role].cpu().eval(), run.about(role)
     count = ONNX_IMAGES if format == "onnx" else IMAGES
     x, inputs = _images(run, known, path / f"{checkpoint}.ckpt", data_dir is not None, count)
-    make_folder(out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export") as unchecked:
         file = Path(unchecked) / out.name
         if format == "safetensors":

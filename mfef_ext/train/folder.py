@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import UsageError
-from .writing import BESIDE, append, make_folder, remove_stale, write_whole
+from .writing import BESIDE, append, remove_stale, write_whole
 
 LOCK = ".mfef-lock"
 # What flock says where a file system does not know it.
@@ -61,7 +61,7 @@ class Place:
         written, or if another process has it.
         """
         try:
-            make_folder(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
             if self._numbered is not None:
                 self.path, self._numbered = _first_free(self.path, self._numbered), None
             # A folder of somebody else's is left as it is, without as much as a lock.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 from ..names import unknown
 from . import CheckpointError, UsageError, checkpoint
 from .config import AUTO, TrainConfig
+from .paths import check_path
 
 _LONGEST = 2**16  # characters of a file; options are a few hundred
 _SHOWN = 100  # characters of a value in an error
@@ -54,10 +54,12 @@ def configured(options: Sequence[str]) -> tuple[TrainConfig, list[str]]:
             raise UsageError(unknown(f"--preset={preset}", preset, list(PRESETS)))
         chosen = PRESETS[preset]
     if file is not None:
+        check_path("--config", file)
         chosen = chosen | read(Path(file))
     resume = _take(rest, "--resume")[0] or chosen.get("resume")
     config = TrainConfig()
     if resume not in (None, "None", AUTO):
+        check_path("--resume", resume)
         path = Path(resume)
         from_file, state, _ = checkpoint.at(path)
         config = saved(from_file, state)
@@ -112,7 +114,7 @@ def read(path: Path) -> dict[str, Any]:
             options[name] = _typed(_plain(node), hints[name])
         except (TypeError, OverflowError):
             raise UsageError(
-                f"{path}: {given}={_shown(node)} is not {_described(hints[name])}"
+                f"{path}: {given}={_shown(text, node)} is not {_described(hints[name])}"
             ) from None
         except (yaml.YAMLError, ValueError) as error:
             raise _no_yaml(path, error) from error
@@ -134,12 +136,10 @@ def _plain(node: yaml.Node) -> Any:
     return values if isinstance(node, yaml.SequenceNode) else values[0]
 
 
-def _shown(node: yaml.Node) -> str:
-    """What a node holds, in a few words, whatever it holds."""
-    if isinstance(node, yaml.ScalarNode):
-        text = " ".join(str(node.value).split())
-        return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
-    return "a list" if isinstance(node, yaml.SequenceNode) else "a group"
+def _shown(text: str, node: yaml.Node) -> str:
+    """The text that a node was read from, cut where it is long."""
+    written = " ".join(text[node.start_mark.index : node.end_mark.index].split())
+    return written if len(written) <= _SHOWN else written[:_SHOWN] + "..."
 
 
 def _take(options: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -172,11 +172,10 @@ def _typed(value: Any, hint: Any) -> Any:
         if value not in arguments:
             raise TypeError
         return value
-    if hint is Path and isinstance(value, str) and "\0" not in value:
+    if hint is Path and isinstance(value, str):
         try:
-            os.fsencode(value)
             return Path(value).expanduser()  # as the shell does with what it is given
-        except (RuntimeError, UnicodeError):  # RuntimeError: there is no such user
+        except (RuntimeError, ValueError):  # there is no such user, or there can be none
             raise TypeError from None
     if hint is float and isinstance(value, str):  # YAML takes 1e-4 for text
         try:
@@ -185,11 +184,6 @@ def _typed(value: Any, hint: Any) -> Any:
             raise TypeError from None
     if isinstance(value, bool) is not (hint is bool):
         raise TypeError
-    if isinstance(value, str):
-        try:
-            os.fsencode(value)  # half a character is none
-        except UnicodeError:
-            raise TypeError from None
     if not isinstance(value, (int, float) if hint is float else hint):
         raise TypeError
     return float(value) if hint is float else value

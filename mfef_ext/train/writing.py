@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 BESIDE = ".writing"  # the suffix of what is not whole yet
-DEEPEST = 256  # folders inside one another
 
 
 def write_whole(path: Path, content: bytes, previous: Path | None = None) -> os.stat_result:
@@ -50,13 +49,6 @@ def save_figure(figure: Any, path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write_whole(path, content.getvalue())
-
-
-def make_folder(path: Path) -> None:
-    """Makes a folder, and those that it is in, unless it is there. OSError if that cannot be."""
-    if len(path.parts) > DEEPEST:  # pathlib would go from one to the next by recursion
-        raise OSError(None, f"more than {DEEPEST} folders inside one another")
-    path.mkdir(parents=True, exist_ok=True)
 
 
 def remove_stale(folder: Path) -> None:

@@ -123,14 +123,6 @@ def test_a_folder_with_anything_in_it_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "thesis.txt").read_text() == "all of it"
 
 
-@pytest.mark.parametrize("more", [(), ("--resume", "auto"), ("--seeds", "0")])
-@pytest.mark.parametrize("out", ["a/" * 2000, "a" * 300, "a/" * 3000])
-def test_a_path_that_no_file_system_takes(out, more, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    error = refused(["--dataset", "fake", "--out", out, *more], capsys, "cannot be written (")
-    assert len(error.splitlines()) == 1 and list(tmp_path.iterdir()) == []
-
-
 def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, capsys, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no font for this")
