@@ -27,7 +27,7 @@ from ..names import shown
 from . import CheckpointError as CheckpointError
 from .models import StudentSpec, is_known
 from .paths import fault
-from .structure import check_checkpoint, check_student
+from .structure import check_checkpoint, check_student, check_weights
 from .writing import write_whole
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -168,10 +168,13 @@ def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise CheckpointError(f"{beside} names a network that there is not; {again}")
     try:
         student = StudentSpec(**{**build, "strides": tuple(build["strides"])}).build()
-        student.load_state_dict(load_safetensors(content))
+        weights = load_safetensors(content)
+        check_weights("it", weights)
+        student.load_state_dict(weights)
     except Exception as error:  # of any library, at a size that it does not know
         raise CheckpointError(
-            f"{path} does not fit the network that {beside.name} describes; {again}"
+            f"{path} does not fit the network that {beside.name} describes "
+            f"({' '.join(str(error).split())[:200]}); {again}"
         ) from error
     return student.eval(), described
 

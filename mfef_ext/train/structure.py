@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ..names import shown
 
 MOST_CLASSES = 10**6
 MOST_EPOCHS = 10**6
 LONGEST_NAME = 1000
+_REAL = {
+    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
 
 
 def check_checkpoint(state: Any) -> None:
@@ -40,20 +48,16 @@ def check_checkpoint(state: Any) -> None:
     length = state["config"].get("epochs")
     _need(_is_whole(length, epoch + bool(step), MOST_EPOCHS), "config says of fewer epochs")
     _need(_is_mapping(state["config"].get("versions", {})), "versions are no dictionary")
-    tensors = all(isinstance(value, Tensor) for value in state["distiller"].values())
-    _need(tensors, "distiller holds what is no tensor")
+    for name in ("distiller", "average"):
+        check_weights(name, state[name])
+    averaged = state["config"].get("ema") is not None
+    _need(averaged or not state["average"], "there is an average, and config has no ema")
     if state.get("teacher") is not None:
         _need(_is_mapping(state["teacher"]), "teacher is no dictionary")
-        _need(isinstance(state["teacher"].get("sha256"), str), "teacher has no sha256")
+        _need(_is_hash(state["teacher"].get("sha256")), "teacher has no sha256")
         _check_build(state["teacher"].get("build"))
     if "data" in state:  # which version 0.1.0 did not write
-        check_about(state["data"])
-        for name in ("images", "sha256"):
-            parts = state["data"].get(name)
-            splits = {"train", "validation", "test"}
-            _need(_is_mapping(parts) and set(parts) == splits, f"data: {name} is not by split")
-        for name in ("dataset", "classes", "input_shape", "mean", "std", "scale"):
-            _need(name in state["data"], f"data has no {name}")
+        _check_fingerprint(state["data"])
 
 
 _CHECKPOINT = (
@@ -62,19 +66,42 @@ _CHECKPOINT = (
 )
 
 
+def check_weights(what: str, weights: Mapping[str, Any]) -> None:
+    """ValueError, in a few words, unless ``weights`` are tensors that a run can have: it ends
+    before it saves what is not finite."""
+    for name, tensor in weights.items():
+        _check_tensor(f"{shown(name)} of {what}", tensor)
+
+
+def _check_tensor(what: str, tensor: Any) -> None:
+    real = isinstance(tensor, Tensor) and tensor.dtype in _REAL and not tensor.is_meta
+    _need(real and tensor.layout == torch.strided, f"{what} is no tensor of real numbers")
+    _need(bool(tensor.isfinite().all()), f"{what} is not finite")
+
+
+def _check_fingerprint(data: Any) -> None:
+    """ValueError, in a few words, unless ``data`` can be the fingerprint of a data set."""
+    _check_about(data, "scale")
+    for name, holds, what in (
+        ("images", lambda v: _is_whole(v, 0, 2**63), "numbers of images"),
+        ("sha256", _is_hash, "hashes"),
+    ):
+        parts = data.get(name)
+        by_split = _is_mapping(parts) and set(parts) == {"train", "validation", "test"}
+        _need(by_split, f"data: {name} is not by split")
+        _need(all(map(holds, parts.values())), f"data: {name} are no {what}")
+
+
 def check_student(described: Any) -> None:
-    """ValueError, in a few words, unless ``described`` says how to build a student."""
-    _need(_is_mapping(described), "it is no dictionary")
-    _need(isinstance(described.get("sha256"), str), "it has no sha256")
+    """ValueError, in a few words, unless ``described`` says how to build a student, and what of."""
+    _check_about(described, "epoch", "test_accuracy")
+    _need(_is_hash(described.get("sha256")), "it has no sha256")
     build = described.get("build")
     _check_build(build)
-    check_about(described)
-    if "classes" in described:
-        count = len(described["classes"])
-        _need(count == build["num_classes"], f"classes are {count}, not {build['num_classes']}")
-    if "input_shape" in described:
-        same = described["input_shape"][0] == build["in_channels"]
-        _need(same, "input_shape and in_channels differ")
+    count = len(described["classes"])
+    _need(count == build["num_classes"], f"classes are {count}, not {build['num_classes']}")
+    same = described["input_shape"][0] == build["in_channels"]
+    _need(same, "input_shape and in_channels differ")
 
 
 def _check_build(build: Any) -> None:
@@ -82,7 +109,8 @@ def _check_build(build: Any) -> None:
     _need(_is_mapping(build), "build is no dictionary")
     names = {"model", "in_channels", "num_classes", "strides", "tap"}
     _need(set(build) == names, f"build does not say {', '.join(sorted(names))}")
-    _need(all(_is_name(build[name]) for name in ("model", "tap")), "model or tap is no name")
+    named = all(_is_name(build[name]) and build[name] for name in ("model", "tap"))
+    _need(named, "model or tap is no name")
     _need(_is_whole(build["in_channels"], 1, 1024), "in_channels is not from 1 to 1024")
     limit = f"num_classes is not from 1 to {MOST_CLASSES}"
     _need(_is_whole(build["num_classes"], 1, MOST_CLASSES), limit)
@@ -102,28 +130,31 @@ def check_finished(config: dict[str, Any], summary: dict[str, Any]) -> None:
     _need(_is_mapping(last) and _is_mapping(best), "accuracies are not by role")
     _need(set(last) == set(best), "accuracies are of different roles")
     _need(_are_numbers([*last.values(), *best.values()]), "accuracies are no numbers")
+    if "data" in config:
+        _check_fingerprint(config["data"])
 
 
-def check_about(about: Any) -> None:
-    """ValueError, in a few words, unless what ``about`` says of a data set can be."""
+def _check_about(about: Any, *more: str) -> None:
+    """ValueError, in a few words, unless what ``about`` says of a data set, ``more`` among it, can
+    be."""
     _need(_is_mapping(about), "it is no dictionary")
-    if "dataset" in about:
-        _need(_is_name(about["dataset"]), "dataset is no name")
-    if "classes" in about:
-        names = about["classes"]
-        good = _is_list(names) and len(names) > 0 and all(map(_is_name, names))
-        _need(good, "classes are no list of names")
-    if "input_shape" in about:
-        shape = about["input_shape"]
-        good = _is_list(shape) and len(shape) == 3 and all(_is_whole(s, 1, 2**16) for s in shape)
-        _need(good, "input_shape is no (channels, height, width)")
+    for name in ("dataset", "classes", "input_shape", "mean", "std", *more):
+        _need(name in about, f"it does not say {name}")
+    _need(_is_name(about["dataset"]), "dataset is no name")
+    classes = about["classes"]
+    good = _is_list(classes) and len(classes) > 0 and all(map(_is_name, classes))
+    _need(good, "classes are no list of names")
+    shape = about["input_shape"]
+    good = _is_list(shape) and len(shape) == 3 and all(_is_whole(s, 1, 2**16) for s in shape)
+    _need(good, "input_shape is no (channels, height, width)")
     for name in ("mean", "std"):
-        if name in about:
-            good = _is_list(about[name]) and 0 < len(about[name]) <= 1024
-            _need(good and _are_numbers(about[name]), f"{name} is no list of numbers")
+        good = _is_list(about[name]) and _are_numbers(about[name])
+        _need(good, f"{name} is no list of numbers")
+        fits = len(about[name]) in (1, shape[0])
+        _need(fits, f"{name} has {len(about[name])} numbers for {shape[0]} channels")
+    _need(all(value > 0 for value in about["std"]), "std is not positive")
     scale = about.get("scale", 1)
     _need(_is_number(scale) and scale > 0, "scale is no positive number")
-    _need(all(value > 0 for value in about.get("std", ())), "std is not positive")
     _need(_is_whole(about.get("epoch", 0), 0, MOST_EPOCHS), "epoch is no number of epochs")
     accuracy = about.get("test_accuracy", 0)
     _need(_is_number(accuracy) and 0 <= accuracy <= 100, "test_accuracy is no percentage")
@@ -147,8 +178,10 @@ def check_momentum(momentum: Mapping[Tensor, Any]) -> None:
     for parameter, kept in momentum.items():
         _need(isinstance(kept, dict), "optimizer holds no state of its parameters")
         buffer = kept.get("momentum_buffer")
-        good = buffer is None or (isinstance(buffer, Tensor) and buffer.shape == parameter.shape)
-        _need(good, "optimizer's momentum does not fit its parameters")
+        if buffer is not None:
+            _check_tensor("optimizer's momentum", buffer)
+            fits = buffer.shape == parameter.shape
+            _need(fits, "optimizer's momentum does not fit its parameters")
 
 
 def check_scaler(scaler: dict[str, Any]) -> None:
@@ -187,7 +220,13 @@ def _are_numbers(values: Iterable[Any]) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= LONGEST_NAME
+    if not isinstance(value, str) or len(value) > LONGEST_NAME:
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)  # half of one
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _is_list(value: Any) -> bool:

@@ -40,6 +40,20 @@ def state(epoch):
 
 STATE = state(3)
 SPLITS = ("train", "validation", "test")
+DATA = {
+    "dataset": "folder",
+    "classes": ["cat", "dog", "owl"],
+    "input_shape": [3, 8, 8],
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.25],
+    "scale": 255.0,
+    "images": dict.fromkeys(SPLITS, 7),
+    "sha256": dict.fromkeys(SPLITS, "0123456789abcdef" * 4),
+}
+
+
+def odd(name, value):
+    return {"data": DATA | {name: value}}
 
 
 @pytest.fixture
@@ -256,8 +270,24 @@ def test_a_planted_link_is_not_followed(tmp_path):
         ({"metrics": [{"epoch": i} for i in (1, 2, 3)]}, "metrics lack loss"),
         ({"config": STATE["config"] | {"students": ["a"] * 9}}, "metrics lack loss"),
         ({"config": STATE["config"] | {"students": "a"}}, "config has no list of students"),
-        ({"data": {"classes": []}}, "classes are no list of names"),
-        ({"data": {name: dict.fromkeys(SPLITS, 1) for name in ("images", "sha256")}}, "no dataset"),
+        *(
+            ({"data": {k: v for k, v in DATA.items() if k != name}}, f"say {name}|{name} is not by")
+            for name in DATA
+        ),
+        (odd("classes", []), "classes are no list of names"),
+        (odd("classes", ["cat", "a\ud800"]), "classes are no list of names"),
+        (odd("classes", "cat"), "classes are no list of names"),
+        (odd("mean", [0.5, 0.4]), "mean has 2 numbers for 3 channels"),
+        (odd("std", []), "std has 0 numbers for 3 channels"),
+        (odd("images", {"train": 3}), "data: images is not by split"),
+        *(
+            (odd("images", dict.fromkeys(SPLITS, n)), "images are no numbers")
+            for n in ("7", -1, 7.0)
+        ),
+        *(
+            (odd("sha256", dict.fromkeys(SPLITS, v)), "sha256 are no hashes")
+            for v in (1, "", "x" * 64, "a" * 63)
+        ),
         ({"metrics": [dict(row, loss="x") for row in STATE["metrics"]]}, "hold no numbers"),
         ({"metrics": [dict(row, loss=float("nan")) for row in STATE["metrics"]]}, "no numbers"),
         ({"metrics": STATE["metrics"][::-1]}, "not one row for every epoch"),
@@ -266,16 +296,32 @@ def test_a_planted_link_is_not_followed(tmp_path):
         ({"config": {"epochs": 2}}, "config says of fewer epochs"),
         ({"config": {"epochs": "9"}}, "config says of fewer epochs"),
         ({"config": {}}, "config says of fewer epochs"),
-        ({"distiller": {"a": 1}}, "distiller holds what is no tensor"),
+        ({"distiller": {"a": 1}}, "'a' of distiller is no tensor of real numbers"),
         ({"distiller": {1: torch.zeros(1)}}, "distiller is no dictionary"),
-        ({"data": {"classes": "cat"}}, "classes are no list of names"),
-        ({"data": {"images": {"train": 3}}}, "data: images is not by split"),
+        *(
+            ({part: {"a": tensor}}, f"'a' of {part} is {words}")
+            for part in ("distiller", "average")
+            for tensor, words in (
+                (torch.tensor([1j]), "no tensor of real numbers"),
+                (torch.zeros(2, device="meta"), "no tensor of real numbers"),
+                (torch.eye(2).to_sparse(), "no tensor of real numbers"),
+                (torch.tensor([1.0, float("nan")]), "not finite"),
+                (torch.tensor([1.0, float("inf")]), "not finite"),
+            )
+        ),
+        ({"average": {"a": torch.zeros(1)}}, "there is an average, and config has no ema"),
+        ({"teacher": {"sha256": "x"}}, "teacher has no sha256"),
     ],
 )
 def test_content_that_no_run_saves_is_refused_though_its_hash_is_right(saved, changes, words):
     checkpoint.save(saved, STATE | changes)
     with pytest.raises(checkpoint.CheckpointError, match=words):
         checkpoint.load(saved)
+
+
+def test_data_that_can_be_are_loaded(saved):
+    checkpoint.save(saved, STATE | {"data": DATA})
+    assert checkpoint.load(saved)["data"] == DATA
 
 
 @pytest.mark.parametrize("name", [*STATE, None])
@@ -358,6 +404,7 @@ def forge(student, **changes):
     described = json.loads(beside.read_text())
     for name, value in changes.items():
         (described["build"] if name in described["build"] else described)[name] = value
+    described = {name: value for name, value in described.items() if value is not ...}
     head = {"description_sha256": checkpoint._hash_of_description(described)}
     save_file(load_file(student), student, head)
     described["sha256"] = hashlib.sha256(student.read_bytes()).hexdigest()
@@ -380,12 +427,15 @@ def forge(student, **changes):
         ({"model": "x" * 10**6}, "model or tap is no name"),
         ({"model": "resnet14"}, "does not fit the network"),
         ({"tap": None}, "model or tap is no name"),
+        ({"tap": ""}, "model or tap is no name"),
         ({"classes": "cat"}, "classes are no list of names"),
         ({"classes": ["cat", 1, "owl"]}, "classes are no list of names"),
+        ({"classes": ["cat", "a\ud800", "owl"]}, "classes are no list of names"),
         ({"classes": {"cat": 0}}, "classes are no list of names"),
         ({"input_shape": [1, 8]}, "input_shape is no"),
         ({"input_shape": [1, 10**12, 8]}, "input_shape is no"),
         ({"mean": ["0.5"]}, "mean is no list of numbers"),
+        ({"mean": [0.5, 0.5]}, "mean has 2 numbers for 1 channels"),
         ({"std": [0]}, "std is not positive"),
         ({"std": [float("nan")]}, "std is no list of numbers"),
         ({"scale": -1}, "scale is no positive number"),
@@ -398,6 +448,29 @@ def test_a_description_that_cannot_be_is_one_sentence(student, changes, words):
     with pytest.raises(checkpoint.CheckpointError, match=words) as error:
         checkpoint.load_student(student)
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("name", ABOUT)
+def test_a_description_without_what_every_version_says_is_one_sentence(student, name):
+    forge(student, **{name: ...})
+    refused = pytest.raises(checkpoint.CheckpointError, match=f"it does not say {name}")
+    with contextlib.nullcontext() if name == "scale" else refused:
+        checkpoint.load_student(student)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1j])
+def test_weights_that_no_run_leaves_are_one_sentence(one_student, tmp_path, value):
+    network, about = checkpoint.load_student(one_student)
+    name = "classifier.bias"
+    weights = network.state_dict()
+    weights[name] = torch.full((3,), value)
+    file = tmp_path / "student0.safetensors"
+    network.state_dict = lambda: weights
+    build = about.pop("build")
+    spec = StudentSpec(**build | {"strides": tuple(build["strides"])})
+    checkpoint.save_student(file, network, spec, ABOUT)
+    with pytest.raises(checkpoint.CheckpointError, match=rf"fit .*\('{name}' of it is n"):
+        checkpoint.load_student(file)
 
 
 @pytest.mark.parametrize(

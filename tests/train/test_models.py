@@ -234,6 +234,19 @@ def test_unknown_names(name, hint):
     assert f"--students={name} is unknown; " in str(error.value) and hint in str(error.value)
 
 
+def about_images(channels, classes):
+    """What a student's file says of the data that it was trained on."""
+    return {
+        "dataset": "folder",
+        "classes": [str(c) for c in range(classes)],
+        "input_shape": (channels, 32, 32),
+        "mean": (0.5,),
+        "std": (0.25,),
+        "epoch": 1,
+        "test_accuracy": 50.0,
+    }
+
+
 @pytest.mark.parametrize(
     "name",
     ["resnet110-bottleneck", "wrn-10-1", "densenet40-12", "torchvision:resnet18", "timm:tinynet"],
@@ -241,7 +254,7 @@ def test_unknown_names(name, hint):
 def test_every_kind_is_rebuilt_from_its_file(name, tmp_path, fake_timm):
     [net], [spec] = build_students([name], (3, 32, 32), 5)
     path = tmp_path / "student0.safetensors"
-    checkpoint.save_student(path, net, spec, {})
+    checkpoint.save_student(path, net, spec, about_images(3, 5))
     loaded, about = checkpoint.load_student(path)
     assert about["build"] == json.loads(json.dumps(about["build"])) and about["build"]["tap"]
     x = torch.randn(2, 3, 32, 32)
@@ -250,6 +263,7 @@ def test_every_kind_is_rebuilt_from_its_file(name, tmp_path, fake_timm):
 
 def test_a_student_of_an_unknown_network_is_refused(tmp_path):
     path = tmp_path / "student0.safetensors"
-    checkpoint.save_student(path, nn.Linear(1, 1), StudentSpec("resnet9", 1, 10), {})
+    spec = StudentSpec("resnet9", 1, 10, tap="stage3")
+    checkpoint.save_student(path, nn.Linear(1, 1), spec, about_images(1, 10))
     with pytest.raises(checkpoint.CheckpointError, match="names a network that there is not"):
         checkpoint.load_student(path)
