@@ -62,8 +62,11 @@ def _divide(channels: int, parts: int) -> list[int]:
 #
 # That is asked of six layers for one block, and may not cost what the forward of one small image
 # does. nn.Module takes ten times as long as a dictionary to look up an attribute: hence `__dict__`.
+# A replaced nn.Module.__call__ is not asked about: torch.fx replaces it while it traces, and is to
+# see the operator.
 
-_CONV2D_FORWARD = nn.Conv2d.forward
+_Conv2d = nn.Conv2d
+_CONV2D_FORWARD, _CONV2D_CONV_FORWARD = _Conv2d.forward, _Conv2d._conv_forward
 
 
 def _told_apart(layer: nn.Module, cls: type[nn.Module]) -> str:
@@ -238,7 +241,10 @@ class MultiScaleConv2d(nn.Module):
             or torch_module._global_backward_pre_hooks
         ):
             return "hooks of all modules are registered", [], []
-        if nn.Conv2d.forward is not _CONV2D_FORWARD:
+        if (
+            _Conv2d.forward is not _CONV2D_FORWARD
+            or _Conv2d._conv_forward is not _CONV2D_CONV_FORWARD
+        ):
             return "nn.Conv2d has another forward", [], []
         modules: Any = self._modules
         branches, made = modules["branches"]._modules.values(), self._as_made
@@ -506,7 +512,7 @@ class MFEFBlock(nn.Module):
             return f"conv {why}", []
         if why := _told_apart(attention, DualAttention):
             return f"attention {why}", []
-        if (MultiScaleConv2d.forward, DualAttention.forward) != _FORWARDS:
+        if MultiScaleConv2d.forward is not _CONV or DualAttention.forward is not _ATTENTION:
             return "a class has another forward", []
         if conv.mode == "hierarchical":
             return "mode='hierarchical' is not fused", []
@@ -547,7 +553,7 @@ class MFEFBlock(nn.Module):
         return f"{self.channels}" + (f", backend={self.backend!r}" if self.backend else "")
 
 
-_FORWARDS = (MultiScaleConv2d.forward, DualAttention.forward)
+_CONV, _ATTENTION = MultiScaleConv2d.forward, DualAttention.forward
 
 
 def _concatenated(maps: Sequence[Tensor], in_channels: Sequence[int]) -> Tensor:

@@ -193,6 +193,11 @@ def test_a_class_with_another_forward_is_called(monkeypatch):
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, y: 0 * forward(self, y))
     close(block(x), wanted)
     monkeypatch.undo()
+    convolve = nn.Conv2d._conv_forward
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, *a: 0 * convolve(self, *a))
+    close(block(x), wanted)
+    close(block.conv(x), torch.zeros_like(x))
+    monkeypatch.undo()
     monkeypatch.setattr(MultiScaleConv2d, "forward", lambda self, y: 0 * y)
     close(block(x), wanted)
 
