@@ -36,9 +36,10 @@ DONE, USAGE, DATA, FILES, NOT_FINITE, INTERRUPTED = 0, 2, 3, 4, 5, 75
 
 
 def _refuse(message: str, status: int, quiet: bool = False) -> int:
-    """Prints why the command ends, unless another process says the same."""
+    """Prints why the command ends, in one line, unless another process says the same."""
     if not quiet:
-        print(f"mfef: {message}", file=sys.stderr)
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        print(f"mfef: {line}", file=sys.stderr)
     return status
 
 

@@ -111,10 +111,10 @@ def draw_confusion(
 def draw_diversity(distance: np.ndarray, disagreement: np.ndarray, path: Path) -> bool:
     """PNG: both measures of :func:`diversity`, every student against every other. False, and no
     file, for one student alone."""
-    from matplotlib.figure import Figure
-
     if len(distance) < 2:
         return False
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     titles = ("mean distance of softmax outputs", "different answers, % of the images")
     pairs = zip(figure.subplots(1, 2), titles, (distance, disagreement), (4, 2), strict=True)

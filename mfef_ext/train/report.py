@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from rich.table import Table
+from torch import Tensor
 
 from . import checkpoint
 from .display import score_line, scores
@@ -127,37 +128,46 @@ def draw_curves(run: Run, path: Path) -> bool:
     return True
 
 
-@names_as_they_are
 def draw_gates(run: Run, path: Path) -> bool:
     """PNG: for one test image of up to ten classes, the image and each student's spatial gate
     over it. False, and no file, if the method has no gates."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-
     test, classes = run.dataset.test, run.dataset.classes
     run.distiller.eval()
     first = [int((test.y == c).nonzero()[0]) for c in range(min(len(classes), 10))]
     x, y = test[first]
-    labels = y.tolist()
     with torch.no_grad():
         gates = [gate.cpu() for gate in run.distiller.spatial_gates(x)]
-        answers = {role: z.argmax(1).tolist() for role, z in run.distiller(x).logits.items()}
-    if not gates:
-        return False
+        logits = run.distiller(x).logits
+    if gates:
+        answers = [logits[f"student{i}"].argmax(1).tolist() for i in range(len(gates))]
+        said = [[classes[c] for c in own] for own in answers]
+        _draw_gates(x, [classes[c] for c in y.tolist()], gates, said, path)
+    return bool(gates)
+
+
+@names_as_they_are
+def _draw_gates(
+    x: Tensor, names: list[str], gates: list[Tensor], said: list[list[str]], path: Path
+) -> None:
+    """PNG of images (N, C, H, W), the names of their classes, and of each student its gates (N, H,
+    W) and the names of the classes that it says."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
     # Both are brought to one size: pixels stay squares, the coarser gate becomes smooth.
     size = max(64, *x.shape[2:])
     large = F.interpolate((x - x.min()) / (x.max() - x.min()), size=size)
     pixels = large.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
-    rows, columns = 1 + len(gates), len(first)
+    rows, columns = 1 + len(gates), len(names)
     figure = Figure(figsize=(1.35 * columns + 1.4, 1.75 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
     grid[0][0].set_ylabel("image")
-    for column, label in enumerate(labels):
+    for column, name in enumerate(names):
         grid[0][column].imshow(pixels[column])
-        grid[0][column].set_title(classes[label], fontsize=10)
+        grid[0][column].set_title(name, fontsize=10)
     for i, gate in enumerate(gates):
         smooth = F.interpolate(gate[:, None], size=size, mode="bilinear")[:, 0].numpy()
         # One scale per student, so that images can be compared; gates seldom span 0 to 1.
@@ -167,10 +177,9 @@ def draw_gates(run: Run, path: Path) -> bool:
             # Colour says the gate and brightness the image, so neither hides the other.
             brightness = 0.35 + 0.65 * pixels[column]
             axes.imshow(heat.to_rgba(smooth[column])[..., :3] * brightness)
-            axes.set_xlabel(f"says {classes[answers[f'student{i}'][column]]}", fontsize=8)
+            axes.set_xlabel(f"says {said[i][column]}", fontsize=8)
         figure.colorbar(heat, ax=list(grid[i + 1]), label="spatial gate", pad=0.01)
     save_figure(figure, path)
-    return True
 
 
 def describe(path: Path) -> str:

@@ -3,6 +3,8 @@
 import importlib
 import sys
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from mfef_ext import cli
 from mfef_ext.distill import OnlineDistiller
-from mfef_ext.train import evaluate, plot, report
+from mfef_ext.train import data, evaluate, plot, report
 from mfef_ext.train.__main__ import main
 
 
@@ -69,14 +71,30 @@ def test_without_matplotlib_there_are_numbers_and_one_sentence(trained, capsys, 
     """It may be found and not be importable, as with an unknown MPLBACKEND."""
     monkeypatch.setattr("mfef_ext.train.plot", plot)  # to be put back
     monkeypatch.delitem(sys.modules, "mfef_ext.train.plot")
-    for name in ("figure", "colors", "cm"):
-        monkeypatch.setitem(sys.modules, f"matplotlib.{name}", None)
+    for name in ("", ".figure", ".colors", ".cm"):
+        monkeypatch.setitem(sys.modules, f"matplotlib{name}", None)
+    monkeypatch.setattr("mfef_ext.train.__main__.missing_extras", list)
     importlib.import_module("mfef_ext.train.plot")
     assert cli.main(["plot", str(trained)]) == 2
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 1 and said.err.count("tsne.png") == 1
     assert "could not be drawn (ModuleNotFoundError: import of matplotlib" in said.err
     assert "different answers" in said.out and f"{trained}: no pictures\n" in said.out
+
+
+def test_pictures_that_there_are_not_do_not_fail(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    net = small_net(4)
+    distiller = OnlineDistiller([net], "ce", num_classes=5, tap="0", input_shape=(3, 16, 16))
+    labels = torch.arange(5)
+    images = data.Images(torch.randn(5, 3, 16, 16), labels, data.Normalisation((0.0,), (1.0,)))
+    dataset = SimpleNamespace(test=images, classes="abcde")
+    run = SimpleNamespace(dataset=dataset, distiller=distiller)
+    figures = {
+        "gates.png": partial(report.draw_gates, run),
+        "diversity.png": partial(plot.draw_diversity, np.zeros((1, 1)), np.zeros((1, 1))),
+    }
+    assert report.draw_all(figures, tmp_path) == ([], "") and not list(tmp_path.iterdir())
 
 
 def test_diversity_by_hand():

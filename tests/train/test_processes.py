@@ -363,7 +363,7 @@ def test_a_batch_norm_of_another_kind_is_refused():
     class Own(nn.BatchNorm2d):
         pass
 
-    with pytest.raises(UsageError, match=r"1 is a Own, which .* --no-sync-batch-norm"):
+    with pytest.raises(UsageError, match=r"1 is an Own, which .* --no-sync-batch-norm"):
         synchronise_batch_norm(
             nn.Sequential(nn.Conv2d(1, 2, 3), Own(2)), Processes(0, 2, torch.device("cpu"))
         )

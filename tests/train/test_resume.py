@@ -480,6 +480,11 @@ def other_momentum(state):
         kept["momentum_buffer"] = torch.zeros(7)
 
 
+def infinite_momentum(state):
+    for kept in state["optimizer"]["state"].values():
+        kept["momentum_buffer"].view(-1)[0] = float("inf")
+
+
 def other_settings(state):
     state["optimizer"]["param_groups"][0]["momentum"] = "x"
 
@@ -487,6 +492,7 @@ def other_settings(state):
 CHANGES = {
     "groups": without_names,
     "momentum": other_momentum,
+    "infinite momentum": infinite_momentum,
     "settings": other_settings,
     "optimizer": lambda state: state.update(optimizer={}),
     "step": lambda state: state.update(step=6),  # of 5

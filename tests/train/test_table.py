@@ -142,6 +142,8 @@ def test_refused_in_one_sentence(tmp_path, capsys):
         ("config", {"seed": -1}),
         ("config", {"students": 3}),
         ("config", {"method": ["mfef"]}),
+        ("config", {"data": 3}),
+        ("config", {"data": {"sha256": {"test": "x"}}}),
         ("summary", {"last_test_accuracy": [97.0]}),
         ("summary", {"last_test_accuracy": {"students": "97"}}),
         ("summary", {"best_test_accuracy": {"ensemble": 97.0}}),
