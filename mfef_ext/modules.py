@@ -17,7 +17,7 @@ from . import functional as F
 from . import reference
 from .backends import check_backend_name
 from .names import a, shown
-from .problem import FLOAT_DTYPES, check_groups, check_int, check_kernel_size
+from .problem import FLOAT_DTYPES, check_dense, check_groups, check_int, check_kernel_size
 
 Mode = Literal["split", "pyramid", "hierarchical"]
 MODES = ("split", "pyramid", "hierarchical")
@@ -118,6 +118,7 @@ def _branch_inputs(x: Tensor, channels: int, parts: Sequence[int]) -> Sequence[T
         return handle_torch_function(_branch_inputs, (x,), x, channels, parts)
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    check_dense("x", x)
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"x must be (N, {channels}, H, W), got shape {tuple(x.shape)}")
     return x.split(list(parts), dim=1) if sum(parts) == channels else [x] * len(parts)
@@ -572,6 +573,7 @@ def _concatenated(maps: Sequence[Tensor], in_channels: Sequence[int]) -> Tensor:
     for i, (m, c) in enumerate(zip(maps, in_channels, strict=True)):
         if not isinstance(m, Tensor):
             raise TypeError(f"maps[{i}] must be a torch.Tensor, got {type(m).__name__}")
+        check_dense(f"maps[{i}]", m)
         if m.dim() != 4 or m.shape[1] != c:
             raise ValueError(f"maps[{i}] must be (N, {c}, H, W), got shape {tuple(m.shape)}")
         if m.shape[0] != maps[0].shape[0]:

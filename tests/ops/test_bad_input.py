@@ -59,6 +59,11 @@ def test_what_is_not_dense_is_refused_after_what_is():
     """What is known of dense tensors of these sizes says nothing about others."""
     x = torch.randn(2, 4, 5, 5)
     layers = [MFEFBlock(4, groups="auto"), MultiScaleConv2d(4, groups="auto"), DualAttention(4)]
+    layers += [MFEFBlock(4, groups="auto", mode="hierarchical"), MFEFBlock(4, groups="auto")]
+    layers[-1].conv.branches[0].register_forward_hook(lambda *arguments: None)
+    fusion = FeatureFusion((4, 4), 2)
+    with pytest.raises(TypeError, match=r"maps\[1\]: layout torch\.sparse_coo is not dense"):
+        fusion([x, x.to_sparse()])
     for layer in layers:
         layer(x)
         with pytest.raises(TypeError, match=r"[xy]: layout torch\.sparse_coo is not dense"):
