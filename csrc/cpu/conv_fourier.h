@@ -479,30 +479,29 @@ void weigh_inputs(const ConvMap<T>& map, int64_t n, bool flipped, const E* weigh
     }
     for (int64_t i = 0; i < in; ++i) scale[i] = std::sqrt(scale[i] / T(out * taps));
     for (int64_t o = 0; o < out; ++o) {
-      // Of the M smallest those below a bound are added, and the others are no smaller than it. The smallest of random
-      // weights lie about 1 / their number apart; where there are more of them, a lower bound serves.
+      // Of the M smallest those below a bound are added, and the others are no smaller than it. The higher the bound,
+      // the larger the sum, as long as no more than M are below. The smallest of random weights lie about 1 / their
+      // number apart, and M of them below the first bound.
       constexpr int kBounds = 3;
       const T u2 = mean_square(o);
-      Vec<T> count[kBounds] = {}, sum[kBounds] = {};
-      for (int64_t i = 0; i < in; ++i) {
-        if (scale[i] == T(0)) continue;  // all its spectra are zero
-        store(read(o, i, T(1) / (std::sqrt(u2) * scale[i])), splat(std::numeric_limits<T>::infinity()));
-        for (int64_t t = 0; t < taps; t += L) {
-          const Vec<T> v = load(sizes + t);
-          static_for<kBounds>([&](auto j) {
-            constexpr int j_ = decltype(j)::value;
-            const IVec<T> below = v < splat(terms / T(in * taps << j_));
-            count[j_] += below ? splat(T(1)) : Vec<T>{};
-            sum[j_] += below ? v : Vec<T>{};
-          });
+      T smallest = 0, bound = terms / T(in * taps);
+      for (int j = 0; j < kBounds; ++j, bound /= 2) {
+        Vec<T> count{}, sum{};
+        for (int64_t i = 0; i < in; ++i) {
+          if (scale[i] == T(0)) continue;  // all its spectra are zero
+          store(read(o, i, T(1) / (std::sqrt(u2) * scale[i])), splat(std::numeric_limits<T>::infinity()));
+          for (int64_t t = 0; t < taps; t += L) {
+            const Vec<T> v = load(sizes + t);
+            const IVec<T> below = v < splat(bound);
+            count += below ? splat(T(1)) : Vec<T>{};
+            sum += below ? v : Vec<T>{};
+          }
         }
+        const T below = sum_of_lanes<T>(count);
+        if (below > terms) continue;
+        smallest = sum_of_lanes<T>(sum) + (terms - below) * bound;
+        break;
       }
-      T smallest = 0;
-      static_for<kBounds>([&](auto j) {
-        constexpr int j_ = decltype(j)::value;
-        const T below = sum_of_lanes<T>(count[j_]), rest = (terms - below) * (terms / T(in * taps << j_));
-        if (below <= terms) smallest = most(smallest, sum_of_lanes<T>(sum[j_]) + rest);
-      });
       const T unit = u2 * smallest * smallest;
       for (int64_t i = 0; i < in; ++i) {
         const T of_pair = squares[o * in + i];
@@ -586,6 +585,33 @@ struct Weak {
   bool any, all;                                     // any output, all of them
 };
 
+// Of the pixels of one channel.
+template <class T>
+MFEF_INLINE Vec<T> sum_of_squares(const T* x, int64_t pixels) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sum[4] = {};
+  int64_t p = 0;
+  for (; p + 4 <= pixels; p += 4) {
+    static_for<4>([&](auto j) {
+      const Vec<T> v = load(x + (p + decltype(j)::value) * L);
+      sum[decltype(j)::value] += v * v;
+    });
+  }
+  for (; p < pixels; ++p) sum[0] += load(x + p * L) * load(x + p * L);
+  return sum[0] + sum[1] + (sum[2] + sum[3]);
+}
+template <class T>
+MFEF_INLINE Vec<T> sum_of_sizes(const T* x, int64_t pixels) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sum[4] = {};
+  int64_t p = 0;
+  for (; p + 4 <= pixels; p += 4) {
+    static_for<4>([&](auto j) { sum[decltype(j)::value] += absolute<T>(load(x + (p + decltype(j)::value) * L)); });
+  }
+  for (; p < pixels; ++p) sum[0] += absolute<T>(load(x + p * L));
+  return sum[0] + sum[1] + (sum[2] + sum[3]);
+}
+
 // x: the channels of the group.
 template <class T>
 void find_weak(const ConvMap<T>& map, int64_t n, const T* x, const T* guard, Weak<T>& weak) {
@@ -595,17 +621,7 @@ void find_weak(const ConvMap<T>& map, int64_t n, const T* x, const T* guard, Wea
   const Vec<T> infinity = splat(std::numeric_limits<T>::infinity());
   Vec<T> square{};
   for (int64_t i = 0; i < in; ++i) {
-    Vec<T> sum[4] = {};
-    const T* at = x + i * map.channel;
-    int64_t p = 0;
-    for (; p + 4 <= pixels; p += 4) {
-      static_for<4>([&](auto j) {
-        const Vec<T> v = load(at + (p + decltype(j)::value) * L);
-        sum[decltype(j)::value] += v * v;
-      });
-    }
-    for (; p < pixels; ++p) sum[0] += load(at + p * L) * load(at + p * L);
-    square += (sum[0] + sum[1] + (sum[2] + sum[3])) * splat(reach[i]);
+    square += sum_of_squares(x + i * map.channel, pixels) * splat(reach[i]);
   }
   Vec<T> limit;
   for (int lane = 0; lane < L; ++lane) limit[lane] = std::sqrt(square[lane]);
@@ -634,7 +650,8 @@ void find_weak(const ConvMap<T>& map, int64_t n, const T* x, const T* guard, Wea
   };
   int64_t i = 0;
   for (; i + 4 <= in; i += 4) add(i, Index<4>{});
-  for (; i < in; ++i) add(i, Index<1>{});
+  for (; i + 2 <= in; i += 2) add(i, Index<2>{});
+  if (i < in) add(i, Index<1>{});
   IVec<T> blank{};
   if (any_lane<T>(~known)) {
     Vec<T> total{};
@@ -810,82 +827,36 @@ void fourier_map(const ConvMap<T>& map, const DftTable<T>& table, const T* x, co
 constexpr double kGradAllowed = 128;
 constexpr int kLevels = 3;
 constexpr double kLevel[kLevels + 1] = {0, 0.02, 0.1, 0.4};
+// One of them alone, with the pixels below it in all columns rather than in a corner, shows of nearly all channels that
+// they are not rare. All are counted where it does not.
+constexpr double kOneLevel = kLevel[2];
 
 // Of the output channels of a group.
 template <class T>
 struct Levels {
   Vec<T> weight;        // h
   T images;             // the sum of h
+  T missing_of_one;     // of kOneLevel, N_j or more
   T missing[kLevels];   // N_j
+  bool all;             // whether they are there
   T smallest, largest;  // |dy| of the channels that are not zero
   bool known;           // all that is there is finite, and so are its squares
 };
 
-// squares: room for a vector for each output channel.
+// N_j of all levels; unit: what level 1 is in each image, for each output channel.
 template <class T>
-void find_levels(const ConvMap<T>& map, const T* dy, T* squares, Levels<T>& levels) {
+void count_missing(const ConvMap<T>& map, const T* dy, const T* unit, Levels<T>& levels) {
   constexpr int L = kLanes<T>;
-  const int64_t side = map.height, radius = map.k / 2, window = side - radius, pixels = side * side;
-  const T smallest = std::numeric_limits<T>::min() * T(1e6), infinity = std::numeric_limits<T>::infinity();
-  levels = Levels<T>{};
-  levels.smallest = infinity;
-  levels.known = true;
-  // Zeros, or nothing that is known.
-  auto is_zero = [&](const T* channel) {
-    Vec<T> sum{};
-    for (int64_t p = 0; p < pixels; ++p) sum += absolute<T>(load(channel + p * L));
-    return !any_lane<T>(~(sum == Vec<T>{}));
-  };
-  Vec<T> size{};
-  for (int64_t o = 0; o < map.out_group(); ++o) {
-    Vec<T> sums[2] = {};
-    for (int64_t p = 0; p < pixels; ++p) {
-      const Vec<T> v = load(dy + o * map.out_channel + p * L);
-      sums[p & 1] += v * v;
-    }
-    const Vec<T> sum = sums[0] + sums[1];
-    store(squares + o * L, sum);
-    size += sum;
-  }
-  const IVec<T> there = (size > splat(smallest)) & (size < splat(infinity));
-  if (any_lane<T>(~there)) {
-    Vec<T> sum{};
-    for (int64_t o = 0; o < map.out_group(); ++o) {
-      for (int64_t p = 0; p < pixels; ++p) sum += absolute<T>(load(dy + o * map.out_channel + p * L));
-    }
-    levels.known = !any_lane<T>(~there & ~(sum == Vec<T>{}));
-    if (!levels.known) return;
-  }
-  T largest = 0;
-  for (int lane = 0; lane < L; ++lane) {
-    size[lane] = there[lane] ? std::sqrt(size[lane]) : T(0);
-    largest = most(largest, T(size[lane]));
-  }
-  if (largest == T(0)) return;
-  levels.weight = size / splat(largest);
-  levels.images = sum_of_lanes<T>(levels.weight);
-  const Vec<T> inverse = there ? T(1) / (there ? size : splat(T(1))) : Vec<T>{};
-  // A corner is two of three parts, or one.
+  for (T& missing : levels.missing) missing = 0;
+  const int64_t side = map.height, radius = map.k / 2, window = side - radius;
+  // A corner is two of three parts of a side, or one.
   const int64_t cut[4] = {0, least(window, radius), most(window, radius), side};
   const bool overlap = radius < window;
   for (int64_t o = 0; o < map.out_group(); ++o, dy += map.out_channel) {
-    const Vec<T> square = load(squares + o * L);
-    const T sum = sum_of_lanes<T>(square);
-    if (!(sum > smallest)) {
-      if (is_zero(dy)) continue;
-      levels.known = false;
-      return;
-    }
-    levels.smallest = least(levels.smallest, T(std::sqrt(sum)));
-    levels.largest = most(levels.largest, T(std::sqrt(sum)));
-    // Of dy / g; a multiple of g is what a pixel is compared with.
-    const T mean = std::sqrt(sum_of_lanes<T>(square * inverse) / largest / (T(pixels) * levels.images));
     Vec<T> level[kLevels];
-    static_for<kLevels>([&](auto j) {
-      constexpr int j_ = decltype(j)::value;
-      level[j_] = size * (T(kLevel[j_ + 1]) * mean);
-    });
-    IVec<T> part[3][3][kLevels] = {};
+    static_for<kLevels>(
+        [&](auto j) { level[decltype(j)::value] = load(unit + o * L) * splat(T(kLevel[decltype(j)::value + 1])); });
+    IVec<T> part[3][3][kLevels];
     for (int a = 0; a < 3; ++a) {
       for (int b = 0; b < 3; ++b) {
         IVec<T> count[kLevels] = {};
@@ -898,11 +869,11 @@ void find_levels(const ConvMap<T>& map, const T* dy, T* squares, Levels<T>& leve
         static_for<kLevels>([&](auto j) { part[a][b][decltype(j)::value] = count[decltype(j)::value]; });
       }
     }
-    constexpr int kCounts = 4 * kLevels;
-    alignas(64) T counts[kCounts + L];
-    for (int first = 0; first < kCounts; first += L) {
+    constexpr int kLevelss = 4 * kLevels;
+    alignas(64) T counts[kLevelss + L];
+    for (int first = 0; first < kLevelss; first += L) {
       Vec<T> rows[L] = {};
-      for (int r = 0; r < L && first + r < kCounts; ++r) {
+      for (int r = 0; r < L && first + r < kLevelss; ++r) {
         const int corner = (first + r) / kLevels, j = (first + r) % kLevels, a = corner / 2 * 2, b = corner % 2 * 2;
         IVec<T> count = part[a][b][j];
         if (overlap) count += part[1][b][j] + part[a][1][j] + part[1][1][j];
@@ -910,64 +881,152 @@ void find_levels(const ConvMap<T>& map, const T* dy, T* squares, Levels<T>& leve
       }
       store(counts + first, sums_of_lanes<T>(rows));
     }
-    for (int r = 0; r < kCounts; ++r) levels.missing[r % kLevels] = most(levels.missing[r % kLevels], counts[r]);
+    for (int r = 0; r < kLevelss; ++r) {
+      levels.missing[r % kLevels] = most(levels.missing[r % kLevels], counts[r]);
+    }
+  }
+  levels.all = true;
+}
+
+// Pixels of one channel that are below a level, negative.
+template <class T>
+MFEF_INLINE IVec<T> count_below(const T* x, int64_t pixels, Vec<T> level) {
+  constexpr int L = kLanes<T>;
+  IVec<T> count[2] = {};
+  int64_t p = 0;
+  for (; p + 2 <= pixels; p += 2) {
+    static_for<2>(
+        [&](auto j) { count[decltype(j)::value] += absolute<T>(load(x + (p + decltype(j)::value) * L)) < level; });
+  }
+  if (p < pixels) count[0] += absolute<T>(load(x + p * L)) < level;
+  return count[0] + count[1];
+}
+
+// unit: room for a vector for each output channel; see above.
+template <class T>
+void find_levels(const ConvMap<T>& map, const T* dy, T* unit, Levels<T>& levels) {
+  constexpr int L = kLanes<T>;
+  const int64_t side = map.height, radius = map.k / 2, window = side - radius, pixels = side * side;
+  const int64_t cut[4] = {0, least(window, radius), most(window, radius), side};  // as above
+  const T smallest = std::numeric_limits<T>::min() * T(1e6), infinity = std::numeric_limits<T>::infinity();
+  levels = Levels<T>{};
+  levels.smallest = infinity;
+  levels.known = true;
+  Vec<T> size{};
+  for (int64_t o = 0; o < map.out_group(); ++o) {
+    const Vec<T> sum = sum_of_squares(dy + o * map.out_channel, pixels);
+    store(unit + o * L, sum);
+    size += sum;
+  }
+  const IVec<T> there = (size > splat(smallest)) & (size < splat(infinity));
+  if (any_lane<T>(~there)) {
+    Vec<T> sum{};
+    for (int64_t o = 0; o < map.out_group(); ++o) sum += sum_of_sizes(dy + o * map.out_channel, pixels);
+    levels.known = !any_lane<T>(~there & ~(sum == Vec<T>{}));
+    if (!levels.known) return;
+  }
+  T largest = 0;
+  for (int lane = 0; lane < L; ++lane) {
+    size[lane] = there[lane] ? std::sqrt(size[lane]) : T(0);
+    largest = most(largest, T(size[lane]));
+  }
+  if (largest == T(0)) return;
+  levels.weight = size / splat(largest);
+  levels.images = sum_of_lanes<T>(levels.weight);
+  const Vec<T> inverse = there ? T(1) / (there ? size : splat(T(1))) : Vec<T>{};
+  for (int64_t o = 0; o < map.out_group(); ++o) {
+    const Vec<T> square = load(unit + o * L);
+    const T sum = sum_of_lanes<T>(square);
+    if (!(sum > smallest)) {
+      store(unit + o * L, Vec<T>{});  // nothing is below it
+      // Zeros, or nothing that is known.
+      levels.known = !any_lane<T>(~(sum_of_sizes(dy + o * map.out_channel, pixels) == Vec<T>{}));
+      if (!levels.known) return;
+      continue;
+    }
+    levels.smallest = least(levels.smallest, T(std::sqrt(sum)));
+    levels.largest = most(levels.largest, T(std::sqrt(sum)));
+    // The root mean square of dy / g; a multiple of g is what a pixel is compared with.
+    const T mean = std::sqrt(sum_of_lanes<T>(square * inverse) / largest / (T(pixels) * levels.images));
+    store(unit + o * L, size * splat(mean));
+    const Vec<T> level = load(unit + o * L) * splat(T(kOneLevel));
+    IVec<T> rows[3];
+    for (int i = 0; i < 3; ++i) {
+      rows[i] = count_below(dy + o * map.out_channel + cut[i] * side * L, (cut[i + 1] - cut[i]) * side, level);
+    }
+    if (radius >= window) rows[1] = IVec<T>{};  // in neither
+    for (int i = 0; i < 3; i += 2) {
+      const Vec<T> count = __builtin_convertvector(-(rows[i] + rows[1]), Vec<T>);  // lanes of a comparison are -1
+      levels.missing_of_one = most(levels.missing_of_one, sum_of_lanes<T>(count * levels.weight));
+    }
   }
 }
 
-// Whether input channel x is rare.
+// Whether input channel x is rare; dy and unit: those of the levels.
 template <class T>
-bool is_rare(const ConvMap<T>& map, int64_t n, const T* x, const Levels<T>& levels) {
+bool is_rare(const ConvMap<T>& map, int64_t n, const T* x, const T* dy, const T* unit, Levels<T>& levels) {
   constexpr int L = kLanes<T>;
   const int64_t side = map.height, radius = map.k / 2, window = side - radius, pixels = side * side;
-  Vec<T> squares[2] = {}, sizes[2] = {};
-  for (int64_t p = 0; p < pixels; ++p) {
-    const Vec<T> v = load(x + p * L);
-    squares[p & 1] += v * v;
-    sizes[p & 1] += absolute<T>(v);
-  }
-  squares[0] += squares[1];
-  sizes[0] += sizes[1];
-  if (sum_of_lanes<T>(sizes[0]) == T(0)) return false;
+  const Vec<T> squares = sum_of_squares(x, pixels), sizes = sum_of_sizes(x, pixels);
+  if (sum_of_lanes<T>(sizes) == T(0)) return false;
   const T smallest = std::numeric_limits<T>::min() * T(1e6), infinity = std::numeric_limits<T>::infinity();
-  const T of_all = sum_of_lanes<T>(squares[0]);
+  const T of_all = sum_of_lanes<T>(squares);
   if (!(of_all > smallest && of_all < infinity)) return true;
   if (levels.largest == T(0)) return false;  // dy is zero
   // Products of all with all must stay within the range, too.
   const T product = std::sqrt(of_all) * levels.smallest;
   if (!(product > smallest && std::sqrt(of_all) * levels.largest * T(1e6) < infinity)) return true;
-  const T square = sum_of_lanes<T>(squares[0] * levels.weight), sum = sum_of_lanes<T>(sizes[0] * levels.weight);
+  const T square = sum_of_lanes<T>(squares * levels.weight), sum = sum_of_lanes<T>(sizes * levels.weight);
   if (!(square > smallest)) return true;
   const T limit = square / sum;  // the usual size of what is not zero
-  alignas(64) T at[kMostSide * kMostSide + L];
-  for (int64_t p = 0; p < pixels; p += L) {
+  constexpr int64_t kParts = (kMostSide + L - 1) / L;
+  alignas(64) T at[(kMostSide * kMostSide / L + 2) * L], line[(2 * kParts + 1) * L];
+  auto sums_of_images = [&](int64_t p, auto whole) {
     Vec<T> rows[L];
     static_for<L>([&](auto r) {
       constexpr int r_ = decltype(r)::value;
-      const Vec<T> v = p + r_ < pixels ? absolute<T>(load(x + (p + r_) * L)) : Vec<T>{};
-      rows[r_] = (v < splat(limit) ? v : splat(limit)) * levels.weight;
+      if (!decltype(whole)::value && p + r_ >= pixels) {
+        rows[r_] = Vec<T>{};
+      } else {
+        const Vec<T> v = absolute<T>(load(x + (p + r_) * L));
+        rows[r_] = (v < splat(limit) ? v : splat(limit)) * levels.weight;
+      }
     });
     store(at + p, sums_of_lanes<T>(rows));
-  }
-  T columns[kMostSide] = {}, fewest = infinity;
+  };
+  int64_t p = 0;
+  for (; p + L <= pixels; p += L) sums_of_images(p, std::true_type{});
+  if (p < pixels) sums_of_images(p, std::false_type{});
+  store(at + round_up(pixels, L), Vec<T>{});
+  // Sums over the rows of a window, a vector being a part of a row, then over its columns, a vector being windows.
+  Vec<T> columns[kParts] = {}, fewest[kParts];
+  for (auto& f : fewest) f = splat(infinity);
+  for (int64_t c = kParts; c <= 2 * kParts; ++c) store(line + c * L, Vec<T>{});
+  const int64_t parts = (side + L - 1) / L;
   for (int64_t h = 0; h < side; ++h) {
-    for (int64_t w = 0; w < side; ++w) {
-      columns[w] += at[h * side + w];
-      if (h >= window) columns[w] -= at[(h - window) * side + w];
+    for (int64_t c = 0; c < parts; ++c) {
+      columns[c] += load(at + h * side + c * L);
+      if (h >= window) columns[c] -= load(at + (h - window) * side + c * L);
+      store(line + c * L, columns[c]);
     }
     if (h < window - 1) continue;
-    T sum_of_window = 0;
-    for (int64_t w = 0; w < side; ++w) {
-      sum_of_window += columns[w];
-      if (w >= window) sum_of_window -= columns[w - window];
-      if (w >= window - 1) fewest = least(fewest, sum_of_window);
+    for (int64_t c = 0; c * L <= radius; ++c) {
+      Vec<T> sum{};
+      for (int64_t w = 0; w < window; ++w) sum += load(line + c * L + w);
+      fewest[c] = sum < fewest[c] ? sum : fewest[c];
     }
   }
-  const T pairs = fewest / limit - T(0.01);  // what is added and subtracted leaves errors
+  T fewest_of_all = infinity;
+  for (int64_t w = 0; w <= radius; ++w) fewest_of_all = least(fewest_of_all, T(fewest[w / L][w % L]));
+  const T pairs = fewest_of_all / limit - T(0.01);  // what is added and subtracted leaves errors
+  const T needed = std::sqrt(square * T(pixels) * levels.images) * T(kError / kGradAllowed) / T(n);
+  if (T(kOneLevel) * (pairs - levels.missing_of_one) * limit >= needed) return false;
+  if (!levels.all) count_missing(map, dy, unit, levels);
   T found = 0;
   for (int j = 0; j < kLevels; ++j) {
     found += T(kLevel[j + 1] - kLevel[j]) * most(T(0), pairs - levels.missing[j]);
   }
-  return !(found * limit >= std::sqrt(square * T(pixels) * levels.images) * T(kError / kGradAllowed) / T(n));
+  return !(found * limit >= needed);
 }
 
 // Elements of scratch of fourier_gradients(); of fourier_map() where weights have none.
@@ -1019,8 +1078,8 @@ void fourier_gradients(const ConvMap<T>& map, const ConvMap<T>& back, const DftT
   const int64_t group_size = packed_spectra_group(back, table.n);
   T* dy_spectra = scratch + at_once * in_group * step;
   T* rare = dy_spectra + at_once * out_group * step;
-  T* squares = rare + round_up(in_group, L);
-  T* rest = squares + out_group * L;
+  T* unit = rare + round_up(in_group, L);
+  T* rest = unit + out_group * L;
   for (int64_t first = 0; first < map.groups; first += at_once) {
     const int64_t groups = least(at_once, map.groups - first);
     bool apart[L], any = false;  // groups that are all rare
@@ -1029,10 +1088,10 @@ void fourier_gradients(const ConvMap<T>& map, const ConvMap<T>& back, const DftT
               *dy_group = dy + (first + r) * out_group * map.out_channel;
       T *x_to = scratch + r * in_group * step, *dy_to = dy_spectra + r * out_group * step;
       Levels<T> levels;
-      find_levels(map, dy_group, squares, levels);
+      find_levels(map, dy_group, unit, levels);
       int64_t count = 0;
       for (int64_t i = 0; i < in_group; ++i) {
-        const bool is = !levels.known || is_rare(map, table.n, x_group + i * map.channel, levels);
+        const bool is = !levels.known || is_rare(map, table.n, x_group + i * map.channel, dy_group, unit, levels);
         rare[i] = is ? T(1) : T(0);
         count += is;
       }
