@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -185,35 +185,57 @@ def largest(t: Tensor) -> float:
     return float(t.detach().abs().nan_to_num(nan=float("inf")).max())
 
 
+# What the last draws should be, and eager's errors: the same draw is tried in several layouts.
+_expected: dict[str, tuple[BlockCase, list[Tensor], list[float]]] = {}
+MOST_EXPECTED = 12
+
+
+def expected_of(
+    dtype: torch.dtype, seed: int, **arguments
+) -> tuple[BlockCase, list[Tensor], list[float]]:
+    """A draw, its results in the reference, and the errors of eager PyTorch."""
+    key = f"{dtype} {seed} {sorted(arguments.items())}"
+    if key not in _expected:
+        case = make_case(**arguments, dtype=dtype, seed=seed)
+        with specification(dtype):
+            wanted = run_block(case.cast(torch.float64), reference.mfef_block)
+        if len(_expected) >= MOST_EXPECTED:
+            del _expected[next(iter(_expected))]
+        _expected[key] = case, wanted, eager_errors(case, dtype, wanted)
+    return _expected[key]
+
+
 def check_block(
     dtype: torch.dtype,
     layout=torch.contiguous_format,
     backend: str = "cpu",
     device: str = "cpu",
+    under: Mapping[str, Callable[[], contextlib.AbstractContextManager]] | None = None,
     **arguments,
 ) -> None:
     """Asserts that forward and all gradients of a backend obey the rule.
 
-    The backend runs on the device, eager PyTorch and the reference on the CPU. Other arguments are
-    those of ``make_case``. Errors are relative to the largest magnitude of their tensor, and the
-    largest over the draws counts, on both sides.
+    The backend runs on the device, eager PyTorch and the reference on the CPU; it runs once in each
+    of the contexts ``under`` names. Other arguments are those of ``make_case``. Errors are relative
+    to the largest magnitude of their tensor, and the largest over the draws counts, on both sides.
     """
     seed = arguments.pop("seed", 0)
     smallest = min(t.numel() for t in make_case(**arguments).leaves())
     draws = min(max(48 // smallest, 3), 12)
-    errors = Errors(dtype)
+    contexts = under or {"": contextlib.nullcontext}
+    errors = {name: Errors(dtype, name) for name in contexts}
     for draw in range(draws):
-        case = make_case(**arguments, dtype=dtype, seed=seed + 101 * draw)
-        with specification(dtype):
-            wanted = run_block(case.cast(torch.float64), reference.mfef_block)
-        ours = case.cast(dtype, device)
-        got = run_block(ours, mfef_ext.functional.mfef_block, layout, backend=backend)
-        eager = eager_errors(case, dtype, wanted)
+        case, wanted, eager = expected_of(dtype, seed + 101 * draw, **arguments)
         names = ["out", "x", *(f"weights[{i}]" for i in range(len(case.weights)))]
         names += [n for n, p in zip(ATTENTION, case.attention, strict=True) if p is not None]
-        assert all(g.device == ours.x.device for g in got)
-        errors.add(names, got, wanted, eager)
-    errors.check()
+        for name, context in contexts.items():
+            ours = case.cast(dtype, device)
+            with context():
+                got = run_block(ours, mfef_ext.functional.mfef_block, layout, backend=backend)
+            assert all(g.device == ours.x.device for g in got)
+            errors[name].add(names, got, wanted, eager)
+    for of_one in errors.values():
+        of_one.check()
 
 
 def specification(dtype: torch.dtype, bits: int = BITS) -> contextlib.AbstractContextManager:
@@ -226,8 +248,9 @@ class Errors:
     """The rule applied to tensors by name over several draws: the largest error of each counts, on
     both sides; of tensors of few elements, the median over the draws of the largest."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, where: str = "") -> None:
         self.dtype = dtype
+        self.where = where  # for the message
         self.pairs: dict[str, list[tuple[float, float]]] = {}  # (ours, eager's) of each draw
 
     def add(
@@ -256,7 +279,8 @@ class Errors:
             middle = statistics.median if name == "few elements" else max
             error, eager_error = (middle(column) for column in zip(*pairs, strict=True))
             bound = factor(self.dtype) * eager_error + 1
-            assert error <= bound, f"{name}: error of {error:.3g} units is above {bound:.3g}"
+            where = f"{self.where}, {name}" if self.where else name
+            assert error <= bound, f"{where}: error of {error:.3g} units is above {bound:.3g}"
 
 
 OWN = 128  # roundings of an element's own products

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import importlib.util
 import os
 import tempfile
@@ -82,6 +83,14 @@ def engine(request):
         yield request.param
 
 
+@pytest.fixture
+def engines():
+    """The same, by name, as contexts: for tests in which something else takes the time."""
+    return {
+        f"{isa}-{way}": functools.partial(_forced, isa, *WAYS[way]) for isa in ISAS for way in WAYS
+    }
+
+
 @pytest.fixture(params=ISAS)
 def spectra(request):
     """Every instruction set, by way of spectra where there are transforms for the map."""
@@ -90,13 +99,19 @@ def spectra(request):
 
 
 @pytest.fixture
-def on_each_isa():
+def spectra_of_each_isa():
+    """The same, by name, as contexts."""
+    return {isa: functools.partial(_forced, isa, *WAYS["spectra"]) for isa in ISAS}
+
+
+@pytest.fixture
+def on_each_isa(spectra_of_each_isa):
     """Calls a function on every instruction set, by way of spectra: its results by name."""
 
     def call(f):
         results = {}
-        for isa in ISAS:
-            with _forced(isa, *WAYS["spectra"]):
+        for isa, forced in spectra_of_each_isa.items():
+            with forced():
                 results[isa] = f()
         return results
 

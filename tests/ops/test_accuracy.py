@@ -29,8 +29,8 @@ BLOCKS = blocks([1, 2, 3, 16, 17], 20, st.integers(1, 12), st.integers(1, 18))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EXAMPLES
 @given(arguments=BLOCKS, layout=st.sampled_from(LAYOUTS))
-def test_random_blocks(engine, dtype, arguments, layout):
-    check_block(dtype, layout, **arguments)
+def test_random_blocks(engines, dtype, arguments, layout):
+    check_block(dtype, layout, under=engines, **arguments)
 
 
 # Shapes that users have: the paper's, DenseNets', a group of images and one more, wide groups.
@@ -50,8 +50,8 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "options"), SHAPES, ids=lambda v: str(v))
-def test_shapes_that_users_have(engine, dtype, shape, options):
-    check_block(dtype, shape=shape, **options)
+def test_shapes_that_users_have(engines, dtype, shape, options):
+    check_block(dtype, under=engines, shape=shape, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -48,8 +48,8 @@ def square_blocks(draw):
     arguments=square_blocks(),
     layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
 )
-def test_random_square_blocks(spectra, dtype, arguments, layout):
-    check_block(dtype, layout, **arguments)
+def test_random_square_blocks(spectra_of_each_isa, dtype, arguments, layout):
+    check_block(dtype, layout, under=spectra_of_each_isa, **arguments)
 
 
 # (in, out) of a group: single channels, tiles of one to eight outputs and one to eight bins, just
@@ -57,9 +57,16 @@ def test_random_square_blocks(spectra, dtype, arguments, layout):
 WIDTHS = [(1, 1), (2, 1), (3, 5), (5, 3), (9, 7), (11, 13), (17, 12), (10, 33), (60, 6)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("in_group", "out_group"), WIDTHS)
-@pytest.mark.parametrize(("side", "k"), [(7, 3), (7, 9), (8, 5), (8, 7), (14, 3), (16, 9)])
+MAPS = [(7, 3), (7, 9), (8, 5), (8, 7), (14, 3), (16, 9)]  # sides and kernel sizes
+# Any two of a dtype, a width and a map meet: transforms know nothing of widths, nor tiles of maps.
+PAIRS = [
+    (DTYPES[(w + m) % 3], *width, *one)
+    for w, width in enumerate(WIDTHS)
+    for m, one in enumerate(MAPS)
+]
+
+
+@pytest.mark.parametrize(("dtype", "in_group", "out_group", "side", "k"), PAIRS, ids=str)
 def test_groups_of_any_width(on_each_isa, dtype, in_group, out_group, side, k):
     """More output than input channels and fewer, in three groups, by the rule of accuracy.py."""
     low = torch.float32 if dtype == torch.float64 else dtype

@@ -290,7 +290,7 @@ def test_every_candidate_obeys_the_rule(monkeypatch, device, tuning, timed, mode
     for shape in SHAPES[device]:
         check_block(
             dtype, layout, backend="triton", device=device,
-            shape=shape, kernel_sizes=(3, 5), groups=(1, 4),
+            shape=shape, kernel_sizes=(3, 5), groups=(1, 4), biases=False,
         )  # fmt: skip
     assert set(kernels) == {
         "_convolve", "_weight_partials", "image_forward_kernel", "image_backward_kernel"
