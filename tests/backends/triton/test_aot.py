@@ -53,7 +53,7 @@ def instructions(code):
     return lines
 
 one = next(o for o in aot.collect() if (o.name, o.configuration.get("PRECISION")) == WANTED)
-architectures = (80, 100)
+architectures = (100,)
 triton.compile = keep
 aot.compile_for(one, architectures)
 triton.compile = compile
@@ -66,7 +66,7 @@ for short, a in zip(compiled, architectures, strict=True):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", [("weight_partials", "tf32"), ("spatial_backward_kernel", None)])
+@pytest.mark.parametrize("kernel", [("weight_partials", "tf32")])
 def test_short_cuts_of_the_compilation_change_no_instruction(kernel, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
