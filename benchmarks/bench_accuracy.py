@@ -22,7 +22,7 @@ import torch
 from accuracy_tables import ROLES, markdown
 from rich.console import Console
 
-from mfef_ext.train import folder
+from mfef_ext.train import run_folder
 from mfef_ext.train.config import TrainConfig
 from mfef_ext.train.display import Display
 from mfef_ext.train.loop import train
@@ -95,8 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(markdown(result))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        folder.write_json(options.out / "results.json", result)
-        folder.write_rows(options.out / "results.csv", rows)
+        run_folder.write_json(options.out / "results.json", result)
+        run_folder.write_rows(options.out / "results.csv", rows)
     return 0
 
 

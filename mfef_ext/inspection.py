@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +18,7 @@ from .problem import (
     describe_mfef_block,
     describe_multi_scale_conv2d,
 )
+from .train import missing_extras
 from .version import __version__
 
 
@@ -315,11 +315,7 @@ def doctor() -> str:
         what = f"cannot run here: {absent}" if absent else ", ".join(sorted(backend.operators))
         unverified = "" if backend.verified else "; not run on hardware yet, runs only if forced"
         lines.append(f"  {name}: {what}{unverified}")
-    missing = [
-        extra
-        for extra in ("torchvision", "sklearn", "rich", "tyro", "safetensors", "matplotlib")
-        if not _importable(extra)
-    ]
+    missing = missing_extras(optional=True)
     lines.append(
         "training extras: "
         + (
@@ -329,9 +325,3 @@ def doctor() -> str:
         )
     )
     return "\n".join(lines)
-
-
-def _importable(name: str) -> bool:
-    from importlib.util import find_spec
-
-    return name in sys.modules or find_spec(name) is not None

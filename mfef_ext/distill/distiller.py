@@ -99,7 +99,8 @@ class OnlineDistiller(nn.Module):
 
     Args:
         students: networks that map images to logits (N, num_classes); they may differ.
-        method: a key of ``METHODS``: "mfef", "ce".
+        method: a key of ``METHODS``: "mfef", "dml", "one", "okddip", "kdcl", "ffl" among students;
+            "kd", "mimic", "ab" from a teacher; "ce" for each student alone.
         num_classes: width of the students' logits.
         tap: name of the layer (as in ``named_modules()``) whose output is the last map before
             global pooling, (N, C_i, H_i, W_i): one for all students or one each.
@@ -108,7 +109,8 @@ class OnlineDistiller(nn.Module):
             dtype and device.
         share_stem: gives all students, which must be of one architecture, the first one's layers
             before the last stage; what these make of a batch is computed once for all of them.
-        options: the method's own, such as temperature or ramp_epochs.
+        options: the method's own, such as temperature, ramp_epochs or teacher;
+            ``method_options(method)`` lists them, ``METHODS[method]`` documents them.
 
     Raises ValueError or TypeError naming the argument, its value and what would do.
 
@@ -133,10 +135,10 @@ class OnlineDistiller(nn.Module):
     ) -> None:
         super().__init__()
         accepted = method_options(method)
-        unknown = sorted(set(options) - set(accepted))
-        if unknown:
+        refused = sorted(set(options) - set(accepted))
+        if refused:
             raise TypeError(
-                f"{unknown[0]}={shown(options[unknown[0]])} is no option of method={method!r}; "
+                f"{refused[0]}={shown(options[refused[0]])} is no option of method={method!r}; "
                 + (f"it takes {', '.join(accepted)}" if accepted else "it takes none")
             )
         networks = isinstance(students, (list, tuple, nn.ModuleList))

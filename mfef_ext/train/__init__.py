@@ -13,6 +13,8 @@ from typing import Any
 
 # What the trainer imports beyond torch and numpy, by the name it is imported under.
 _NEEDED = ("matplotlib", "rich", "safetensors", "sklearn", "tyro", "yaml")
+# What only some runs import: pictures in files, networks of torchvision, --tensorboard.
+_OPTIONAL = ("PIL", "torchvision", "tensorboard")
 
 
 class UsageError(Exception):
@@ -42,9 +44,11 @@ class InterruptedByUser(StoppedError):
     """SIGINT (Ctrl-C) or SIGTERM, heeded at the end of a step."""
 
 
-def missing_extras() -> list[str]:
-    """The packages of the ``train`` extra that cannot be found."""
-    return [name for name in _NEEDED if find_spec(name) is None]
+def missing_extras(optional: bool = False) -> list[str]:
+    """The packages of the ``train`` extra that cannot be found: those that every run needs, and
+    with ``optional`` also those that some runs need."""
+    names = (*_NEEDED, *_OPTIONAL) if optional else _NEEDED
+    return [name for name in names if find_spec(name) is None]
 
 
 def library(name: str) -> Any:

@@ -279,10 +279,10 @@ def verify(dataset: str, data_dir: Path | None, every: bool = False) -> int:
 
 def _train_seeds(config: TrainConfig, processes: Processes) -> None:
     """A run per seed in folders of one, and the table of all."""
-    from . import folder, table
+    from . import run_folder, table
 
     made = config.out is None or not os.path.exists(config.out)
-    with folder.place(config.out, f"{config.method}-{config.dataset}") as where:
+    with run_folder.place(config.out, f"{config.method}-{config.dataset}") as where:
         out = where.path
         if made or not config.resume:
             out = processes.first(where.create)
@@ -300,7 +300,7 @@ def _train_seeds(config: TrainConfig, processes: Processes) -> None:
         except (UsageError, DataError):
             if made and processes.rank == 0:
                 where.release()
-                folder.remove_if_empty(out)
+                run_folder.remove_if_empty(out)
             raise
         if processes.rank == 0:
             print(table.table([out]))
@@ -321,14 +321,14 @@ def _train_and_report(config: TrainConfig, processes: Processes) -> None:
     import torch
     from rich.console import Console
 
-    from . import folder, loop
+    from . import loop, run_folder
     from .display import Display
 
     torch.set_num_threads(config.thread_count)
     processes = processes.on(config.device)
     processes.together(partial(_check_surroundings, config))
     console = Console(quiet=processes.rank > 0)
-    with folder.place(config.out, f"{config.method}-{config.dataset}") as where:
+    with run_folder.place(config.out, f"{config.method}-{config.dataset}") as where:
         with Display(console, config.epochs) as display:
             run = loop.train(config, display, processes, where)
         if run.writes:
@@ -337,11 +337,11 @@ def _train_and_report(config: TrainConfig, processes: Processes) -> None:
 
 def _report(run: Run, console: Console) -> None:
     """Leaves the summary and the pictures of a run that has come to its end, and prints them."""
-    from . import folder, report
+    from . import report, run_folder
 
     method = run.config.method
     result = report.summary(run)
-    folder.write_json(run.path / "summary.json", result)
+    run_folder.write_json(run.path / "summary.json", result)
     figures = {"curves.png": report.draw_curves, "gates.png": report.draw_gates}
     draws: dict[str, report.Draw] = {name: partial(draw, run) for name, draw in figures.items()}
     drawn, failed = report.draw_all(draws, run.path)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distill import OnlineDistiller
-from . import InterruptedByUser, NotFiniteError, StoppedError, checkpoint, data, folder
+from . import InterruptedByUser, NotFiniteError, StoppedError, checkpoint, data, run_folder
 from .config import TrainConfig
 from .display import Display
 from .processes import Processes
@@ -27,7 +27,10 @@ LEAST_SCALE = 1.0  # of float16's loss: what is not finite even so is no overflo
 
 
 def train(
-    config: TrainConfig, display: Display, processes: Processes, place: folder.Place | None = None
+    config: TrainConfig,
+    display: Display,
+    processes: Processes,
+    place: run_folder.Place | None = None,
 ) -> Run:
     """Trains as configured and leaves metrics, checkpoints and students in a run folder.
 
@@ -46,7 +49,7 @@ def train(
     if run.rows or run.step:
         display.say(f"{run.path}: going on after epoch {len(run.rows)}, step {run.step}")
     if run.writes and not (run.path / "config.json").exists():
-        folder.write_json(run.path / "config.json", run.resolved | {"data": run.fingerprint})
+        run_folder.write_json(run.path / "config.json", run.resolved | {"data": run.fingerprint})
     if config.tensorboard and run.writes:
         display.record(run.path / "tensorboard", len(run.rows) + 1)
     module = processes.share(
@@ -111,9 +114,9 @@ class Training:
         if is_best:
             run.best_epoch = epoch + 1
         if run.writes:
-            folder.append_row(run.path / "metrics.jsonl", row)
-            folder.append_row(run.path / "metrics.csv", row)
-            folder.append_row(run.path / "timings.jsonl", run.timings[-1])
+            run_folder.append_row(run.path / "metrics.jsonl", row)
+            run_folder.append_row(run.path / "metrics.csv", row)
+            run_folder.append_row(run.path / "timings.jsonl", run.timings[-1])
             if is_best:  # first: a run killed in between does this epoch again
                 run.save(checkpoint.BEST)
             run.save(checkpoint.LAST, checkpoint.PREVIOUS)

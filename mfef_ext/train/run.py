@@ -22,7 +22,7 @@ from ..distill import METHODS, OnlineDistiller
 from ..distill.distiller import method_options
 from ..inspection import build_info
 from ..version import __version__
-from . import DataError, UsageError, checkpoint, data, folder
+from . import DataError, UsageError, checkpoint, data, run_folder
 from .config import AUTO, OF_THE_MACHINE, TrainConfig, typed
 from .models import StudentSpec, build_students
 from .processes import Processes
@@ -48,7 +48,7 @@ class Run:
     average: AveragedModel | None
     # How to build the teacher, and the SHA-256 of its weights' file, if there is one.
     teacher: dict[str, Any] | None = None
-    place: folder.Place | None = None  # which keeps the folder locked
+    place: run_folder.Place | None = None  # which keeps the folder locked
     rows: list[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
@@ -207,8 +207,8 @@ class Run:
         # A run that was killed may have left half a file, and an epoch that no checkpoint holds.
         remove_stale(self.path)
         for suffix in (".jsonl", ".csv"):
-            folder.write_rows(self.path / f"metrics{suffix}", self.rows)
-        folder.write_rows(self.path / "timings.jsonl", self.timings)
+            run_folder.write_rows(self.path / f"metrics{suffix}", self.rows)
+        run_folder.write_rows(self.path / "timings.jsonl", self.timings)
 
 
 # What a student's file says of its data. All but the name is compared.
@@ -277,7 +277,9 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def prepare(config: TrainConfig, processes: Processes, place: folder.Place | None = None) -> Run:
+def prepare(
+    config: TrainConfig, processes: Processes, place: run_folder.Place | None = None
+) -> Run:
     """Data and students on the device, weights drawn from the seed, and a new run folder, or the
     state of the run that is resumed. ``place``: that folder.
 
@@ -285,7 +287,7 @@ def prepare(config: TrainConfig, processes: Processes, place: folder.Place | Non
     not work out, or if processes differ.
     """
     config.check()
-    place = place or folder.Place(config.out, f"{config.method}-{config.dataset}")
+    place = place or run_folder.Place(config.out, f"{config.method}-{config.dataset}")
     if config.resumes_in_place:
         processes.first(place.hold)
     dataset = processes.in_turn(partial(load_data, config, config.resume is not None))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from mfef_ext import inspection
 from mfef_ext.train.__main__ import main
 
 
@@ -162,7 +163,7 @@ def test_an_unwritable_folder_is_refused(tmp_path, capsys, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     # Permissions mean nothing to root, which tests often run as: refuse the first file instead.
-    monkeypatch.setattr("mfef_ext.train.folder._open_lock", opened)
+    monkeypatch.setattr("mfef_ext.train.run_folder._open_lock", opened)
     refused(["--out", str(tmp_path)], capsys, f"--out={tmp_path} cannot be written (Permission")
 
 
@@ -193,3 +194,10 @@ def test_missing_extras_are_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
     monkeypatch.setitem(sys.modules, "rich", None)
     refused([], capsys, "training needs rich, tyro; run: pip install 'mfef_ext[train]'")
+
+
+def test_doctor_names_them_too(monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    wanted = "training extras: missing yaml, torchvision: pip install 'mfef_ext[train]'"
+    assert wanted in inspection.doctor().splitlines()

@@ -284,7 +284,7 @@ def held(folder):
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from mfef_ext.train.folder import Place\n"
+        "from mfef_ext.train.run_folder import Place\n"
         "place = Place(Path(sys.argv[1]), '')\n"
         "place.hold() if Path(sys.argv[1]).exists() else place.create()\n"
         "print('held', flush=True)\n"
@@ -349,7 +349,7 @@ def test_of_two_that_begin_together_one_is_refused(tmp_path):
         "import sys, time\n"
         "from pathlib import Path\n"
         "from mfef_ext.train import UsageError\n"
-        "from mfef_ext.train.folder import Place\n"
+        "from mfef_ext.train.run_folder import Place\n"
         "print('ready', flush=True)\n"
         "began, kept = float(sys.stdin.readline()), []\n"
         "for i in range(50):\n"

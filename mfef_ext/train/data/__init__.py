@@ -15,7 +15,8 @@ import numpy as np
 
 from .. import UsageError
 from . import bundled, cifar, cinic, folder
-from .augmentation import Augmentation, training_batches
+from .augmentation import Augmentation
+from .batches import training_batches
 from .dataset import (
     SPLIT_SEED,
     Dataset,
