@@ -56,11 +56,6 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds_per_call(step: Callable[[], Any], calls: int, device: str) -> float:
     """Mean time of ``calls`` calls in a row; on a GPU between two events on its stream."""
     if device == "cuda":

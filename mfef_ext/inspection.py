@@ -108,8 +108,7 @@ _PLAN_TEXT = {
 
 
 def _explain_convolutions(problem: Problem, plan: dict[str, object]) -> list[str]:
-    """Which branches go by way of spectra, in each direction that any does; gradients of weights
-    never do."""
+    """Which branches are products of spectra (FFTs), forward and for the gradient of x, if any."""
     lines = []
     for direction, name in (("forward", "forward"), ("backward", "gradient of x")):
         spectra = plan[f"{direction}_spectra"]
