@@ -5,8 +5,9 @@ Everything else about the package is in pyproject.toml. Read from the environmen
     MAX_JOBS              compiler processes at a time (default: the cores this process may use)
     MFEF_CPU_ISA          list of baseline, avx2, avx512, avx512_bf16 (default: all; baseline is
                           always built)
-    MFEF_CUDA             auto (default): compile _C_cuda if a working nvcc is found; 0: never;
-                          1: it is an error if that is not possible
+    MFEF_CUDA             auto (default): compile _C_cuda if a working nvcc is found, for the GPUs
+                          that are here, or for those of TORCH_CUDA_ARCH_LIST; 0: never; 1: for the
+                          usual GPUs, an error if that is not possible
     TORCH_CUDA_ARCH_LIST  GPU architectures as PyTorch writes them, such as "8.0;9.0a;10.0+PTX"
     CXX, CUDAHOSTCXX      the C++ compiler, and the one that nvcc calls
     CUDA_HOME, CUDA_PATH  where nvcc is, asked before PATH and /usr/local/cuda
@@ -37,6 +38,7 @@ USUAL_CUDA = Path("/usr/local/cuda")
 OLDEST_SETUPTOOLS = (77, 0)  # the first that reads pyproject.toml's license as an SPDX expression
 OLDEST_TORCH = (2, 10)  # the first with the stable ABI that TORCH_TARGET_VERSION asks for
 OLDEST_CMAKE = (3, 25)
+OLDEST_GPU = (8, 0)  # compute capability
 OLDEST_NVCC = (12, 4)  # the first whose C++20 compiles torch's stable headers
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
@@ -95,8 +97,9 @@ def cuda_mode(environ: Mapping[str, str]) -> str:
 def cuda_archs(environ: Mapping[str, str], nvcc_version: tuple[int, int]) -> list[str]:
     """CMAKE_CUDA_ARCHITECTURES from TORCH_CUDA_ARCH_LIST.
 
-    The default has machine code for A100, H100/H200 and (from nvcc 12.8) B200; every other GPU
-    from compute capability 8.0 on runs the 8.0 machine code of its family or compiles the 8.0 PTX.
+    Without it, that is with MFEF_CUDA=1, the usual ones: machine code for A100, H100/H200 and (from
+    nvcc 12.8) B200; every other GPU from compute capability 8.0 on runs the 8.0 machine code of its
+    family or compiles the 8.0 PTX.
     """
     value = environ.get("TORCH_CUDA_ARCH_LIST", "")
     entries = [entry for entry in re.split(r"[\s,;]+", value) if entry]
@@ -115,6 +118,22 @@ def cuda_archs(environ: Mapping[str, str], nvcc_version: tuple[int, int]) -> lis
 
 
 # --- what the machine has ---------------------------------------------------------------------
+
+
+def gpu_archs(environ: Mapping[str, str]) -> str:
+    """TORCH_CUDA_ARCH_LIST for the GPUs of this machine; empty where the kernels have none."""
+    smi = shutil.which("nvidia-smi", path=environ.get("PATH", os.defpath))
+    if smi is None:
+        return ""
+    command = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = {version_of(line) for line in run.stdout.splitlines()} if run.returncode == 0 else set()
+    usable = sorted(capability for capability in found if capability >= OLDEST_GPU)
+    # Hopper's own instructions are in its "a" architecture.
+    return ";".join(f"{major}.{minor}{'a' * (major == 9)}" for major, minor in usable)
 
 
 def find_torch() -> tuple[Path, str]:
@@ -264,8 +283,9 @@ def nvcc_complaint(nvcc: str, archs: list[str], environ: Mapping[str, str]) -> s
 def plan_cuda(environ: Mapping[str, str]) -> Cuda:
     """What MFEF_CUDA and the machine come to.
 
-    Under ``auto`` a missing or broken nvcc leaves CUDA out with one sentence, which build_info
-    repeats; under ``1`` it is an error. An error in our own CUDA sources always is one.
+    Under ``auto`` a missing or broken nvcc, or no GPU to compile for, leaves CUDA out with one
+    sentence, which build_info repeats; under ``1`` a missing or broken nvcc is an error. An error
+    in our own CUDA sources always is one.
     """
     mode = cuda_mode(environ)
     if mode == "0":
@@ -298,6 +318,14 @@ def plan_cuda(environ: Mapping[str, str]) -> Cuda:
         return without(
             f"nvcc {version} is older than 12.4", "install the CUDA toolkit 12.4 or later"
         )
+    if mode == "auto" and not environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
+        here = gpu_archs(environ)
+        if not here:
+            return without(
+                "no GPU of compute capability 8.0 or later is here",
+                "set MFEF_CUDA=1, or TORCH_CUDA_ARCH_LIST to the GPUs that it is for",
+            )
+        environ = {**environ, "TORCH_CUDA_ARCH_LIST": here}
     archs = cuda_archs(environ, version_of(version))
     complaint = nvcc_complaint(nvcc, archs, environ)
     if complaint:

@@ -284,7 +284,7 @@ def test_broken_nvcc_is_left_out_otherwise(
     driver: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cuda = fake_nvcc(tmp_path / "cuda", otherwise=BROKEN)
-    plan = driver.plan_cuda(environment(CUDA_HOME=str(cuda)))
+    plan = driver.plan_cuda(environment(CUDA_HOME=str(cuda), TORCH_CUDA_ARCH_LIST="8.0"))
     assert plan == driver.Cuda(None, (), f"left out: {BROKEN_REASON}")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
@@ -297,6 +297,33 @@ def test_working_nvcc(driver: ModuleType, tmp_path: Path) -> None:
     assert plan.nvcc == str(cuda / "bin" / "nvcc")
     assert plan.archs == ("90a-real",)
     assert plan.status == "compiled by nvcc 13.0.88 for 90a-real"
+
+
+@pytest.mark.parametrize(
+    ("script", "archs"),
+    [
+        ("echo 9.0; echo 8.6; echo 9.0", ("86-real", "90a-real")),
+        ("echo 7.5; echo 10.0", ("100-real",)),
+        ("echo 7.5", ()),
+        ("echo No devices were found; exit 6", ()),
+        ("exit 0", ()),
+    ],
+)
+def test_the_gpus_that_are_here(
+    driver: ModuleType, tmp_path: Path, script: str, archs: tuple[str, ...]
+) -> None:
+    """They are compiled for; without one CUDA is left out, unless it is asked for."""
+    program(tmp_path / "nvidia-smi", script)
+    cuda = fake_nvcc(tmp_path / "cuda", otherwise="exit 0")
+    here = environment(CUDA_HOME=str(cuda))
+    here["PATH"] = f"{tmp_path}{os.pathsep}{here['PATH']}"
+    plan = driver.plan_cuda(here)
+    assert plan.archs == archs
+    if not archs:
+        assert plan.nvcc is None
+        assert plan.status == "left out: no GPU of compute capability 8.0 or later is here"
+        asked = driver.plan_cuda(here | {"MFEF_CUDA": "1"})
+        assert asked.archs == ("80", "90a-real", "100-real")
 
 
 def test_no_nvcc(
