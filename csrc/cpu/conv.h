@@ -7,7 +7,7 @@
 // a weight is broadcast once per tap and used for all vectors of the tile.
 //
 //   layout   vector step   tap step   borders
-//   kClip    kLanes        kLanes     the tile is a whole row; taps outside it are dropped when compiling
+//   kClip    kLanes        kLanes     the tile is a whole row; taps outside it are dropped at compile time
 //   kPadded  kLanes        kLanes     rows carry k / 2 zero vectors on both sides
 //   kPixels  kLanes        1          rows are joined by k / 2 zeros; the map is one long row
 //

@@ -1133,9 +1133,9 @@ void fourier_gradients(const ConvMap<T>& map, const ConvMap<T>& back, const DftT
 }
 
 // What the planner takes for the cycles of a block of images, fitted to the times of 94 branches on each instruction
-// set (docs/cpu.md): of a transform, for each bin; of a product of a pair's spectra, the weights' transform
-// included, and of the weight gradient's, with weights in the lanes, for each bin; of turning dy, for each bin; of a
-// direct product; of a sum over the lanes.
+// set (docs/decisions/fft-convolution.md): of a transform, for each bin; of a product of a pair's spectra, the weights'
+// transform included, and of the weight gradient's, with weights in the lanes, for each bin; of turning dy, for each
+// bin; of a direct product; of a sum over the lanes.
 #if defined(MFEF_ISA_avx512) || defined(MFEF_ISA_avx512_bf16)
 constexpr double kTransformCost = 16, kMultiplyCost = 4.2, kPairCost = 5;
 #elif defined(MFEF_ISA_avx2)
