@@ -237,7 +237,7 @@ class Work:
         spatial gate's convolution and the MLP, every tap counted, also those on zero padding.
     real_ops: the same with the taps inside the map only. Element-wise work is in neither.
     bytes_floor: each tensor that must pass through memory, once. Forward reads x, writes out.
-        Backward adds what the block's contract (docs/cpu.md, Attention) moves: y is written, then x,
+        Backward adds what the block saves and reads (docs/cpu.md): y is written, then x,
         y and the output's gradient are read and x's gradient is written. Parameters are read once
         per direction, their gradients written once.
     """

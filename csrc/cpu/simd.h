@@ -3,8 +3,8 @@
 // Everything in this file, and in every header that includes it, lives in a namespace named after
 // the instruction set (MFEF_ISA), because the same source is compiled once per instruction set into
 // one library: a function shared by name between two of them would be merged by the linker, and an
-// old processor would run into a new instruction. For the same reason nothing here uses the standard
-// library's templates.
+// old processor would run into a new instruction. For the same reason nothing of the standard library is
+// used that could become a shared function: std::numeric_limits gives constants, std::sqrt is a built-in.
 #pragma once
 
 #include <cstdint>
