@@ -13,7 +13,7 @@ MFEF_INLINE int out_index(int out) { return out == 8 ? 4 : out - 1; }
 MFEF_INLINE int pix_index(int pix) { return pix == 8 ? 4 : pix == 7 ? 3 : pix == 4 ? 2 : pix - 1; }
 
 // The next tile's output channels: as few tiles as fit, as even as possible (16 = 3 + 3 + 3 + 3 + 2 + 2,
-// not 3 x 5 + 1: a tile of one channel waits for its loads).
+// not 3 x 5 + 1: a tile of one channel is load-bound).
 MFEF_INLINE int next_out(int64_t remaining, int pix) {
   int limit = 1;
   for (int i = 0; i < kOutCount; ++i) {

@@ -194,7 +194,7 @@ class Call {
     const int64_t packed = choose(k, true);
     if (args.branch_count && args.grad_x.data) pack(k, true, packed);
     lay_out(k);
-    // The division into slots fixes the order of every sum; it depends on the shape alone.
+    // The division into slots fixes the order of every sum; it depends on shape, dtype and instruction set.
     constexpr int64_t kMostSlots = 64, kMostBytes = int64_t(128) << 20;
     const int64_t units = k.units(args), total = args.partial.total;
     int64_t slots = units < kMostSlots ? units : kMostSlots;
