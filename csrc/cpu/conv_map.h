@@ -246,10 +246,10 @@ void conv_map(const ConvMap<T>& map, const T* x, const T* packed, const T* bias,
   }
 }
 
-// Elements of scratch that weight_grad_map needs.
+// Elements of scratch that weight_grad_map needs: the sums of the widest tile.
 template <class T>
 MFEF_INLINE int64_t weight_grad_scratch(int k) {
-  return (int64_t(8) * k * k + kLanes<T>)*kLanes<T>;
+  return (int64_t(kOutCounts[kOutCount - 1]) * k * k + kLanes<T>)*kLanes<T>;
 }
 
 // Bytes of dy, of all output channels of a tile, that stay in the L1 cache beside x and the sums.
