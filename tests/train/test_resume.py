@@ -531,7 +531,7 @@ def quietly(monkeypatch, name, act):
         "presets.configured",
         "data.load",
         "run.build_students",
-        "run.folder.write_json",
+        "run.run_folder.write_json",
         "checkpoint.save_student",
         "report.draw_curves",
         "report.table",
