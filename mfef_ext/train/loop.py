@@ -66,6 +66,13 @@ def train(
         except StoppedError as error:
             error.folder = run.path
             raise
+    # What came after the last step was only collected: other runs may follow this one.
+    asked = torch.tensor([bool(requests)], dtype=torch.float64, device=processes.device)
+    if processes.sum(asked).item():
+        who = requests[0] if requests else "another process was stopped"
+        late = InterruptedByUser(f"{who} after the last step, of epoch {config.epochs}")
+        late.folder = run.path
+        raise late
     if run.writes:
         run.save_students()
     return run

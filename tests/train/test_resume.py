@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mfef_ext.distill import METHODS
-from mfef_ext.train import checkpoint, data
+from mfef_ext.train import checkpoint, data, run_folder
 from mfef_ext.train.__main__ import main
 from mfef_ext.train.display import Display
 
@@ -549,6 +549,31 @@ def test_sigterm_outside_of_the_steps(tmp_path, monkeypatch, capsys, where):
     assert len(error.splitlines()) == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert not out.exists() or not list(out.glob(".*"))
     assert main(options) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_after_the_last_step_stop_the_seeds_that_follow(
+    tmp_path, monkeypatch, capsys, number
+):
+    out = tmp_path / "runs"
+    options = [*QUICK, "--method", "ce", "--epochs", "1", "--seeds", "0", "1", "--out", str(out)]
+    whole = run_folder.append_row
+
+    def append_row(*arguments):
+        if not asked:
+            asked.append(os.kill(os.getpid(), number))
+        whole(*arguments)
+
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr("mfef_ext.train.run_folder.append_row", append_row)
+        assert main(options) == 75
+    error = capsys.readouterr().err
+    assert f"stopped: {signal.Signals(number).name} after the last step, of epoch 1." in error
+    assert f"--out {out} --resume auto goes on" in error and len(error.splitlines()) == 1
+    assert (out / "seed0/last.ckpt").exists() and not (out / "seed1").exists()
+    assert main([*options, "--resume", "auto"]) == 0
+    assert (out / "seed0/student0.safetensors").exists() and (out / "seed1/last.ckpt").exists()
 
 
 def test_sigterm_while_a_file_is_written_leaves_nothing_half_done(stopped, monkeypatch, capsys):
