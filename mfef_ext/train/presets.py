@@ -111,7 +111,7 @@ def read(path: Path) -> dict[str, Any]:
         if name in options:  # of two YAML keeps the last
             raise UsageError(f"{path}: {given} is given twice; leave one out")
         try:
-            options[name] = _typed(_plain(node), hints[name])
+            options[name] = _at_home(_typed(_plain(node), hints[name]))
         except (TypeError, OverflowError):
             raise UsageError(
                 f"{path}: {given}={_shown(text, node)} is not {_described(hints[name])}"
@@ -173,10 +173,7 @@ def _typed(value: Any, hint: Any) -> Any:
             raise TypeError
         return value
     if hint is Path and isinstance(value, str):
-        try:
-            return Path(value).expanduser()  # as the shell does with what it is given
-        except (RuntimeError, ValueError):  # there is no such user, or there can be none
-            raise TypeError from None
+        return Path(value)
     if hint is float and isinstance(value, str):  # YAML takes 1e-4 for text
         try:
             return float(value)
@@ -187,6 +184,17 @@ def _typed(value: Any, hint: Any) -> Any:
     if not isinstance(value, (int, float) if hint is float else hint):
         raise TypeError
     return float(value) if hint is float else value
+
+
+def _at_home(value: Any) -> Any:
+    """A path of a file as the shell would hand it over: ``~`` is a home there, not in a checkpoint,
+    whose paths were handed over already. TypeError if it is nobody's."""
+    if not isinstance(value, Path):
+        return value
+    try:
+        return value.expanduser()
+    except (RuntimeError, ValueError):  # there is no such user, or there can be none
+        raise TypeError from None
 
 
 def _described(hint: Any) -> str:

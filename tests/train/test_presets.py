@@ -8,7 +8,7 @@ import pytest
 from mfef_ext.train import UsageError
 from mfef_ext.train.__main__ import main
 from mfef_ext.train.config import TrainConfig
-from mfef_ext.train.presets import PRESETS, configured
+from mfef_ext.train.presets import PRESETS, configured, saved
 
 
 def written(tmp_path, text):
@@ -132,3 +132,10 @@ def test_refused_by_the_command(tmp_path, capsys):
         error = capsys.readouterr().err
         assert len(error) < 1500
         assert words in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "~root"])
+def test_a_path_read_back_is_the_one_that_was_given(name):
+    """The shell has expanded what it would; the rest is the name of a file."""
+    config = saved(Path("last.ckpt"), {"config": {"out": name, "data_dir": name}})
+    assert str(config.out) == str(config.data_dir) == name
