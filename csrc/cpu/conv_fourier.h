@@ -585,31 +585,25 @@ struct Weak {
   bool any, all;                                     // any output, all of them
 };
 
-// Of the pixels of one channel.
-template <class T>
-MFEF_INLINE Vec<T> sum_of_squares(const T* x, int64_t pixels) {
+// The sum of f of each pixel of one channel, in four chains.
+template <class T, class F>
+MFEF_INLINE Vec<T> sum_over_pixels(const T* x, int64_t pixels, const F& f) {
   constexpr int L = kLanes<T>;
   Vec<T> sum[4] = {};
   int64_t p = 0;
   for (; p + 4 <= pixels; p += 4) {
-    static_for<4>([&](auto j) {
-      const Vec<T> v = load(x + (p + decltype(j)::value) * L);
-      sum[decltype(j)::value] += v * v;
-    });
+    static_for<4>([&](auto j) { sum[decltype(j)::value] += f(load(x + (p + decltype(j)::value) * L)); });
   }
-  for (; p < pixels; ++p) sum[0] += load(x + p * L) * load(x + p * L);
+  for (; p < pixels; ++p) sum[0] += f(load(x + p * L));
   return sum[0] + sum[1] + (sum[2] + sum[3]);
 }
 template <class T>
+MFEF_INLINE Vec<T> sum_of_squares(const T* x, int64_t pixels) {
+  return sum_over_pixels(x, pixels, [](Vec<T> v) { return v * v; });
+}
+template <class T>
 MFEF_INLINE Vec<T> sum_of_sizes(const T* x, int64_t pixels) {
-  constexpr int L = kLanes<T>;
-  Vec<T> sum[4] = {};
-  int64_t p = 0;
-  for (; p + 4 <= pixels; p += 4) {
-    static_for<4>([&](auto j) { sum[decltype(j)::value] += absolute<T>(load(x + (p + decltype(j)::value) * L)); });
-  }
-  for (; p < pixels; ++p) sum[0] += absolute<T>(load(x + p * L));
-  return sum[0] + sum[1] + (sum[2] + sum[3]);
+  return sum_over_pixels(x, pixels, [](Vec<T> v) { return absolute<T>(v); });
 }
 
 // x: the channels of the group.
@@ -847,7 +841,6 @@ struct Levels {
 template <class T>
 void count_missing(const ConvMap<T>& map, const T* dy, const T* unit, Levels<T>& levels) {
   constexpr int L = kLanes<T>;
-  for (T& missing : levels.missing) missing = 0;
   const int64_t side = map.height, radius = map.k / 2, window = side - radius;
   // A corner is two of three parts of a side, or one.
   const int64_t cut[4] = {0, least(window, radius), most(window, radius), side};

@@ -69,7 +69,7 @@ def train(
     # What came after the last step was only collected: other runs may follow this one.
     asked = torch.tensor([bool(requests)], dtype=torch.float64, device=processes.device)
     if processes.sum(asked).item():
-        who = requests[0] if requests else "another process was stopped"
+        who = _who_stopped(requests)
         late = InterruptedByUser(f"{who} after the last step, of epoch {config.epochs}")
         late.folder = run.path
         raise late
@@ -180,7 +180,7 @@ class Training:
                 run.step = step + 1
                 if run.writes:
                     run.save(checkpoint.LAST, checkpoint.PREVIOUS)
-                who = requests[0] if requests else "another process was stopped"
+                who = _who_stopped(requests)
                 raise InterruptedByUser(
                     f"{who} in epoch {epoch + 1}, after step {step + 1} of {steps}"
                 )
@@ -259,6 +259,10 @@ def accuracy(run: Run, images: data.Images) -> dict[str, float]:
     students = {f"student{i}": right[f"student{i}"] for i in range(len(run.distiller.students))}
     mean = {"students": sum(students.values()) / len(students)}
     return {role: 100 * n / len(images) for role, n in (students | mean | right).items()}
+
+
+def _who_stopped(requests: list[str]) -> str:
+    return requests[0] if requests else "another process was stopped"
 
 
 @contextmanager
