@@ -16,9 +16,8 @@ namespace py = pybind11;
 
 namespace {
 
+using mfef::Element;
 using mfef::cpu::BlockArgs;
-using mfef::cpu::Branch;
-using mfef::cpu::Element;
 using mfef::cpu::Kernels;
 using mfef::cpu::Plan;
 
@@ -33,36 +32,76 @@ py::dict build_info() {
   return info;
 }
 
-// How the CPU would run a problem. branches: (in, out, groups, k) each; hidden 0: no attention.
-py::dict cpu_plan(int64_t batch, int64_t channels, int64_t height, int64_t width,
-                  const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>& branches, bool split,
-                  int64_t hidden, int64_t spatial_k, const std::string& dtype) {
-  BlockArgs a{};
-  a.element = dtype == "float64" ? Element::kDouble : dtype == "bfloat16" ? Element::kBFloat16 : Element::kFloat;
-  a.batch = batch;
-  a.in = a.out = channels;
-  a.height = height;
-  a.width = width;
-  a.split = split;
-  a.hidden = hidden;
-  a.spatial_k = spatial_k;
-  if (int64_t(branches.size()) > mfef::cpu::kMaxBranches) throw std::invalid_argument("too many branches");
-  int64_t in_first = 0, out_first = 0;
-  for (const auto& [in, out, groups, k] : branches) {
-    Branch& b = a.branches[a.branch_count++];
-    b = {};
-    b.in_first = split ? in_first : 0;
-    b.in = in;
-    b.out_first = out_first;
-    b.out = out;
-    b.groups = groups;
-    b.k = mfef::cpu::live_taps(k, height, width);
-    in_first += in;
-    out_first += out;
+// A problem as mfef_ext.problem.Problem.sizes() has it. branches: (in, out, groups, k) each; hidden 0: no attention.
+struct Problem {
+  Element element;
+  int64_t batch, channels, height, width, hidden, spatial_k;
+  bool split;
+  std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> branches;
+
+  explicit Problem(const py::dict& sizes)
+      : element(element_named(sizes["dtype"].cast<std::string>())),
+        batch(sizes["batch"].cast<int64_t>()),
+        channels(sizes["channels"].cast<int64_t>()),
+        height(sizes["height"].cast<int64_t>()),
+        width(sizes["width"].cast<int64_t>()),
+        hidden(sizes["hidden"].cast<int64_t>()),
+        spatial_k(sizes["spatial_k"].cast<int64_t>()),
+        split(sizes["split"].cast<bool>()),
+        branches(sizes["branches"].cast<decltype(branches)>()) {
+    // What no kernel takes must not wrap around before a planner refuses it.
+    constexpr int64_t kMax = int64_t(1) << 30;
+    auto check = [](const char* name, int64_t value) {
+      if (value >= kMax) throw std::invalid_argument(std::string(name) + " must be below 2^30");
+    };
+    check("channels", channels);
+    check("hidden", hidden);
+    check("spatial_k", spatial_k);
+    for (const auto& [in, out, groups, k] : branches) {
+      check("a branch's channels", in > out ? in : out);
+      check("a kernel size", k);
+    }
+    if (height >= (int64_t(1) << 31) / width) throw std::invalid_argument("height * width must be below 2^31");
   }
-  if (a.branch_count) a.out = out_first;
+
+  // Fills in `shapes`, of which there are `count`; returns the output channels of all.
+  template <class Shape, class To>
+  int64_t shapes(To* to, int count) const {
+    if (branches.size() > size_t(count)) throw std::invalid_argument("too many branches");
+    const Shape* before = nullptr;
+    for (const auto& [in, out, groups, k] : branches) {
+      static_cast<Shape&>(*to = {}) = Shape::after(before, split, in, out, groups, k, height, width);
+      before = to++;
+    }
+    return before ? before->out_first + before->out : channels;
+  }
+
+ private:
+  static Element element_named(const std::string& dtype) {
+    if (dtype == "float32") return Element::kFloat;
+    if (dtype == "bfloat16") return Element::kBFloat16;
+    if (dtype == "float16") return Element::kHalf;
+    if (dtype == "float64") return Element::kDouble;
+    throw std::invalid_argument("no kernel takes dtype " + dtype);
+  }
+};
+
+// How the CPU would run a problem.
+py::dict cpu_plan(const py::dict& sizes) {
+  const Problem problem(sizes);
+  BlockArgs a{};
+  a.element = problem.element;
+  a.batch = problem.batch;
+  a.in = problem.channels;
+  a.height = problem.height;
+  a.width = problem.width;
+  a.split = problem.split;
+  a.hidden = problem.hidden;
+  a.spatial_k = problem.spatial_k;
+  a.branch_count = int(problem.branches.size());
+  a.out = problem.shapes<mfef::BranchShape<int64_t>>(a.branches, mfef::cpu::kMaxBranches);
   const Kernels& kernels = mfef::cpu::kernels();
-  const int lanes = kernels.vector_bytes / (a.element == Element::kDouble ? 8 : 4);
+  const int lanes = int(kernels.vector_bytes / compute_bytes(a.element));
   a.plan = mfef::cpu::choose_plan(a, lanes);
   a.convolution = mfef::cpu::forced_convolution();
   py::dict plan;
@@ -82,38 +121,25 @@ py::dict cpu_plan(int64_t batch, int64_t channels, int64_t height, int64_t width
   return plan;
 }
 
-// How CUDA would run a problem where a thread block may have `shared_limit` bytes of shared memory. Sizes as for
-// cpu_plan; here "reason" says why not where "fits" is false, and then there is no more. The last three are what
-// scratch depends on: whether the forward saves, whether the backward has parameters' gradients and a bias' among them.
-py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t width,
-                   const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>& branches, bool split,
-                   int64_t hidden, int64_t spatial_k, const std::string& dtype, bool tf32, int64_t shared_limit,
-                   bool save, bool need_parameters, bool bias) {
+// How CUDA would run a problem where a thread block may have `shared_limit` bytes of shared memory; "reason" says why
+// not where "fits" is false, and then there is no more. The last three are what scratch depends on: whether the
+// forward saves, whether the backward has parameters' gradients and a bias' among them.
+py::dict cuda_plan(const py::dict& sizes, bool tf32, int64_t shared_limit, bool save, bool need_parameters, bool bias) {
   using namespace mfef::cuda;
-  // What no thread block could hold must not wrap around before the planner refuses it.
-  if (channels >= int64_t(1) << 30 || hidden >= int64_t(1) << 30) throw std::invalid_argument("too many channels");
+  const Problem problem(sizes);
   Sizes s{};
-  s.element = dtype == "bfloat16"  ? mfef::cuda::Element::kBFloat16
-              : dtype == "float16" ? mfef::cuda::Element::kHalf
-                                   : mfef::cuda::Element::kFloat;
-  s.tf32 = tf32 && s.element == mfef::cuda::Element::kFloat;
-  s.batch = batch;
-  s.in = s.out = int(channels);
-  s.height = int(height);
-  s.width = int(width);
-  s.split = split;
-  s.hidden = int(hidden);
-  s.spatial_full = int(spatial_k);
-  s.spatial_k = hidden ? live_taps(spatial_k, height, width) : 0;
-  if (int64_t(branches.size()) > kMaxBranches) throw std::invalid_argument("too many branches");
-  int in_first = 0, out_first = 0;
-  for (const auto& [in, out, groups, k] : branches) {
-    s.branches[s.branch_count++] = {split ? in_first : 0,       int(in), out_first, int(out), int(groups), int(k),
-                                    live_taps(k, height, width)};
-    in_first += int(in);
-    out_first += int(out);
-  }
-  if (s.branch_count) s.out = out_first;
+  s.element = problem.element;
+  s.tf32 = tf32 && s.element == Element::kFloat;
+  s.batch = problem.batch;
+  s.in = int(problem.channels);
+  s.height = int(problem.height);
+  s.width = int(problem.width);
+  s.split = problem.split;
+  s.hidden = int(problem.hidden);
+  s.spatial_full = int(problem.spatial_k);
+  s.spatial_k = s.hidden ? int(mfef::live_taps(problem.spatial_k, s.height, s.width)) : 0;
+  s.branch_count = int(problem.branches.size());
+  s.out = int(problem.shapes<mfef::cuda::Branch>(s.branches, kMaxBranches));
   const mfef::cuda::Plan p = make_plan(s, shared_limit);
   py::dict plan;
   plan["fits"] = p.fits;
@@ -164,7 +190,7 @@ py::dict cuda_plan(int64_t batch, int64_t channels, int64_t height, int64_t widt
     plan["weight_gradient_buffers"] = p.maps.matrix_buffers;
   } else {
     plan["images"] = p.images;
-    plan["blocks"] = (batch + p.images - 1) / p.images;
+    plan["blocks"] = (s.batch + p.images - 1) / p.images;
     plan["threads"] = p.threads;
     plan["row"] = p.row;
   }
@@ -187,12 +213,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_cpu_plan", &mfef::cpu::force_plan, py::arg("name"));
   m.def("forced_cpu_convolution", &mfef::cpu::forced_convolution_name);
   m.def("force_cpu_convolution", &mfef::cpu::force_convolution, py::arg("name"));
-  m.def("cpu_plan", &cpu_plan, py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"),
-        py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("dtype"));
-  m.def("cuda_plan", &cuda_plan, py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"),
-        py::arg("branches"), py::arg("split"), py::arg("hidden"), py::arg("spatial_k"), py::arg("dtype"),
-        py::arg("tf32"), py::arg("shared_limit"), py::arg("save") = true, py::arg("need_parameters") = true,
-        py::arg("bias") = false);
+  m.attr("CPU_MAX_BRANCHES") = int(mfef::cpu::kMaxBranches);
+  m.attr("CUDA_MAX_BRANCHES") = int(mfef::cuda::kMaxBranches);
+  m.attr("MAX_ELEMENTS") = mfef::kMaxElements;
+  m.def("cpu_plan", &cpu_plan, py::arg("sizes"));
+  m.def("cuda_plan", &cuda_plan, py::arg("sizes"), py::arg("tf32"), py::arg("shared_limit"), py::arg("save") = true,
+        py::arg("need_parameters") = true, py::arg("bias") = false);
   m.def(
       "poison_buffers", [](bool on) { mfef::cpu::poison_buffers = on; }, py::arg("on"),
       "For tests: fills every buffer of the kernels with NaN before use.");

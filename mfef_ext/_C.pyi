@@ -5,27 +5,9 @@ def forced_cpu_plan() -> str: ...
 def force_cpu_plan(name: str) -> None: ...
 def forced_cpu_convolution() -> str: ...
 def force_cpu_convolution(name: str) -> None: ...
-def cpu_plan(
-    batch: int,
-    channels: int,
-    height: int,
-    width: int,
-    branches: list[tuple[int, int, int, int]],
-    split: bool,
-    hidden: int,
-    spatial_k: int,
-    dtype: str,
-) -> dict: ...
+def cpu_plan(sizes: dict) -> dict: ...
 def cuda_plan(
-    batch: int,
-    channels: int,
-    height: int,
-    width: int,
-    branches: list[tuple[int, int, int, int]],
-    split: bool,
-    hidden: int,
-    spatial_k: int,
-    dtype: str,
+    sizes: dict,
     tf32: bool,
     shared_limit: int,
     save: bool = True,
@@ -34,3 +16,7 @@ def cuda_plan(
 ) -> dict: ...
 def fma_chain(iterations: int) -> int: ...
 def poison_buffers(on: bool) -> None: ...
+
+CPU_MAX_BRANCHES: int
+CUDA_MAX_BRANCHES: int
+MAX_ELEMENTS: int

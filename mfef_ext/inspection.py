@@ -37,8 +37,6 @@ def build_info() -> dict[str, object]:
     return info
 
 
-MOST_ELEMENTS = 2**40  # kMostElements in csrc/common/problem.h
-
 
 class Explanation(str):
     """A text that shows itself line by line at a prompt too."""
@@ -98,7 +96,7 @@ def cpu_plan(problem: Problem) -> dict[str, object]:
     spectra (for each branch the side of its spectra, or 0 where it is convolved directly) and
     scratch_bytes (a thread).
     """
-    return _C.cpu_plan(**problem.sizes())
+    return _C.cpu_plan(problem.sizes())
 
 
 _PLAN_TEXT = {
@@ -192,7 +190,7 @@ def _check_counts(problem: Problem) -> None:
     counts |= {"fc1_weight": problem.hidden * out}
     counts |= {"the layer of hidden units": n * problem.hidden}
     for what, count in counts.items():
-        if count > MOST_ELEMENTS:
+        if count > _C.MAX_ELEMENTS:
             raise RuntimeError(
                 f"mfef: {what} has about {float(count):g} elements, at most 2^40 are supported"
             )

@@ -2,11 +2,9 @@
 // what the kernels of every instruction set read. No tensors, no standard library.
 #pragma once
 
-#include <cstdint>
+#include "common/types.h"
 
 namespace mfef::cpu {
-
-enum class Element : int { kFloat = 0, kBFloat16 = 1, kDouble = 2 };
 
 // Where the lanes of a vector come from.
 enum class Plan : int {
@@ -23,25 +21,7 @@ enum class Convolution : int {
 
 constexpr int kMaxBranches = 64;
 
-// A 4-D map in memory; strides in elements, in the order n, c, h, w. Null data: absent.
-struct Map {
-  void* data;
-  int64_t stride[4];
-};
-
-// Taps per side of a k x k kernel that can meet a map: farther out there is no pixel, wherever the kernel
-// stands. A 9 x 9 kernel has 3 x 3 of them on 2 x 2 pixels.
-constexpr int64_t live_taps(int64_t k, int64_t height, int64_t width) {
-  const int64_t side = height > width ? height : width;
-  return side > 0 && k > 2 * side - 1 ? 2 * side - 1 : k;
-}
-
-struct Branch {
-  int64_t in_first, in;    // channel range of x
-  int64_t out_first, out;  // channel range of y
-  int64_t groups;
-  int64_t full_k;       // taps per side in memory
-  int64_t k;            // live ones; those around them meet no pixel
+struct Branch : BranchShape<int64_t> {
   const void* weights;  // (out, in / groups, full_k, full_k)
   int64_t weight_stride[4];
 

@@ -71,7 +71,7 @@ struct BlockImages {
     branch_extents<T>(a, backward, &channels, &longest, &outputs, &sums_count);
     // All channels in every branch need x whole. So does channels_last where a branch is less than two cache lines
     // of a pixel; else one branch's channels at a time stay nearer.
-    const int64_t piece = channels * (a.element == Element::kBFloat16 ? 2 : int64_t(sizeof(T)));
+    const int64_t piece = channels * element_bytes(a.element);
     branchwise = a.split && (a.staged || !(is_channels_last(a.x) && piece < 128));
     y = carver.take<T>(a.out * step);
     x = branch_carver.take<T>((branchwise ? channels : a.in) * step);

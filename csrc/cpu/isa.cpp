@@ -157,7 +157,7 @@ Plan choose_plan(const BlockArgs& a, int lanes) {
     pixels_cost += double(a.batch) * products * double(b.k) * vectors;
   }
   // A block of images far beyond the L2 cache is read again from L3 or memory by every pass.
-  const double block_bytes = double(a.in + a.out) * pixels * double(lanes) * (a.element == Element::kDouble ? 8 : 4);
+  const double block_bytes = double(a.in + a.out) * pixels * double(lanes) * double(compute_bytes(a.element));
   if (block_bytes > 16e6) images_cost *= 1.3;
   return images_cost <= pixels_cost ? Plan::kImages : Plan::kPixels;
 }

@@ -1,10 +1,12 @@
 // The operators on CPU tensors: from checked tensors to BlockArgs, scratch, threads, and back.
+#include <torch/headeronly/util/BFloat16.h>
+
 #include <atomic>
 #include <cstring>
 #include <utility>
 
-#include "common/problem.h"
 #include "isa.h"
+#include "operators.h"
 #include "pool.h"
 
 namespace mfef::cpu {
@@ -32,36 +34,28 @@ void parallel(int64_t count, int64_t scratch_bytes, const F& f) {
 
 // --- elements --------------------------------------------------------------------------------
 
-Element element_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Double:
-      return Element::kDouble;
-    default:
-      STD_TORCH_CHECK(false, "mfef: the CPU kernels take float32, bfloat16 and float64 only");
+constexpr int64_t kMinElements = 8192;  // fewer are not worth a thread
+
+Element checked_element(const Tensor& x) {
+  const std::optional<Element> element = element_of(x.scalar_type());
+  STD_TORCH_CHECK(element && *element != Element::kHalf,
+                  "mfef: the CPU kernels take float32, bfloat16 and float64 only");
+  return *element;
+}
+
+// f(zero of the type in memory, zero of the compute type).
+template <class F>
+void with_types(Element e, const F& f) {
+  switch (e) {
+    case Element::kFloat:
+      return f(0.0f, 0.0f);
+    case Element::kBFloat16:
+      return f(c10::BFloat16(0.0f), 0.0f);
+    case Element::kDouble:
+      return f(0.0, 0.0);
+    case Element::kHalf:
+      break;  // checked_element() refuses it
   }
-}
-
-constexpr int64_t kElements = 8192;  // fewer are not worth a thread
-
-ScalarType compute_type(Element e) { return e == Element::kDouble ? ScalarType::Double : ScalarType::Float; }
-int64_t compute_size(Element e) { return e == Element::kDouble ? 8 : 4; }
-int64_t element_size(Element e) { return e == Element::kBFloat16 ? 2 : compute_size(e); }
-
-float widen(uint16_t bits) {
-  const uint32_t word = uint32_t(bits) << 16;
-  float f;
-  __builtin_memcpy(&f, &word, 4);
-  return f;
-}
-
-uint16_t narrow(float f) {
-  uint32_t u;
-  __builtin_memcpy(&u, &f, 4);
-  return f != f ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
 // f(offset in t) for each element of t in row-major order, whatever its strides.
@@ -81,48 +75,22 @@ void for_each_element(const Tensor& t, const F& f) {
 
 // Copies t to compute-type elements, in row-major order.
 void widen_to(const Tensor& t, Element e, void* to) {
-  const void* from = t.data_ptr();
-  if (e == Element::kDouble) {
-    double* at = static_cast<double*>(to);
-    for_each_element(t, [&](int64_t i) { *at++ = static_cast<const double*>(from)[i]; });
-  } else if (e == Element::kFloat) {
-    float* at = static_cast<float*>(to);
-    for_each_element(t, [&](int64_t i) { *at++ = static_cast<const float*>(from)[i]; });
-  } else {
-    float* at = static_cast<float*>(to);
-    for_each_element(t, [&](int64_t i) { *at++ = widen(static_cast<const uint16_t*>(from)[i]); });
-  }
-}
-
-// Writes t, whose element i (row-major) is sums[at(i)].
-template <class T, class At>
-void write_elements(const T* sums, const Tensor& t, Element e, const At& at) {
-  void* to = t.mutable_data_ptr();
-  int64_t i = 0;
-  for_each_element(t, [&](int64_t offset) {
-    const T sum = sums[at(i++)];
-    if (e == Element::kBFloat16) {
-      static_cast<uint16_t*>(to)[offset] = narrow(float(sum));
-    } else {
-      static_cast<T*>(to)[offset] = sum;
-    }
+  with_types(e, [&](auto memory, auto compute) {
+    const auto* from = static_cast<const decltype(memory)*>(t.data_ptr());
+    auto* next = static_cast<decltype(compute)*>(to);
+    for_each_element(t, [&](int64_t i) { *next++ = static_cast<decltype(compute)>(from[i]); });
   });
 }
 
 // Adds the slots of partial sums into the first one, in order.
 template <class T>
 void add_slots(T* partials, int64_t slots, int64_t total) {
-  torch::stable::parallel_for(0, total, kElements, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, total, kMinElements, [&](int64_t begin, int64_t end) {
     for (int64_t s = 1; s < slots; ++s) {
       const T* from = partials + s * total;
       for (int64_t i = begin; i < end; ++i) partials[i] += from[i];
     }
   });
-}
-
-Map map_of(const Tensor& t) {
-  check_memory(t);
-  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
 }
 
 // --- one call --------------------------------------------------------------------------------
@@ -135,40 +103,34 @@ class Call {
     for (Pool::Piece& piece : memory_) pool.give(std::move(piece));
   }
 
+  static constexpr size_t kMaxBranches = cpu::kMaxBranches;
+
   Call(const Tensor& x, const MapSize& size) {
-    args.element = element_of(x);
+    args.element = checked_element(x);
     args.convolution = forced_convolution();
     args.batch = size.n;
     args.in = args.out = size.c;
     args.height = size.h;
     args.width = size.w;
+    args.x = map_of(x);
   }
 
-  void convolution(const std::vector<BranchSize>& branches, const std::vector<Tensor>& weights,
-                   const std::optional<Tensor>& bias, bool split, int64_t out_channels) {
-    args.split = split;
-    args.branch_count = int(branches.size());
+  ScalarType compute_dtype() const { return mfef::compute_dtype(args.element); }
+
+  void convolution(const ConvolutionParameters& p, int64_t out_channels, bool /*tf32*/) {
+    args.split = p.split;
+    args.branch_count = int(p.weights.size());
     args.out = out_channels;
-    int64_t in = 0, out = 0;
-    for (size_t i = 0; i < branches.size(); ++i) {
-      const BranchSize& b = branches[i];
-      const int64_t k = live_taps(b.k, args.height, args.width);
+    for (int i = 0; i < args.branch_count; ++i) {
+      const Tensor& w = p.weights[size_t(i)];
+      check_memory(w);
       Branch& branch = args.branches[i];
-      branch = {};
-      branch.in_first = split ? in : 0;
-      branch.in = b.in;
-      branch.out_first = out;
-      branch.out = b.out;
-      branch.groups = b.groups;
-      branch.full_k = b.k;
-      branch.k = k;
-      check_memory(weights[i]);
-      branch.weights = weights[i].data_ptr();
-      for (int64_t d = 0; d < 4; ++d) branch.weight_stride[d] = weights[i].stride(d);
-      in += b.in;
-      out += b.out;
+      static_cast<BranchShape<int64_t>&>(branch = {}) =
+          p.shape<int64_t>(size_t(i), i ? &args.branches[i - 1] : nullptr, args.height, args.width);
+      branch.weights = w.data_ptr();
+      for (int64_t d = 0; d < 4; ++d) branch.weight_stride[d] = w.stride(d);
     }
-    if (bias) args.bias = parameter(*bias);
+    if (p.bias) args.bias = parameter(*p.bias);
   }
 
   void attention(const AttentionParameters& p) {
@@ -181,6 +143,15 @@ class Call {
     args.spatial_weight = parameter(p.spatial_weight);
   }
 
+  void saved(const Saved& s) {
+    args.mean = s.mean.data_ptr();
+    args.max = s.max.data_ptr();
+    args.max_index = static_cast<int32_t*>(s.max_index.data_ptr());
+    args.spatial_gate = s.spatial_gate.data_ptr();
+    args.channel_index = static_cast<int32_t*>(s.channel_index.data_ptr());
+    args.save = s.mean.size(0) > 0;
+  }
+
   void forward() {
     const Kernels& k = kernels();
     const int64_t packed = choose(k, false);
@@ -188,41 +159,67 @@ class Call {
     run(k.units(args), false, [&](int64_t unit, int step, Scratch scratch) { k.forward(args, unit, step, scratch); });
   }
 
-  // Runs the backward; the parameters' gradients are then read with write().
-  void backward() {
+  void backward(const ParameterGrads& grads) {
     const Kernels& k = kernels();
+    args.need_parameters = grads.need;
     const int64_t packed = choose(k, true);
     if (args.branch_count && args.grad_x.data) pack(k, true, packed);
-    lay_out(k);
+    lay_out_partials(k);
     // The division into slots fixes the order of every sum; it depends on shape, dtype and instruction set.
-    constexpr int64_t kMostSlots = 64, kMostBytes = int64_t(128) << 20;
+    constexpr int64_t kMaxSlots = 64, kMaxBytes = int64_t(128) << 20;
     const int64_t units = k.units(args), total = args.partial.total;
-    int64_t slots = units < kMostSlots ? units : kMostSlots;
-    const int64_t affordable = kMostBytes / (total * compute_size(args.element) + 1);
+    int64_t slots = units < kMaxSlots ? units : kMaxSlots;
+    const int64_t affordable = kMaxBytes / (total * compute_bytes(args.element) + 1);
     if (args.need_parameters && slots > affordable) slots = affordable > 4 ? affordable : (units < 4 ? units : 4);
     args.slots = slots;
     if (args.need_parameters) {
-      args.partials = room((slots ? slots : 1) * total);
-      args.kept_x = room(args.kept_x_elements);
-      args.kept_grad = room(args.kept_grad_elements);
-      args.channel_sums = room(args.channel_sum_elements);
+      args.partials = allocate((slots ? slots : 1) * total);
+      args.kept_x = allocate(args.kept_x_elements);
+      args.kept_grad = allocate(args.kept_grad_elements);
+      args.channel_sums = allocate(args.channel_sum_elements);
     }
     run(slots, true, [&](int64_t slot, int step, Scratch scratch) { k.backward(args, slot, step, scratch); });
     if (!args.need_parameters) return;
     parallel(k.channel_tasks(args), 0, [&](int64_t task, void*) { k.channel_task(args, task); });
     if (slots == 0) {
-      std::memset(args.partials, 0, size_t(total * compute_size(args.element)));
-      std::memset(args.channel_sums, 0, size_t(args.channel_sum_elements * compute_size(args.element)));
+      std::memset(args.partials, 0, size_t(total * compute_bytes(args.element)));
+      std::memset(args.channel_sums, 0, size_t(args.channel_sum_elements * compute_bytes(args.element)));
     }
-    if (args.element == Element::kDouble) {
-      add_slots(static_cast<double*>(args.partials), slots, total);
-    } else {
-      add_slots(static_cast<float*>(args.partials), slots, total);
-    }
+    with_types(args.element,
+               [&](auto, auto compute) { add_slots(static_cast<decltype(compute)*>(args.partials), slots, total); });
+    if (grads.convolution) write(*grads.convolution);
+    if (grads.attention) write(*grads.attention);
   }
-  // Writes the gradient whose sums start at `first`.
+
+  BlockArgs args{};
+
+ private:
+  void write(const ConvolutionGrads& grads) {
+    for (size_t i = 0; i < grads.weights.size(); ++i) write_weights(grads.weights[i], int(i));
+    if (grads.bias) write(*grads.bias, args.partial.bias);
+  }
+  void write(const AttentionGrads& grads) {
+    write(grads.fc1_weight, args.partial.fc1_weight);
+    write(grads.fc1_bias, args.partial.fc1_bias);
+    // Its sums are (hidden, C): the loop that makes them runs over channels.
+    const int64_t hidden = args.hidden, channels = args.out, first = args.partial.fc2_weight;
+    write(grads.fc2_weight, [=](int64_t i) { return first + i % hidden * channels + i / hidden; });
+    write(grads.fc2_bias, args.partial.fc2_bias);
+    write(grads.spatial_weight, args.partial.spatial);
+  }
+  // Writes a gradient whose sums start at `first`.
   void write(const Tensor& grad, int64_t first) {
-    write(grad, args.partials, [first](int64_t i) { return first + i; });
+    write(grad, [first](int64_t i) { return first + i; });
+  }
+  // Writes a gradient whose element i, in row-major order, is the sum at(i).
+  template <class At>
+  void write(const Tensor& grad, const At& at) {
+    with_types(args.element, [&](auto memory, auto compute) {
+      const auto* sums = static_cast<const decltype(compute)*>(args.partials);
+      auto* to = static_cast<decltype(memory)*>(grad.mutable_data_ptr());
+      int64_t i = 0;
+      for_each_element(grad, [&](int64_t offset) { to[offset] = static_cast<decltype(memory)>(sums[at(i++)]); });
+    });
   }
   // Writes the gradient of a branch's weights.
   void write_weights(const Tensor& grad, int branch) {
@@ -232,31 +229,14 @@ class Call {
     void* to = grad.mutable_data_ptr();
     const int64_t stride[4] = {grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3)};
     // empty_like() keeps the order of dense tensors and makes others contiguous: there are no gaps.
-    if (b.k < b.full_k) std::memset(to, 0, size_t(count * element_size(args.element)));
-    torch::stable::parallel_for(0, b.groups, kElements / (count / b.groups + 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) k.read_weight_grad(args, branch, g, to, stride);
-    });
-  }
-  // fc2's sums are (hidden, C): the loop that makes them runs over channels.
-  void write_fc2(const Tensor& grad) {
-    const int64_t hidden = args.hidden, channels = args.out, first = args.partial.fc2_weight;
-    write(grad, args.partials, [=](int64_t i) { return first + (i % hidden) * channels + i / hidden; });
+    if (b.k < b.full_k) std::memset(to, 0, size_t(count * element_bytes(args.element)));
+    torch::stable::parallel_for(0, b.groups, kMinElements / (count / b.groups + 1) + 1,
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t g = begin; g < end; ++g) k.read_weight_grad(args, branch, g, to, stride);
+                                });
   }
 
-  BlockArgs args{};
-
- private:
-  template <class At>
-  void write(const Tensor& grad, const void* sums, const At& at) {
-    if (args.element == Element::kDouble) {
-      write_elements(static_cast<const double*>(sums), grad, args.element, at);
-    } else {
-      write_elements(static_cast<const float*>(sums), grad, args.element, at);
-    }
-  }
-
-  // Of the partial sums.
-  void lay_out(const Kernels& k) {
+  void lay_out_partials(const Kernels& k) {
     PartialLayout& p = args.partial;
     int64_t next = 0;
     auto take = [&next](int64_t count) {
@@ -276,7 +256,7 @@ class Call {
 
   // Returns the elements of packed weights.
   int64_t choose(const Kernels& k, bool backward) {
-    args.plan = choose_plan(args, k.vector_bytes / int(compute_size(args.element)));
+    args.plan = choose_plan(args, k.vector_bytes / int(compute_bytes(args.element)));
     return k.choose(args, backward);
   }
 
@@ -286,24 +266,24 @@ class Call {
   void run(int64_t count, bool backward, const F& f) {
     const Kernels& k = kernels();
     const int64_t threads = torch::stable::get_num_threads();
-    constexpr int64_t kMost = int64_t(256) << 20;
+    constexpr int64_t kMaxBytes = int64_t(256) << 20;
     // Waking threads twice costs about as much as a million multiply-adds.
-    constexpr double kWorthwhile = 2e6;
+    constexpr double kMinProducts = 2e6;
     double products = 0;
     for (int i = 0; i < args.branch_count; ++i) {
       const Branch& b = args.branches[i];
       products += double(b.out) * double(b.in / b.groups) * double(b.k * b.k);
     }
     products *= double(args.batch) * double(args.height) * double(args.width);
-    args.staged = products >= kWorthwhile && args.split && args.branch_count > 1 && count == k.units(args) &&
-                  count % threads != 0 && count < 2 * threads && count * k.unit_scratch(args, backward) <= kMost;
+    args.staged = products >= kMinProducts && args.split && args.branch_count > 1 && count == k.units(args) &&
+                  count % threads != 0 && count < 2 * threads && count * k.unit_scratch(args, backward) <= kMaxBytes;
     const int64_t unit = (k.unit_scratch(args, backward) + 63) / 64 * 64, branch = k.branch_scratch(args, backward);
     if (!args.staged) {
       parallel(count, unit + branch,
                [&](int64_t i, void* memory) { f(i, kWhole, {memory, static_cast<char*>(memory) + unit}); });
       return;
     }
-    char* units = static_cast<char*>(room_bytes(count * unit));
+    char* units = static_cast<char*>(allocate_bytes(count * unit));
     auto attention = [&] {
       parallel(count, 0, [&](int64_t i, void*) { f(i, kAttention, {units + i * unit, nullptr}); });
     };
@@ -314,8 +294,8 @@ class Call {
     if (!backward) attention();
   }
 
-  void* room(int64_t elements) { return room_bytes(elements * compute_size(args.element)); }
-  void* room_bytes(int64_t bytes) {
+  void* allocate(int64_t elements) { return allocate_bytes(elements * compute_bytes(args.element)); }
+  void* allocate_bytes(int64_t bytes) {
     memory_.push_back(pool.take(bytes));
     STD_TORCH_CHECK(memory_.back().memory, "mfef: not enough memory for ", bytes, " bytes");
     return memory_.back().memory.get();
@@ -324,204 +304,25 @@ class Call {
   // The elements of t in the compute type, contiguous: t's own where they are that.
   const void* parameter(const Tensor& t) {
     check_memory(t);
-    if (args.element != Element::kBFloat16 && t.is_contiguous()) return t.data_ptr();
-    void* to = room(t.numel());
+    if (args.element == compute_element(args.element) && t.is_contiguous()) return t.data_ptr();
+    void* to = allocate(t.numel());
     widen_to(t, args.element, to);
     return to;
   }
 
   // Weights in the order of the tiles.
   void pack(const Kernels& k, bool backward, int64_t elements) {
-    void* to = room(elements);
+    void* to = allocate(elements);
     (backward ? args.packed_backward : args.packed) = to;
-    constexpr int64_t kTiles = 4;  // fewer are not worth a thread
-    torch::stable::parallel_for(0, k.packed_tiles(args, backward), kTiles,
+    constexpr int64_t kMinTiles = 4;  // fewer are not worth a thread
+    torch::stable::parallel_for(0, k.packed_tiles(args, backward), kMinTiles,
                                 [&](int64_t begin, int64_t end) { k.prepare(args, backward, begin, end); });
   }
 
   std::vector<Pool::Piece> memory_;
 };
 
-// What the attention saves, entered into the call.
-void enter(const Saved& s, BlockArgs& a) {
-  a.mean = s.mean.data_ptr();
-  a.max = s.max.data_ptr();
-  a.max_index = static_cast<int32_t*>(s.max_index.data_ptr());
-  a.spatial_gate = s.spatial_gate.data_ptr();
-  a.channel_index = static_cast<int32_t*>(s.channel_index.data_ptr());
-}
-
-void write(Call& call, const AttentionGrads& grads, const AttentionParameters& p) {
-  call.write(grads.fc1_weight, call.args.partial.fc1_weight);
-  if (p.fc1_bias) call.write(grads.fc1_bias, call.args.partial.fc1_bias);
-  call.write_fc2(grads.fc2_weight);
-  if (p.fc2_bias) call.write(grads.fc2_bias, call.args.partial.fc2_bias);
-  call.write(grads.spatial_weight, call.args.partial.spatial);
-}
-
-void write_weight_grads(Call& call, const std::vector<Tensor>& grads) {
-  for (size_t i = 0; i < grads.size(); ++i) {
-    call.write_weights(grads[i], int(i));
-  }
-}
-
-// --- operators -------------------------------------------------------------------------------
-
-Tensor multi_scale_conv2d(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& groups,
-                          bool split, const std::optional<Tensor>& bias, bool /*allow_tf32*/) {
-  int64_t out;
-  const MapSize size = check_map("x", x);
-  const auto branches = check_branches(x, weights, groups, split, kMaxBranches, &out);
-  if (bias) {
-    check_like("bias", *bias, x);
-    check_shape("bias", *bias, {out});
-  }
-  Call call(x, size);
-  call.convolution(branches, weights, bias, split, out);
-  Tensor result = empty_map_like(x, out);
-  call.args.x = map_of(x);
-  call.args.result = map_of(result);
-  call.forward();
-  return result;
-}
-
-std::tuple<Tensor, std::vector<Tensor>, Tensor> multi_scale_conv2d_backward(
-    const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& groups,
-    bool split, const std::optional<Tensor>& bias, bool need_x, bool need_parameters, bool /*allow_tf32*/) {
-  int64_t out;
-  const MapSize size = check_map("x", x);
-  const auto branches = check_branches(x, weights, groups, split, kMaxBranches, &out);
-  if (bias) {
-    check_like("bias", *bias, x);
-    check_shape("bias", *bias, {out});
-  }
-  Call call(x, size);
-  call.convolution(branches, weights, bias, split, out);
-  check_grad(grad, x, size, out);
-  Tensor grad_x = need_x ? empty_map_like(x, size.c) : nothing(x);
-  Tensor grad_bias = need_parameters ? like_or_nothing(bias, x) : nothing(x);
-  std::vector<Tensor> grads = weight_grads(weights, need_parameters);
-  call.args.need_parameters = need_parameters;
-  call.args.x = map_of(x);
-  call.args.grad_result = map_of(grad);
-  if (need_x) call.args.grad_x = map_of(grad_x);
-  call.backward();
-  write_weight_grads(call, grads);
-  if (need_parameters && bias) call.write(grad_bias, call.args.partial.bias);
-  return {grad_x, grads, grad_bias};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention(const Tensor& y, const Tensor& fc1_weight,
-                                                                          const std::optional<Tensor>& fc1_bias,
-                                                                          const Tensor& fc2_weight,
-                                                                          const std::optional<Tensor>& fc2_bias,
-                                                                          const Tensor& spatial_weight, bool save) {
-  const MapSize size = check_map("y", y);
-  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
-  p.check(y, size.c);
-  Call call(y, size);
-  call.attention(p);
-  Tensor result = empty_map_like(y, size.c);
-  const Saved s(y, size, size.c, compute_type(call.args.element), save);
-  enter(s, call.args);
-  call.args.save = save;
-  call.args.x = map_of(y);
-  call.args.result = map_of(result);
-  call.forward();
-  return {result, s.mean, s.max, s.max_index, s.spatial_gate, s.channel_index};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention_backward(
-    const Tensor& grad, const Tensor& y, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias,
-    const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, const Tensor& mean,
-    const Tensor& max, const Tensor& max_index, const Tensor& spatial_gate, const Tensor& channel_index, bool need_x,
-    bool need_parameters) {
-  const MapSize size = check_map("y", y);
-  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
-  p.check(y, size.c);
-  Call call(y, size);
-  call.attention(p);
-  check_grad(grad, y, size, size.c);
-  const Saved s{mean, max, max_index, spatial_gate, channel_index};
-  s.check(y, size, size.c, compute_type(call.args.element));
-  enter(s, call.args);
-  Tensor grad_y = need_x ? empty_map_like(y, size.c) : nothing(y);
-  const AttentionGrads grads(p, need_parameters, y);
-  call.args.need_parameters = need_parameters;
-  call.args.y = map_of(y);
-  call.args.grad_result = map_of(grad);
-  if (need_x) call.args.grad_x = map_of(grad_y);
-  call.backward();
-  if (need_parameters) write(call, grads, p);
-  return {grad_y, grads.fc1_weight, grads.fc1_bias, grads.fc2_weight, grads.fc2_bias, grads.spatial_weight};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block(
-    const Tensor& x, const std::vector<Tensor>& conv_weights, const std::vector<int64_t>& groups, bool split,
-    const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
-    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, bool save, bool /*allow_tf32*/) {
-  int64_t out;
-  const MapSize size = check_map("x", x);
-  const auto branches = check_branches(x, conv_weights, groups, split, kMaxBranches, &out);
-  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
-  p.check(x, out);
-  Call call(x, size);
-  call.convolution(branches, conv_weights, std::nullopt, split, out);
-  call.attention(p);
-  Tensor result = empty_map_like(x, out);
-  Tensor y = save ? empty_map_like(x, out) : nothing(x);
-  const Saved s(x, size, out, compute_type(call.args.element), save);
-  enter(s, call.args);
-  call.args.save = save;
-  call.args.x = map_of(x);
-  if (save) call.args.y = map_of(y);
-  call.args.result = map_of(result);
-  call.forward();
-  return {result, y, s.mean, s.max, s.max_index, s.spatial_gate, s.channel_index};
-}
-
-std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block_backward(
-    const Tensor& grad, const Tensor& x, const std::vector<Tensor>& conv_weights, const std::vector<int64_t>& groups,
-    bool split, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
-    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, const Tensor& y, const Tensor& mean,
-    const Tensor& max, const Tensor& max_index, const Tensor& spatial_gate, const Tensor& channel_index, bool need_x,
-    bool need_parameters, bool /*allow_tf32*/) {
-  int64_t out;
-  const MapSize size = check_map("x", x);
-  const auto branches = check_branches(x, conv_weights, groups, split, kMaxBranches, &out);
-  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
-  p.check(x, out);
-  Call call(x, size);
-  call.convolution(branches, conv_weights, std::nullopt, split, out);
-  call.attention(p);
-  check_grad(grad, x, size, out);
-  check_like("y", y, x);
-  check_shape("y", y, {size.n, out, size.h, size.w});
-  const Saved s{mean, max, max_index, spatial_gate, channel_index};
-  s.check(x, size, out, compute_type(call.args.element));
-  enter(s, call.args);
-  Tensor grad_x = need_x ? empty_map_like(x, size.c) : nothing(x);
-  std::vector<Tensor> conv_grads = weight_grads(conv_weights, need_parameters);
-  const AttentionGrads grads(p, need_parameters, x);
-  call.args.need_parameters = need_parameters;
-  call.args.x = map_of(x);
-  call.args.y = map_of(y);
-  call.args.grad_result = map_of(grad);
-  if (need_x) call.args.grad_x = map_of(grad_x);
-  call.backward();
-  write_weight_grads(call, conv_grads);
-  if (need_parameters) write(call, grads, p);
-  return {grad_x, conv_grads, grads.fc1_weight, grads.fc1_bias, grads.fc2_weight, grads.fc2_bias, grads.spatial_weight};
-}
-
 }  // namespace
 }  // namespace mfef::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(mfef, CPU, m) {
-  m.impl("multi_scale_conv2d", TORCH_BOX(&mfef::cpu::multi_scale_conv2d));
-  m.impl("multi_scale_conv2d_backward", TORCH_BOX(&mfef::cpu::multi_scale_conv2d_backward));
-  m.impl("dual_attention", TORCH_BOX(&mfef::cpu::dual_attention));
-  m.impl("dual_attention_backward", TORCH_BOX(&mfef::cpu::dual_attention_backward));
-  m.impl("mfef_block", TORCH_BOX(&mfef::cpu::mfef_block));
-  m.impl("mfef_block_backward", TORCH_BOX(&mfef::cpu::mfef_block_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(mfef, CPU, m) { mfef::Operators<mfef::cpu::Call>::implement(m); }

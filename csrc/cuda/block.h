@@ -2,26 +2,12 @@
 // planner reads and what the kernels get as their parameter. No tensors, no CUDA: module.cpp plans with it too.
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define MFEF_HD __host__ __device__ __forceinline__
-#else
-#define MFEF_HD inline
-#endif
+#include "common/types.h"
 
 namespace mfef::cuda {
 
-enum class Element : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
-
 constexpr int kSide = 8;  // rows and columns of a map that tensor cores take on the chip, and channels of a matrix
 constexpr int kMaxBranches = 16;  // kernel parameters are copied for every launch
-
-// A 4-D map in memory; strides in elements, in the order n, c, h, w. Null data: absent.
-struct Map {
-  void* data;
-  int64_t stride[4];
-};
 
 // A parameter with up to four dimensions, of the input's dtype. Null data: absent.
 struct Parameter {
@@ -29,17 +15,7 @@ struct Parameter {
   int64_t stride[4];
 };
 
-struct Branch {
-  int in_first, in;    // channel range of x
-  int out_first, out;  // channel range of y
-  int groups;
-  int full_k;  // taps per side in memory
-  int k;       // of those, the ones around the centre that can meet a pixel
-
-  MFEF_HD int in_per_group() const { return in / groups; }
-  MFEF_HD int out_per_group() const { return out / groups; }
-  bool operator==(const Branch&) const = default;
-};
+using Branch = BranchShape<int>;
 
 // What the planner reads.
 struct Sizes {
@@ -58,12 +34,6 @@ struct Sizes {
   MFEF_HD bool suit_tensor_cores() const { return element != Element::kFloat || tf32; }
   bool operator==(const Sizes&) const = default;
 };
-
-// Taps per side of a k x k kernel that can meet a map: farther out there is no pixel, wherever it stands.
-MFEF_HD int live_taps(int64_t k, int64_t height, int64_t width) {
-  const int64_t side = height > width ? height : width;
-  return int(k > 2 * side - 1 ? 2 * side - 1 : k);
-}
 
 MFEF_HD int ceil_div(int a, int b) { return (a + b - 1) / b; }
 MFEF_HD int least(int a, int b) { return a < b ? a : b; }

@@ -1,5 +1,5 @@
 // The operators on CUDA tensors: from checked tensors to BlockArgs, a plan, launches, and back. Their schemas are in
-// csrc/ops.cpp, which _C registers first.
+// csrc/schemas.cpp, which _C registers first.
 //
 // A C++ compiler takes this file too: tests/backends/cuda/host.cpp, which runs the same kernels on CPU tensors.
 #ifdef __CUDACC__
@@ -9,11 +9,10 @@
 
 #include <deque>
 #include <string>
-#include <tuple>
 #include <vector>
 
-#include "common/problem.h"
 #include "launch.h"
+#include "operators.h"
 
 namespace mfef::cuda {
 
@@ -57,22 +56,11 @@ namespace {
 
 // --- one call --------------------------------------------------------------------------------
 
-Element element_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kHalf;
-    default:
-      STD_TORCH_CHECK(false, "mfef: the CUDA kernels take float32, bfloat16 and float16 only");
-  }
-}
-
-Map map_of(const Tensor& t) {
-  check_memory(t);
-  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+Element checked_element(const Tensor& x) {
+  const std::optional<Element> element = element_of(x.scalar_type());
+  STD_TORCH_CHECK(element && *element != Element::kDouble,
+                  "mfef: the CUDA kernels take float32, bfloat16 and float16 only");
+  return *element;
 }
 
 // Null for a tensor without elements: one that is not there, or not wanted.
@@ -110,8 +98,10 @@ const Plan& plan_for(const Sizes& sizes, int64_t limit, int64_t most_partials) {
 // BlockArgs with the scratch that it points to.
 class Call {
  public:
+  static constexpr size_t kMaxBranches = cuda::kMaxBranches;
+
   Call(const Tensor& x, const MapSize& size) : device_(x), x_(x) {
-    args.element = args.sizes.element = element_of(x);
+    args.element = args.sizes.element = checked_element(x);
     // Sizes that no thread block could hold must not wrap around before the planner refuses them.
     constexpr int64_t kMost = int64_t(1) << 30;
     STD_TORCH_CHECK(size.c < kMost, "mfef: the CUDA kernels take fewer than 2^30 channels, got ", size.c);
@@ -128,23 +118,21 @@ class Call {
   }
 #endif
 
-  void convolution(const std::vector<BranchSize>& branches, const std::vector<Tensor>& weights, bool split,
-                   int64_t out_channels, bool allow_tf32) {
+  ScalarType compute_dtype() const { return mfef::compute_dtype(args.element); }
+
+  void convolution(const ConvolutionParameters& p, int64_t out_channels, bool tf32) {
     Sizes& s = args.sizes;
     STD_TORCH_CHECK(out_channels < int64_t(1) << 30, "mfef: the CUDA kernels take fewer than 2^30 channels, got ",
                     out_channels);
-    s.split = split;
-    s.tf32 = allow_tf32 && s.element == Element::kFloat;
+    s.split = p.split;
+    s.tf32 = tf32 && s.element == Element::kFloat;
     s.out = int(out_channels);
-    int in = 0, out = 0;
-    for (size_t i = 0; i < branches.size(); ++i) {
-      const BranchSize& b = branches[i];
-      s.branches[s.branch_count++] = {
-          split ? in : 0, int(b.in), out, int(b.out), int(b.groups), int(b.k), live_taps(b.k, s.height, s.width)};
-      args.conv_weights[i] = parameter(weights[i]);
-      in += int(b.in);
-      out += int(b.out);
+    s.branch_count = int(p.weights.size());
+    for (int i = 0; i < s.branch_count; ++i) {
+      s.branches[i] = p.shape<int>(size_t(i), i ? &s.branches[i - 1] : nullptr, s.height, s.width);
+      args.conv_weights[i] = parameter(p.weights[size_t(i)]);
     }
+    args.bias = parameter(p.bias);
   }
 
   void attention(const AttentionParameters& p) {
@@ -152,7 +140,7 @@ class Call {
     STD_TORCH_CHECK(p.fc1_weight.size(0) < int64_t(1) << 30, "mfef: fc1_weight has too many hidden units");
     s.hidden = int(p.fc1_weight.size(0));
     s.spatial_full = int(p.spatial_weight.size(2));
-    s.spatial_k = live_taps(s.spatial_full, s.height, s.width);
+    s.spatial_k = int(live_taps(s.spatial_full, s.height, s.width));
     args.fc1_weight = parameter(p.fc1_weight);
     args.fc1_bias = parameter(p.fc1_bias);
     args.fc2_weight = parameter(p.fc2_weight);
@@ -176,8 +164,10 @@ class Call {
     if (args.blocks) run(launch_forward);
   }
 
-  // Whether anything but the parameters' gradients is wanted is in args.grad_x; where they go, in args.grads.
-  void backward(bool need_parameters) {
+  void backward(const ParameterGrads& grads) {
+    const bool need_parameters = grads.need;
+    if (grads.convolution) outputs(*grads.convolution);
+    if (grads.attention) outputs(*grads.attention);
     plan();
     Sizes& s = args.sizes;
     Gradients& g = args.grads;
@@ -205,13 +195,17 @@ class Call {
     run(launch_sums);
   }
 
+  BlockArgs args{};
+
+ private:
   // Where the gradient of a parameter goes; one more output of the last launch.
   Parameter output(const Tensor& grad) {
     args.outputs += grad.numel();
     return parameter(grad);
   }
-  void outputs(const std::vector<Tensor>& grads) {
-    for (size_t i = 0; i < grads.size(); ++i) args.grads.branches[i] = output(grads[i]);
+  void outputs(const ConvolutionGrads& grads) {
+    for (size_t i = 0; i < grads.weights.size(); ++i) args.grads.branches[i] = output(grads.weights[i]);
+    if (grads.bias) args.grads.bias = output(*grads.bias);
   }
   void outputs(const AttentionGrads& grads) {
     args.grads.fc1_weight = output(grads.fc1_weight);
@@ -221,9 +215,6 @@ class Call {
     args.grads.spatial_weight = output(grads.spatial_weight);
   }
 
-  BlockArgs args{};
-
- private:
   void plan() {
     plan_ = plan_for(args.sizes, device_.shared_limit(), device_.most_partials());
     STD_TORCH_CHECK(plan_.fits, "mfef: no CUDA kernel for this call: ", plan_.reason);
@@ -353,146 +344,6 @@ class Call {
   std::vector<Tensor> memory_;
 };
 
-// --- operators -------------------------------------------------------------------------------
-
-void check_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t channels) {
-  if (!bias) return;
-  check_like("bias", *bias, x);
-  check_shape("bias", *bias, {channels});
-}
-
-Tensor multi_scale_conv2d(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& groups,
-                          bool split, const std::optional<Tensor>& bias, bool allow_tf32) {
-  int64_t out;
-  const MapSize size = check_map("x", x);
-  const auto branches = check_branches(x, weights, groups, split, kMaxBranches, &out);
-  check_bias(bias, x, out);
-  Call call(x, size);
-  call.convolution(branches, weights, split, out, allow_tf32);
-  call.args.bias = parameter(bias);
-  Tensor result = empty_map_like(x, out);
-  call.args.result = map_of(result);
-  call.forward();
-  return result;
-}
-
-std::tuple<Tensor, std::vector<Tensor>, Tensor> multi_scale_conv2d_backward(
-    const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& groups,
-    bool split, const std::optional<Tensor>& bias, bool need_x, bool need_parameters, bool allow_tf32) {
-  int64_t out;
-  const MapSize size = check_map("x", x);
-  const auto branches = check_branches(x, weights, groups, split, kMaxBranches, &out);
-  check_bias(bias, x, out);
-  check_grad(grad, x, size, out);
-  Call call(x, size);
-  call.convolution(branches, weights, split, out, allow_tf32);
-  Tensor grad_x = need_x ? empty_map_like(x, size.c) : nothing(x);
-  Tensor grad_bias = need_parameters ? like_or_nothing(bias, x) : nothing(x);
-  std::vector<Tensor> grads = weight_grads(weights, need_parameters);
-  call.args.grad_result = map_of(grad);
-  if (need_x) call.args.grad_x = map_of(grad_x);
-  call.outputs(grads);
-  call.args.grads.bias = call.output(grad_bias);
-  call.backward(need_parameters);
-  return {grad_x, grads, grad_bias};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention(const Tensor& y, const Tensor& fc1_weight,
-                                                                          const std::optional<Tensor>& fc1_bias,
-                                                                          const Tensor& fc2_weight,
-                                                                          const std::optional<Tensor>& fc2_bias,
-                                                                          const Tensor& spatial_weight, bool save) {
-  const MapSize size = check_map("y", y);
-  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
-  p.check(y, size.c);
-  Call call(y, size);
-  call.attention(p);
-  Tensor result = empty_map_like(y, size.c);
-  const Saved s(y, size, size.c, ScalarType::Float, save);
-  call.saved(s);
-  call.args.result = map_of(result);
-  call.forward();
-  return {result, s.mean, s.max, s.max_index, s.spatial_gate, s.channel_index};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_attention_backward(
-    const Tensor& grad, const Tensor& y, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias,
-    const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, const Tensor& mean,
-    const Tensor& max, const Tensor& max_index, const Tensor& spatial_gate, const Tensor& channel_index, bool need_x,
-    bool need_parameters) {
-  const MapSize size = check_map("y", y);
-  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
-  p.check(y, size.c);
-  check_grad(grad, y, size, size.c);
-  const Saved s(mean, max, max_index, spatial_gate, channel_index);
-  s.check(y, size, size.c, ScalarType::Float);
-  Call call(y, size);
-  call.attention(p);
-  call.saved(s);
-  Tensor grad_y = need_x ? empty_map_like(y, size.c) : nothing(y);
-  const AttentionGrads grads(p, need_parameters, y);
-  call.args.y = map_of(y);
-  call.args.grad_result = map_of(grad);
-  if (need_x) call.args.grad_x = map_of(grad_y);
-  call.outputs(grads);
-  call.backward(need_parameters);
-  return {grad_y, grads.fc1_weight, grads.fc1_bias, grads.fc2_weight, grads.fc2_bias, grads.spatial_weight};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block(
-    const Tensor& x, const std::vector<Tensor>& conv_weights, const std::vector<int64_t>& groups, bool split,
-    const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
-    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, bool save, bool allow_tf32) {
-  int64_t out;
-  const MapSize size = check_map("x", x);
-  const auto branches = check_branches(x, conv_weights, groups, split, kMaxBranches, &out);
-  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
-  p.check(x, out);
-  Call call(x, size);
-  call.convolution(branches, conv_weights, split, out, allow_tf32);
-  call.attention(p);
-  Tensor result = empty_map_like(x, out);
-  Tensor y = save ? empty_map_like(x, out) : nothing(x);
-  const Saved s(x, size, out, ScalarType::Float, save);
-  call.saved(s);
-  if (save) call.args.y = map_of(y);
-  call.args.result = map_of(result);
-  call.forward();
-  return {result, y, s.mean, s.max, s.max_index, s.spatial_gate, s.channel_index};
-}
-
-std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> mfef_block_backward(
-    const Tensor& grad, const Tensor& x, const std::vector<Tensor>& conv_weights, const std::vector<int64_t>& groups,
-    bool split, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
-    const std::optional<Tensor>& fc2_bias, const Tensor& spatial_weight, const Tensor& y, const Tensor& mean,
-    const Tensor& max, const Tensor& max_index, const Tensor& spatial_gate, const Tensor& channel_index, bool need_x,
-    bool need_parameters, bool allow_tf32) {
-  int64_t out;
-  const MapSize size = check_map("x", x);
-  const auto branches = check_branches(x, conv_weights, groups, split, kMaxBranches, &out);
-  const AttentionParameters p{fc1_weight, fc2_weight, spatial_weight, fc1_bias, fc2_bias};
-  p.check(x, out);
-  check_grad(grad, x, size, out);
-  check_like("y", y, x);
-  check_shape("y", y, {size.n, out, size.h, size.w});
-  const Saved s(mean, max, max_index, spatial_gate, channel_index);
-  s.check(x, size, out, ScalarType::Float);
-  Call call(x, size);
-  call.convolution(branches, conv_weights, split, out, allow_tf32);
-  call.attention(p);
-  call.saved(s);
-  Tensor grad_x = need_x ? empty_map_like(x, size.c) : nothing(x);
-  std::vector<Tensor> conv_grads = weight_grads(conv_weights, need_parameters);
-  const AttentionGrads grads(p, need_parameters, x);
-  call.args.y = map_of(y);
-  call.args.grad_result = map_of(grad);
-  if (need_x) call.args.grad_x = map_of(grad_x);
-  call.outputs(conv_grads);
-  call.outputs(grads);
-  call.backward(need_parameters);
-  return {grad_x, conv_grads, grads.fc1_weight, grads.fc1_bias, grads.fc2_weight, grads.fc2_bias, grads.spatial_weight};
-}
-
 // --- the library ------------------------------------------------------------------------------
 
 #ifdef __CUDACC__
@@ -531,10 +382,5 @@ STABLE_TORCH_LIBRARY_IMPL(mfef, CUDA, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(mfef_cuda_host, CPU, m) {
 #endif
-  m.impl("multi_scale_conv2d", TORCH_BOX(&mfef::cuda::multi_scale_conv2d));
-  m.impl("multi_scale_conv2d_backward", TORCH_BOX(&mfef::cuda::multi_scale_conv2d_backward));
-  m.impl("dual_attention", TORCH_BOX(&mfef::cuda::dual_attention));
-  m.impl("dual_attention_backward", TORCH_BOX(&mfef::cuda::dual_attention_backward));
-  m.impl("mfef_block", TORCH_BOX(&mfef::cuda::mfef_block));
-  m.impl("mfef_block_backward", TORCH_BOX(&mfef::cuda::mfef_block_backward));
+  mfef::Operators<mfef::cuda::Call>::implement(m);
 }

@@ -567,6 +567,13 @@ inline void make_large_plan(const Sizes& s, int64_t limit, Plan* plan) {
 // nothing else counts, so sums have the same order on all GPUs with as much; how tensor cores round their products is
 // the architecture's.
 inline Plan make_plan(const Sizes& s, int64_t limit, int64_t most_partials = kMostPartials) {
+  // The planner multiplies the batch by what an image has: in 64 bits, for tensors that the operators take.
+  const double image = double(most(s.in, s.out)) * s.height * s.width;
+  if (double(s.batch) * (image > s.hidden ? image : s.hidden) > double(kMaxElements)) {
+    Plan refused{};
+    refused.reason = "a tensor has over 2^40 elements";
+    return refused;
+  }
   Plan p = make_small_plan(s, limit, most_partials);
   if (!p.fits) make_large_plan(s, limit, &p);
   return p;
@@ -654,7 +661,7 @@ struct Scratch {
     const int64_t floats = tile_sums + tile_tops + tile_places + gate + pooled + grad_mean + grad_max + grad_pooled +
                            grad_spatial + dots + dy + logit + hidden_sum + hidden_mean + hidden_max + spatial +
                            channel_sums + weights;
-    return 4 * floats + (s.element == Element::kFloat ? 4 : 2) * y;
+    return 4 * floats + element_bytes(s.element) * y;
   }
 
  private:

@@ -2,11 +2,10 @@
 
 import torch
 
-from .. import ops, reference
+from .. import _C, ops, reference
 from . import Backend, Condition
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-MOST_BRANCHES = 64  # kMaxBranches in csrc/cpu/block.h
 
 BACKEND = Backend(
     "cpu",
@@ -24,8 +23,8 @@ BACKEND = Backend(
             lambda p: f"a map of {p.height} x {p.width} has 2^31 pixels or more",
         ),
         Condition(
-            lambda p: len(p.branches) <= MOST_BRANCHES,
-            lambda p: f"{len(p.branches)} branches are more than {MOST_BRANCHES}",
+            lambda p: len(p.branches) <= _C.CPU_MAX_BRANCHES,
+            lambda p: f"{len(p.branches)} branches are more than {_C.CPU_MAX_BRANCHES}",
         ),
     ),
     {

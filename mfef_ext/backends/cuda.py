@@ -16,7 +16,6 @@ from . import Backend, Condition
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)  # the oldest that is compiled for
-MOST_BRANCHES = 16  # kMaxBranches in csrc/cuda/block.h
 # Of Jetson boards, whose machine code is their own: that of another minor version does not run.
 JETSON = ((8, 7), (10, 1))
 
@@ -122,7 +121,7 @@ def plan(problem: Problem, limit: int | None = None) -> dict[str, object]:
     that tensor cores compute).
     """
     limit = shared_limit(problem.device) if limit is None else limit
-    return _C.cuda_plan(**problem.sizes(), tf32=problem.tf32, shared_limit=limit)
+    return _C.cuda_plan(problem.sizes(), tf32=problem.tf32, shared_limit=limit)
 
 
 @lru_cache(maxsize=1024)
@@ -220,8 +219,8 @@ BACKEND = Backend(
             lambda p: f"dtype {p.dtype} is not one of float32, bfloat16, float16",
         ),
         Condition(
-            lambda p: len(p.branches) <= MOST_BRANCHES,
-            lambda p: f"{len(p.branches)} branches are more than {MOST_BRANCHES}",
+            lambda p: len(p.branches) <= _C.CUDA_MAX_BRANCHES,
+            lambda p: f"{len(p.branches)} branches are more than {_C.CUDA_MAX_BRANCHES}",
         ),
         Condition(lambda p: not _why_not(p), _why_not),
     ),

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfef_ext import _C, functional, reference
+from mfef_ext.inspection import cpu_plan
+from mfef_ext.problem import Branch, Problem
 from tests.accuracy import (
     MIRRORS,
     check_block,
@@ -107,6 +109,12 @@ def test_groups_of_any_width(on_each_isa, dtype, in_group, out_group, side, k):
             assert o <= 2 * e + 1, f"{isa}, {name}: {o:.3g} units, eager {e:.3g}"
 
 
+def plan_of(shape, branches) -> dict:
+    described = [Branch(i, o, k, g) for i, o, g, k in branches]
+    device = torch.device("cpu")
+    return cpu_plan(Problem("multi_scale_conv2d", *shape, torch.float32, device, tuple(described)))
+
+
 def test_spectra_are_what_runs(spectra):
     """The paper's block, and the widths of the test above."""
     for direction in ("forward", "backward"):
@@ -117,14 +125,14 @@ def test_spectra_are_what_runs(spectra):
             16: [18, 18, 20, 20],
         }.items():
             branches = [(16, 16, g, k) for g, k in zip((1, 4, 8, 16), (3, 5, 7, 9), strict=True)]
-            plan = _C.cpu_plan(18, 64, side, side, branches, True, 4, 7, "float32")
+            plan = plan_of((18, 64, side, side), branches)
             assert plan[f"{direction}_spectra"] == sides
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8, 7), (3, 8, 6, 6), (3, 8, 15, 15)])
 def test_other_maps_are_convolved_directly(spectra, shape):
     branches = [(8, 8, 1, 3)]
-    plan = _C.cpu_plan(*shape, branches, True, 0, 0, "float32")
+    plan = plan_of(shape, branches)
     assert plan["forward_spectra"] == plan["backward_spectra"] == [0]
     _C.force_cpu_convolution("")
     check_block(torch.float32, shape=shape)

@@ -62,7 +62,7 @@ def test_pieces_in_turn(host, dtype, shape, groups, buffers):
     out = reference.multi_scale_conv2d(x.double(), [leaf], [groups])
     wanted = torch.autograd.grad(out, leaf, grad.double())[0].to(dtype)
     described = describe_multi_scale_conv2d(x, [weight], [groups], True, None)
-    plan = _C.cuda_plan(**described.sizes(), tf32=True, shared_limit=H200)
+    plan = _C.cuda_plan(described.sizes(), tf32=True, shared_limit=H200)
     assert plan["weight_gradient_buffers"] == buffers
     for layout, backwards in itertools.product(LAYOUTS, (False, True)):
         host.set(backwards=backwards, one_slice=True)
@@ -82,14 +82,14 @@ def test_pieces_of_wide_kernels(host):
     leaf = weight.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(reference.multi_scale_conv2d(x, [leaf], groups), leaf, grad)
     described = describe_multi_scale_conv2d(x, [weight], groups, True, None)
-    plan = _C.cuda_plan(**described.sizes(), tf32=True, shared_limit=H200)
+    plan = _C.cuda_plan(described.sizes(), tf32=True, shared_limit=H200)
     assert plan["weight_gradient_buffers"] == 1
     assert 74 * 1024 < plan["weight_gradient_shared_bytes"] < 80 * 1024
     _, (got,), _ = torch.ops.mfef_cuda_host.multi_scale_conv2d_backward(
         grad, x, [weight], groups, True, None, False, True, True
     )
     assert torch.equal(got, wanted)
-    small = _C.cuda_plan(**described.sizes(), tf32=True, shared_limit=74 * 1024)
+    small = _C.cuda_plan(described.sizes(), tf32=True, shared_limit=74 * 1024)
     assert "the weight gradient takes 80 KiB" in small["reason"]
 
 
@@ -99,7 +99,7 @@ def test_pieces_of_wide_kernels(host):
 def test_imagenets_pieces_are_loaded_in_the_background(shape, allow, dtype):
     """With every branch's share of shared memory, where tensor cores have a branch at all."""
     sizes = problem(*shape, dtype=dtype).sizes()
-    plan = _C.cuda_plan(**sizes, tf32=allow, shared_limit=H200)
+    plan = _C.cuda_plan(sizes, tf32=allow, shared_limit=H200)
     on_tensor_cores = allow or dtype != torch.float32
     assert plan["weight_gradient_buffers"] == 2 * on_tensor_cores
     assert bool(plan["weight_gradient_tensor_core_branches"]) == on_tensor_cores
@@ -151,7 +151,7 @@ def test_tf32(device, layout, shape, options, branches):
         low = replace(case, x=rounded(case.x), grad=rounded(case.grad))
         at = case.cast(torch.float32, device)
         described = describe_multi_scale_conv2d(at.x, at.weights, at.groups, at.split, None)
-        plan = _C.cuda_plan(**described.sizes(), tf32=True, shared_limit=H200)
+        plan = _C.cuda_plan(described.sizes(), tf32=True, shared_limit=H200)
         assert plan["plan"] == "large-map"
         assert plan["weight_gradient_tensor_core_branches"] == branches
         x, grad = (t.detach().contiguous(memory_format=layout) for t in (at.x, at.grad))

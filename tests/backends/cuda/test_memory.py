@@ -20,7 +20,7 @@ YES_NO = (False, True)
 
 def planned(problem, **options) -> list[int]:
     """Bytes of scratch forward and backward, as the planner has them."""
-    plan = _C.cuda_plan(**problem.sizes(), tf32=problem.tf32, shared_limit=H200, **options)
+    plan = _C.cuda_plan(problem.sizes(), tf32=problem.tf32, shared_limit=H200, **options)
     return [plan[f"{direction}_scratch_bytes"] for direction in ("forward", "backward")]
 
 

@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "types.h"
+
 namespace mfef {
 
 using torch::headeronly::DeviceType;
@@ -43,13 +45,27 @@ inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "mfef: ", name, " does not have the dtype of the input");
 }
 
-// No count of elements that the kernels multiply on (by lanes, bytes, taps) may come near the limits of 64 bits: of no
-// tensor, the batch included, nor of an image where the batch is empty. A tensor can claim any size without having the
-// memory: expanded tensors repeat one element.
-constexpr double kMostElements = double(int64_t(1) << 40);
+// Null for the dtypes that no kernel takes.
+inline std::optional<Element> element_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return Element::kFloat;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kHalf;
+    case ScalarType::Double:
+      return Element::kDouble;
+    default:
+      return std::nullopt;
+  }
+}
+inline ScalarType compute_dtype(Element e) {
+  return compute_element(e) == Element::kDouble ? ScalarType::Double : ScalarType::Float;
+}
 
 inline void check_count(const std::string& name, double count) {
-  STD_TORCH_CHECK(count <= kMostElements, "mfef: ", name, " has about ", count,
+  STD_TORCH_CHECK(count <= double(kMaxElements), "mfef: ", name, " has about ", count,
                   " elements, at most 2^40 are supported");
 }
 inline void check_batch(const std::string& name, int64_t n, double count) {
@@ -91,45 +107,57 @@ inline MapSize check_map(const char* name, const Tensor& x) {
   return s;
 }
 
-struct BranchSize {
-  int64_t in, out, groups, k;
-};
+// The convolution's parameters: of every branch a weight and a number of groups, and one bias.
+struct ConvolutionParameters {
+  const std::vector<Tensor>& weights;
+  const std::vector<int64_t>& groups;
+  bool split;
+  const std::optional<Tensor>& bias;
 
-// The branches of a multi-scale convolution of x; their output channels add up to *out_channels.
-inline std::vector<BranchSize> check_branches(const Tensor& x, const std::vector<Tensor>& weights,
-                                              const std::vector<int64_t>& groups, bool split, size_t most_branches,
-                                              int64_t* out_channels) {
-  STD_TORCH_CHECK(!weights.empty(), "mfef: weights is empty");
-  STD_TORCH_CHECK(weights.size() <= most_branches, "mfef: weights has ", weights.size(), " branches, at most ",
-                  most_branches, " are supported");
-  STD_TORCH_CHECK(weights.size() == groups.size(), "mfef: weights has ", weights.size(), " branches but groups has ",
-                  groups.size(), " entries");
-  std::vector<BranchSize> branches;
-  int64_t in = 0, out = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor& w = weights[i];
-    check_like("a weight", w, x);
-    STD_TORCH_CHECK(w.dim() == 4 && w.size(2) == w.size(3) && w.size(2) % 2 == 1 && w.size(0) > 0 && w.size(1) > 0,
-                    "mfef: weights[", i, "] must have shape (Cout, Cin / groups, k, k) with k odd, got ", shape_of(w));
-    // Padded maps are addressed with k as an int; no useful kernel comes near this bound.
-    STD_TORCH_CHECK(w.size(2) < 4096, "mfef: the kernel size of weights[", i, "] is ", w.size(2), ", at most 4095");
-    const int64_t g = groups[i];
-    STD_TORCH_CHECK(g > 0 && g <= w.size(0) && w.size(0) % g == 0, "mfef: groups[", i, "]=", g,
-                    " must divide Cout=", w.size(0));
-    STD_TORCH_CHECK(w.size(1) <= x.size(1) / g, "mfef: weights[", i, "] takes more channels than the input has");
-    check_count("a weight", double(w.size(0)) * double(w.size(1)) * double(w.size(2)) * double(w.size(3)));
-    const BranchSize b{w.size(1) * g, w.size(0), g, w.size(2)};
-    STD_TORCH_CHECK(split || b.in == x.size(1), "mfef: weights[", i, "] takes ", b.in, " channels but the input has ",
+  // Returns the output channels of all branches.
+  int64_t check(const Tensor& x, size_t max_branches) const {
+    STD_TORCH_CHECK(!weights.empty(), "mfef: weights is empty");
+    STD_TORCH_CHECK(weights.size() <= max_branches, "mfef: weights has ", weights.size(), " branches, at most ",
+                    max_branches, " are supported");
+    STD_TORCH_CHECK(weights.size() == groups.size(), "mfef: weights has ", weights.size(), " branches but groups has ",
+                    groups.size(), " entries");
+    int64_t in = 0, out = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const Tensor& w = weights[i];
+      check_like("a weight", w, x);
+      STD_TORCH_CHECK(w.dim() == 4 && w.size(2) == w.size(3) && w.size(2) % 2 == 1 && w.size(0) > 0 && w.size(1) > 0,
+                      "mfef: weights[", i, "] must have shape (Cout, Cin / groups, k, k) with k odd, got ",
+                      shape_of(w));
+      // Padded maps are addressed with k as an int; no useful kernel comes near this bound.
+      STD_TORCH_CHECK(w.size(2) < 4096, "mfef: the kernel size of weights[", i, "] is ", w.size(2), ", at most 4095");
+      const int64_t g = groups[i];
+      STD_TORCH_CHECK(g > 0 && g <= w.size(0) && w.size(0) % g == 0, "mfef: groups[", i, "]=", g,
+                      " must divide Cout=", w.size(0));
+      STD_TORCH_CHECK(w.size(1) <= x.size(1) / g, "mfef: weights[", i, "] takes more channels than the input has");
+      check_count("a weight", double(w.size(0)) * double(w.size(1)) * double(w.size(2)) * double(w.size(3)));
+      STD_TORCH_CHECK(split || w.size(1) * g == x.size(1), "mfef: weights[", i, "] takes ", w.size(1) * g,
+                      " channels but the input has ", x.size(1));
+      in += w.size(1) * g;
+      out += w.size(0);
+    }
+    STD_TORCH_CHECK(!split || in == x.size(1), "mfef: the branches take ", in, " channels but the input has ",
                     x.size(1));
-    in += b.in;
-    out += b.out;
-    branches.push_back(b);
+    check_batch("the result", x.size(0), double(out) * double(x.size(2)) * double(x.size(3)));
+    if (bias) {
+      check_like("bias", *bias, x);
+      check_shape("bias", *bias, {out});
+    }
+    return out;
   }
-  STD_TORCH_CHECK(!split || in == x.size(1), "mfef: the branches take ", in, " channels but the input has ", x.size(1));
-  check_batch("the result", x.size(0), double(out) * double(x.size(2)) * double(x.size(3)));
-  *out_channels = out;
-  return branches;
-}
+
+  // The shape of branch i, which lies behind `before`, for maps of height x width.
+  template <class Int>
+  BranchShape<Int> shape(size_t i, const BranchShape<Int>* before, int64_t height, int64_t width) const {
+    const Tensor& w = weights[i];
+    return BranchShape<Int>::after(before, split, w.size(1) * groups[i], w.size(0), groups[i], w.size(2), height,
+                                   width);
+  }
+};
 
 // The attention's parameters.
 struct AttentionParameters {
@@ -203,14 +231,10 @@ inline Tensor empty_map_like(const Tensor& x, int64_t channels) {
 }
 
 inline Tensor nothing(const Tensor& like) { return empty_dense({0}, like.scalar_type(), like); }
-inline Tensor like_or_nothing(const std::optional<Tensor>& t, const Tensor& like) {
-  return t ? empty_like(*t) : nothing(like);
-}
 
-inline std::vector<Tensor> weight_grads(const std::vector<Tensor>& weights, bool need) {
-  std::vector<Tensor> grads;
-  for (size_t i = 0; need && i < weights.size(); ++i) grads.push_back(empty_like(weights[i]));
-  return grads;
+inline Map map_of(const Tensor& t) {
+  check_memory(t);
+  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
 }
 
 inline void check_grad(const Tensor& grad, const Tensor& x, const MapSize& size, int64_t channels) {
@@ -250,16 +274,35 @@ struct Saved {
   }
 };
 
-// The gradients of the attention's parameters; zero-sized where not needed or absent.
+// The gradients of the convolution's parameters; nothing where none are wanted, or there is no bias.
+struct ConvolutionGrads {
+  std::vector<Tensor> weights;
+  std::optional<Tensor> bias;
+
+  ConvolutionGrads(const ConvolutionParameters& p, bool need) {
+    if (!need) return;
+    for (const Tensor& w : p.weights) weights.push_back(empty_like(w));
+    if (p.bias) bias = empty_like(*p.bias);
+  }
+};
+
+// The gradients of the attention's parameters; without elements where not wanted or absent.
 struct AttentionGrads {
   Tensor fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight;
 
   AttentionGrads(const AttentionParameters& p, bool need, const Tensor& like)
       : fc1_weight(need ? empty_like(p.fc1_weight) : nothing(like)),
-        fc1_bias(need ? like_or_nothing(p.fc1_bias, like) : nothing(like)),
+        fc1_bias(need && p.fc1_bias ? empty_like(*p.fc1_bias) : nothing(like)),
         fc2_weight(need ? empty_like(p.fc2_weight) : nothing(like)),
-        fc2_bias(need ? like_or_nothing(p.fc2_bias, like) : nothing(like)),
+        fc2_bias(need && p.fc2_bias ? empty_like(*p.fc2_bias) : nothing(like)),
         spatial_weight(need ? empty_like(p.spatial_weight) : nothing(like)) {}
+};
+
+// Those of a call; null for what it does not compute.
+struct ParameterGrads {
+  bool need;
+  const ConvolutionGrads* convolution;
+  const AttentionGrads* attention;
 };
 
 }  // namespace mfef
