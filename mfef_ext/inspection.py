@@ -37,7 +37,6 @@ def build_info() -> dict[str, object]:
     return info
 
 
-
 class Explanation(str):
     """A text that shows itself line by line at a prompt too."""
 

@@ -1,7 +1,7 @@
 """The torch.library side of the operators: fakes, autograd, vmap, autocast.
 
-The schemas are in csrc/schemas.cpp, the kernels behind them. Fakes repeat what the kernels allocate;
-autograd formulas only pass tensors on; vmap calls once per element of its batch; autocast converts
+The schemas are in csrc/schemas.cpp, the kernels behind them. Fakes repeat what the kernels
+allocate; autograd formulas only pass tensors on; vmap calls once per element of its batch; autocast converts
 to the autocast dtype, float64 excepted.
 ``register`` does all that for a namespace: "mfef" is the native one, and a backend whose kernels
 are written in Python registers the same operators under a name of its own.

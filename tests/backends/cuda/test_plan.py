@@ -137,6 +137,19 @@ def test_what_does_not_fit(shape, options, reason):
     assert not plan["fits"] and reason in plan["reason"]
 
 
+@pytest.mark.parametrize("batch", [2**28, 2**29, 2**56, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("shape", [(64, 8), (64, 56)], ids=str)
+def test_products_with_the_batch_do_not_wrap_around(batch, shape):
+    """Every count of bytes is right, or the problem is refused as the operators refuse it."""
+    channels, side = shape
+    plan = cuda.plan(dataclasses.replace(problem(1, channels, side), batch=batch), H200)
+    if batch * channels * side**2 > 2**40:
+        assert not plan["fits"] and "2^40" in plan["reason"]
+    else:
+        assert plan["fits"] and plan["forward_scratch_bytes"] >= 0
+        assert plan["backward_scratch_bytes"] >= 4 * batch * channels
+
+
 def test_tiny_images_share_a_thread_block_once_there_are_enough():
     images = [cuda.plan(problem(n, 64, 2), H200)["images"] for n in (1, 128, 1024, 100_000)]
     assert images == [1, 1, 4, 16]

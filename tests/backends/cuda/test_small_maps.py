@@ -426,7 +426,7 @@ def test_ties_go_to_the_first_element(device, repeats):
 
 @pytest.mark.parametrize("repeats", [1, 30])
 def test_saved_tensors_are_those_of_the_cpu(device, repeats):
-    """Shapes, dtypes and layouts as csrc/schemas.cpp has them; indices are the first of their ties."""
+    """Shapes, dtypes and layouts as in csrc/schemas.cpp; indices are the first of their ties."""
     y, parameters = tied_case(torch.float32)
     y, *parameters = (t.detach().to(device) for t in (y.repeat(1, 1, 1, repeats), *parameters))
     namespace = torch.ops.mfef if device == "cuda" else torch.ops.mfef_cuda_host
