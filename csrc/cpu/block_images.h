@@ -7,7 +7,7 @@
 // unpack.
 #pragma once
 
-#include "attention_images.h"
+#include "attention.h"
 #include "conv_fourier.h"
 
 namespace mfef::cpu::MFEF_ISA {
@@ -98,7 +98,7 @@ struct BlockImages {
     if (at_step != kWhole && at_step != kAttention) return;
     if (!branchwise) unpack_y<E>(image, images, 0, args.out);
     if (!args.hidden) return;
-    if (args.branch_count == 0) attention.pool_pixels(y, 0, args.out, false);
+    if (args.branch_count == 0) attention.template pool_pixels<false>(y, 0, args.out);
     attention.forward(y, any_spectra());
     if (args.save) attention.save(image, images);
     unpack_images<E, T>(args.result, image, images, 0, args.out, args.height, args.width, [&](int64_t c, int64_t p) {
@@ -115,7 +115,7 @@ struct BlockImages {
     const T* packed = static_cast<const T*>(args.packed) + b.packed_first;
     T* to = y + b.out_first * step;
     if (b.spectrum) {
-      T* slack = args.hidden ? attention.slack + b.out_first * kLanes<T> : nullptr;
+      T* slack = args.hidden ? attention.tolerance + b.out_first * kLanes<T> : nullptr;
       fourier_map<T, false>(map, table(b), input, packed, static_cast<const E*>(b.weights), b.full_k, b.weight_stride,
                             bias, false, to, slack, sums);
     } else {
@@ -129,7 +129,8 @@ struct BlockImages {
     }
     // While the branch's y is still near.
     if (branchwise) unpack_y<E>(image, images, b.out_first, b.out);
-    if (args.hidden) attention.pool_pixels(y, b.out_first, b.out_first + b.out, b.spectrum != 0);
+    if (args.hidden && b.spectrum) attention.template pool_pixels<true>(y, b.out_first, b.out_first + b.out);
+    if (args.hidden && !b.spectrum) attention.template pool_pixels<false>(y, b.out_first, b.out_first + b.out);
   }
 
   // The convolution's output to where it is wanted: saved for the backward, or the result itself.

@@ -2,7 +2,7 @@
 // For single images, small batches, and maps so large that a block of images leaves the caches.
 #pragma once
 
-#include "attention_pixels.h"
+#include "attention.h"
 #include "block_images.h"
 
 namespace mfef::cpu::MFEF_ISA {
@@ -63,9 +63,9 @@ struct BlockPixels {
     if (step != kWhole && step != kAttention) return;
     if (args.y.data) unpack<E>(args.y, image, 0, args.out, y);
     if (args.hidden) {
-      if (args.branch_count == 0) attention.pool_pixels(y, 0, args.out);
-      attention.forward(y);
-      if (args.save) attention.save(image);
+      if (args.branch_count == 0) attention.template pool_pixels<false>(y, 0, args.out);
+      attention.forward(y, false);
+      if (args.save) attention.save(image, 1);
       for (int64_t c = 0; c < args.out; ++c) {
         const Vec<T> g = splat(attention.gate[c]);
         for (int64_t p = 0; p < row; p += L) {
@@ -86,7 +86,7 @@ struct BlockPixels {
     conv_map<T>(map, padded, static_cast<const T*>(args.packed) + b.packed_first, bias ? bias + b.out_first : nullptr,
                 false, raw);
     unpad_pixels(map, b.out, raw, y + b.out_first * row, row);
-    if (args.hidden) attention.pool_pixels(y, b.out_first, b.out_first + b.out);
+    if (args.hidden) attention.template pool_pixels<false>(y, b.out_first, b.out_first + b.out);
   }
 
   template <class E>
@@ -106,8 +106,9 @@ struct BlockPixels {
     pack<E>(args.grad_result, image, 0, args.out, grad);
     if (args.hidden) {
       pack<E>(args.y, image, 0, args.out, y);
-      attention.restore(image);
-      attention.backward(y, grad, partials);
+      attention.restore(image, 1);
+      attention.backward(y, grad, image, 1, partials);
+      attention.finish_backward(grad);
     }
     if (args.branch_count == 0) {
       if (args.grad_x.data) unpack<E>(args.grad_x, image, 0, args.in, grad);

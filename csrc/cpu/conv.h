@@ -79,12 +79,11 @@ using ConvTileFn = void (*)(const ConvTile<T>&);
 // A tile's sums to y.
 template <class T, int kOut, int kPix>
 MFEF_INLINE void store_tile(const ConvTile<T>& a, const Vec<T> (&acc)[kOut][kPix]) {
-  static_for<kOut>([&](auto o) {
-    static_for<kPix>([&](auto p) {
-      constexpr int o_ = decltype(o)::value, p_ = decltype(p)::value;
-      T* y = a.y + o_ * a.y_channel + p_ * kLanes<T>;
-      Vec<T> sum = a.accumulate ? load(y) + acc[o_][p_] : acc[o_][p_];
-      store(y, a.bias ? sum + splat(a.bias[o_]) : sum);
+  static_for<kOut>([&]<int o>() {
+    static_for<kPix>([&]<int p>() {
+      T* y = a.y + o * a.y_channel + p * kLanes<T>;
+      Vec<T> sum = a.accumulate ? load(y) + acc[o][p] : acc[o][p];
+      store(y, a.bias ? sum + splat(a.bias[o]) : sum);
     });
   });
 }
@@ -95,12 +94,7 @@ void conv_tile(const ConvTile<T>& a) {
   constexpr int64_t kTap = kLayout == kPixels ? 1 : kLanes<T>;
   constexpr int kRadius = kK / 2;
   Vec<T> acc[kOut][kPix];
-  static_for<kOut>([&](auto o) {
-    static_for<kPix>([&](auto p) {
-      constexpr int o_ = decltype(o)::value, p_ = decltype(p)::value;
-      acc[o_][p_] = Vec<T>{};
-    });
-  });
+  static_for<kOut>([&]<int o>() { static_for<kPix>([&]<int p>() { acc[o][p] = Vec<T>{}; }); });
   const int k = kK ? kK : a.k;
   const T* channel = a.x;
   const T* weights = a.weights;
@@ -108,27 +102,18 @@ void conv_tile(const ConvTile<T>& a) {
     const T* row = channel + a.ky_begin * a.x_row;
     const T* w = weights + int64_t(a.ky_begin) * k * kOut;
     for (int ky = a.ky_begin; ky < a.ky_end; ++ky) {
-      auto tap = [&](const T* xs, const T* ws, auto clipped_tap) {
-        constexpr int kTapX = decltype(clipped_tap)::value;  // kx - radius when clipping
+      auto tap = [&]<int kTapX>(const T* xs, const T* ws, Index<kTapX>) {  // kx - radius when clipping
         Vec<T> weight[kOut];
-        static_for<kOut>([&](auto o) {
-          constexpr int o_ = decltype(o)::value;
-          weight[o_] = splat(ws[o_]);
-        });
-        static_for<kPix>([&](auto p) {
-          constexpr int p_ = decltype(p)::value;
-          if constexpr (kLayout != kClip || (p_ + kTapX >= 0 && p_ + kTapX < kPix)) {
-            Vec<T> v = load(xs + p_ * kStep);
-            static_for<kOut>([&](auto o) {
-              constexpr int o_ = decltype(o)::value;
-              acc[o_][p_] += weight[o_] * v;
-            });
+        static_for<kOut>([&]<int o>() { weight[o] = splat(ws[o]); });
+        static_for<kPix>([&]<int p>() {
+          if constexpr (kLayout != kClip || (p + kTapX >= 0 && p + kTapX < kPix)) {
+            Vec<T> v = load(xs + p * kStep);
+            static_for<kOut>([&]<int o>() { acc[o][p] += weight[o] * v; });
           }
         });
       };
       if constexpr (kK > 0) {
-        static_for<kK>([&](auto x) {
-          constexpr int kx = decltype(x)::value;
+        static_for<kK>([&]<int kx>() {
           constexpr int kShift = kLayout == kClip ? kx - kRadius : 0;
           if constexpr (kLayout != kClip || (kShift > -kPix && kShift < kPix)) {
             tap(row + (kLayout == kClip ? kShift : kx) * kTap, w + kx * kOut, Index<kShift>{});
@@ -157,8 +142,7 @@ void conv_dot_tile(const ConvTile<float>& a) {
   constexpr int kLeft = kLayout == kClip ? kK / 2 : 0;  // from a.x to the row's first tap
   constexpr int64_t kRow = int64_t(kK + kK / 2) * kOut;
   Vec<float> acc[kOut][kPix];
-  static_for<kOut>(
-      [&](auto o) { static_for<kPix>([&](auto p) { acc[decltype(o)::value][decltype(p)::value] = Vec<float>{}; }); });
+  static_for<kOut>([&]<int o>() { static_for<kPix>([&]<int p>() { acc[o][p] = Vec<float>{}; }); });
   const float* channel = a.x;
   const float* weights = a.weights;
   for (int64_t c = 0; c < a.channels; ++c) {
@@ -172,35 +156,30 @@ void conv_dot_tile(const ConvTile<float>& a) {
         return x;
       };
       // Tap kTap alone, at pixels [kBegin, kEnd).
-      auto tap = [&](auto which, auto begin, auto end) {
-        constexpr int kTap = decltype(which)::value, kBegin = decltype(begin)::value, kEnd = decltype(end)::value;
+      auto tap = [&]<int kTap, int kBegin, int kEnd>(Index<kTap>, Index<kBegin>, Index<kEnd>) {
         if constexpr (kBegin < kEnd) {
           Vec<float> weight[kOut];
-          static_for<kOut>([&](auto o) { weight[decltype(o)::value] = splat(w[kTap * kOut + decltype(o)::value]); });
-          static_for<kEnd - kBegin>([&](auto i) {
-            constexpr int p_ = kBegin + decltype(i)::value;
+          static_for<kOut>([&]<int o>() { weight[o] = splat(w[kTap * kOut + o]); });
+          static_for<kEnd - kBegin>([&]<int i>() {
+            constexpr int p_ = kBegin + i;
             const Vec<float> v = first_of_lanes(load(row + (p_ + kTap - kLeft) * kStep));
-            static_for<kOut>([&](auto o) { acc[decltype(o)::value][p_] += weight[decltype(o)::value] * v; });
+            static_for<kOut>([&]<int o>() { acc[o][p_] += weight[o] * v; });
           });
         }
       };
-      static_for<kK / 2>([&](auto pair) {
-        constexpr int kPair = decltype(pair)::value, kTap = 2 * kPair;
+      static_for<kK / 2>([&]<int kPair>() {
+        constexpr int kTap = 2 * kPair;
         // Pixels where both meet the row: clipping, the second does from kBegin - 1 on, the first until kEnd.
         constexpr int kBegin = kLayout == kClip ? most(0, kLeft - kTap) : 0;
         constexpr int kEnd = kLayout == kClip ? least(kPix, kPix - 1 + kLeft - kTap) : kPix;
         if constexpr (kBegin < kEnd) {
           Vec<float> weight[kOut];
-          static_for<kOut>(
-              [&](auto o) { weight[decltype(o)::value] = splat(w[(kK + kPair) * kOut + decltype(o)::value]); });
+          static_for<kOut>([&]<int o>() { weight[o] = splat(w[(kK + kPair) * kOut + o]); });
           const float* x = apart(row);
-          static_for<kEnd - kBegin>([&](auto i) {
-            constexpr int p_ = kBegin + decltype(i)::value;
+          static_for<kEnd - kBegin>([&]<int i>() {
+            constexpr int p_ = kBegin + i;
             const Vec<float> v = load(x + (p_ + kTap - kLeft) * kStep);
-            static_for<kOut>([&](auto o) {
-              constexpr int o_ = decltype(o)::value;
-              acc[o_][p_] = add_dot_products(acc[o_][p_], weight[o_], v);
-            });
+            static_for<kOut>([&]<int o>() { acc[o][p_] = add_dot_products(acc[o][p_], weight[o], v); });
           });
         }
         if constexpr (kLayout == kClip) {
@@ -253,51 +232,40 @@ void weight_grad_tile(const WeightGradTile<T>& a) {
   const int k = kK ? kK : a.k;
   for (int kx0 = 0; kx0 < k; kx0 += kTaps) {
     Vec<T> acc[kOut][kTaps];
-    static_for<kOut>(
-        [&](auto o) { static_for<kTaps>([&](auto x) { acc[decltype(o)::value][decltype(x)::value] = Vec<T>{}; }); });
+    static_for<kOut>([&]<int o>() { static_for<kTaps>([&]<int x>() { acc[o][x] = Vec<T>{}; }); });
     const T* x_row = a.x + kx0 * kTap;
     const T* dy_row = a.dy;
     for (int64_t h = 0; h < a.rows; ++h) {
       if constexpr (kLayout == kClip) {
-        static_for<kPix>([&](auto p) {
-          constexpr int p_ = decltype(p)::value;
+        static_for<kPix>([&]<int p>() {
           Vec<T> dy[kOut];
-          static_for<kOut>([&](auto o) {
-            constexpr int o_ = decltype(o)::value;
-            dy[o_] = load(dy_row + o_ * a.dy_channel + p_ * kStep);
-          });
-          static_for<kTaps>([&](auto x) {
-            constexpr int kx = decltype(x)::value;
-            constexpr int kAt = p_ + kx - kRadius;
+          static_for<kOut>([&]<int o>() { dy[o] = load(dy_row + o * a.dy_channel + p * kStep); });
+          static_for<kTaps>([&]<int kx>() {
+            constexpr int kAt = p + kx - kRadius;
             if constexpr (kAt >= 0 && kAt < kPix) {
               Vec<T> v = load(x_row + kAt * kStep);
-              static_for<kOut>([&](auto o) { acc[decltype(o)::value][kx] += dy[decltype(o)::value] * v; });
+              static_for<kOut>([&]<int o>() { acc[o][kx] += dy[o] * v; });
             }
           });
         });
       } else {
         for (int64_t p = 0; p < a.width; ++p) {
           Vec<T> v[kTaps];
-          static_for<kTaps>([&](auto x) {
-            constexpr int kx = decltype(x)::value;
-            v[kx] = load(x_row + p * kStep + kx * kTap);
-          });
-          static_for<kOut>([&](auto o) {
-            constexpr int o_ = decltype(o)::value;
-            Vec<T> dy = load(dy_row + o_ * a.dy_channel + p * kStep);
-            static_for<kTaps>([&](auto x) { acc[o_][decltype(x)::value] += dy * v[decltype(x)::value]; });
+          static_for<kTaps>([&]<int kx>() { v[kx] = load(x_row + p * kStep + kx * kTap); });
+          static_for<kOut>([&]<int o>() {
+            Vec<T> dy = load(dy_row + o * a.dy_channel + p * kStep);
+            static_for<kTaps>([&]<int x>() { acc[o][x] += dy * v[x]; });
           });
         }
       }
       x_row += a.x_row;
       dy_row += a.dy_row;
     }
-    static_for<kOut>([&](auto o) {
-      static_for<kTaps>([&](auto x) {
-        constexpr int o_ = decltype(o)::value, kx = decltype(x)::value;
+    static_for<kOut>([&]<int o>() {
+      static_for<kTaps>([&]<int kx>() {
         if constexpr (kLayout == kClip && (kx - kRadius >= kPix || kRadius - kx >= kPix)) return;
-        T* sum = a.sums + (int64_t(o_) * k * k + kx0 + kx) * kStep;
-        store(sum, a.accumulate ? load(sum) + acc[o_][kx] : acc[o_][kx]);
+        T* sum = a.sums + (int64_t(o) * k * k + kx0 + kx) * kStep;
+        store(sum, a.accumulate ? load(sum) + acc[o][kx] : acc[o][kx]);
       });
     });
   }
@@ -345,12 +313,10 @@ struct ConvTableMaker {
   }
   static constexpr ConvTable<T> make() {
     ConvTable<T> table{};
-    static_for<kLayouts>([&](auto layout) {
-      static_for<kKernelSizeCount>([&](auto k) {
-        static_for<kOutCount>([&](auto out) {
-          static_for<kPixCount>([&](auto pix) {
-            constexpr int l = decltype(layout)::value, ki = decltype(k)::value, o = decltype(out)::value,
-                          p = decltype(pix)::value;
+    static_for<kLayouts>([&]<int l>() {
+      static_for<kKernelSizeCount>([&]<int ki>() {
+        static_for<kOutCount>([&]<int o>() {
+          static_for<kPixCount>([&]<int p>() {
             table.conv[l][ki][o][p] = conv<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();
             table.conv_dot[l][ki][o][p] = conv_dot<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();
             table.weight_grad[l][ki][o][p] = weight_grad<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();

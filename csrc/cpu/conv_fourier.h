@@ -145,38 +145,31 @@ void multiply_tile(const T* x, int64_t x_step, int64_t channels, const T* weight
                    bool accumulate) {
   constexpr int L = kLanes<T>;
   Vec<T> re[kBins][kOut], im[kBins][kOut];
-  static_for<kBins>([&](auto b) {
-    static_for<kOut>([&](auto o) {
-      re[decltype(b)::value][decltype(o)::value] = im[decltype(b)::value][decltype(o)::value] = Vec<T>{};
-    });
-  });
+  static_for<kBins>([&]<int b>() { static_for<kOut>([&]<int o>() { re[b][o] = im[b][o] = Vec<T>{}; }); });
   for (int64_t i = 0; i < channels; ++i, x += x_step, weights += kBins * 2 * kOut) {
     __builtin_prefetch(weights + 16 * kBins * 2 * kOut);
-    static_for<kBins>([&](auto b) {
-      constexpr int b_ = decltype(b)::value;
-      const Vec<T> x_re = load(x + 2 * b_ * L), x_im = load(x + (2 * b_ + 1) * L);
-      const T* w = weights + b_ * 2 * kOut;
-      static_for<kOut>([&](auto o) {
-        constexpr int o_ = decltype(o)::value;
-        const Vec<T> w_re = splat(w[o_]), w_im = splat(w[kOut + o_]);
-        re[b_][o_] += w_re * x_re;
-        im[b_][o_] += w_re * x_im;
+    static_for<kBins>([&]<int b>() {
+      const Vec<T> x_re = load(x + 2 * b * L), x_im = load(x + (2 * b + 1) * L);
+      const T* w = weights + b * 2 * kOut;
+      static_for<kOut>([&]<int o>() {
+        const Vec<T> w_re = splat(w[o]), w_im = splat(w[kOut + o]);
+        re[b][o] += w_re * x_re;
+        im[b][o] += w_re * x_im;
         if constexpr (kConj) {
-          re[b_][o_] += w_im * x_im;
-          im[b_][o_] -= w_im * x_re;
+          re[b][o] += w_im * x_im;
+          im[b][o] -= w_im * x_re;
         } else {
-          re[b_][o_] -= w_im * x_im;
-          im[b_][o_] += w_im * x_re;
+          re[b][o] -= w_im * x_im;
+          im[b][o] += w_im * x_re;
         }
       });
     });
   }
-  static_for<kOut>([&](auto o) {
-    static_for<kBins>([&](auto b) {
-      constexpr int o_ = decltype(o)::value, b_ = decltype(b)::value;
-      T* to = y + o_ * y_step + 2 * b_ * L;
-      store(to, accumulate ? load(to) + re[b_][o_] : re[b_][o_]);
-      store(to + L, accumulate ? load(to + L) + im[b_][o_] : im[b_][o_]);
+  static_for<kOut>([&]<int o>() {
+    static_for<kBins>([&]<int b>() {
+      T* to = y + o * y_step + 2 * b * L;
+      store(to, accumulate ? load(to) + re[b][o] : re[b][o]);
+      store(to + L, accumulate ? load(to + L) + im[b][o] : im[b][o]);
     });
   });
 }
@@ -196,13 +189,12 @@ void multiply_spectra(const ConvMap<T>& map, int64_t n, const T* x, const T* pac
       T* y_bins = y + o * step + 2 * b * kLanes<T>;
       for (int64_t i = 0; i < in_group; i += chain) {
         const int64_t channels = least(chain, in_group - i);
-        auto tile = [&](auto out_count, auto bin_count) {
-          constexpr int kOut = decltype(out_count)::value, kBins = decltype(bin_count)::value;
+        auto tile = [&]<int kOut, int kBins>(Index<kOut>, Index<kBins>) {
           multiply_tile<T, kOut, kBins, kConj>(x_bins + i * step, step, channels, packed, y_bins, step, i > 0);
           packed += channels * kBins * 2 * kOut;
         };
-        static_for<kSpectrumTile>([&](auto at) {
-          constexpr int kOut = decltype(at)::value + 1;
+        static_for<kSpectrumTile>([&]<int at>() {
+          constexpr int kOut = at + 1;
           if (out != kOut) return;
           if constexpr (kSpectrumTile / kOut > 1) {
             if (tile_bins > 1) return tile(Index<kOut>{}, Index<kSpectrumTile / kOut>{});
@@ -292,28 +284,25 @@ void weight_spectra_lanes(const ConvMap<T>& map, const DftTable<T>& table, int i
       for (int r = 0; r < L; ++r) store(turned + (b * L + r) * L, rows[r]);
     }
     for (int64_t i = 0; i < in_group;) {
-      auto tile = [&](auto inputs) {
-        constexpr int kIn = decltype(inputs)::value;
+      auto tile = [&]<int kIn>(Index<kIn>) {
         for (int64_t b = 0; b < bins; ++b) {
           Vec<T> re[kIn], im[kIn];
-          static_for<kIn>([&](auto j) { re[decltype(j)::value] = im[decltype(j)::value] = Vec<T>{}; });
+          static_for<kIn>([&]<int j>() { re[j] = im[j] = Vec<T>{}; });
           const T* d = turned + 2 * b * L * L;
           const T* at = x + i * step + 2 * b * L;
           for (int r = 0; r < images; ++r, d += L, ++at) {
             const Vec<T> d_re = load(d), d_im = load(d + L * L);
-            static_for<kIn>([&](auto j) {
-              constexpr int j_ = decltype(j)::value;
-              const Vec<T> x_re = splat(at[j_ * step]), x_im = splat(at[j_ * step + L]);
-              re[j_] += d_re * x_re;
-              im[j_] += d_re * x_im;
-              re[j_] += d_im * x_im;
-              im[j_] -= d_im * x_re;
+            static_for<kIn>([&]<int j>() {
+              const Vec<T> x_re = splat(at[j * step]), x_im = splat(at[j * step + L]);
+              re[j] += d_re * x_re;
+              im[j] += d_re * x_im;
+              re[j] += d_im * x_im;
+              im[j] -= d_im * x_re;
             });
           }
-          static_for<kIn>([&](auto j) {
-            constexpr int j_ = decltype(j)::value;
-            store(products + (j_ * bins + b) * 2 * L, re[j_]);
-            store(products + ((j_ * bins + b) * 2 + 1) * L, im[j_]);
+          static_for<kIn>([&]<int j>() {
+            store(products + (j * bins + b) * 2 * L, re[j]);
+            store(products + ((j * bins + b) * 2 + 1) * L, im[j]);
           });
         }
         for (int j = 0; j < kIn; ++j, sums += taps * L) {
@@ -350,13 +339,11 @@ void weight_spectra_pairs(const ConvMap<T>& map, const DftTable<T>& table, int64
     }
     for (int64_t b = 0; b < 2 * bins * L; b += 2 * L) {
       Vec<T> re[L], im[L];
-      static_for<L>([&](auto lane) {
-        constexpr int l = decltype(lane)::value;
+      static_for<L>([&]<int l>() {
         re[l] = load(dy_at[l] + b) * load(x_at[l] + b) + load(dy_at[l] + b + L) * load(x_at[l] + b + L);
       });
       store(scratch + b, sums_of_lanes<T>(re));
-      static_for<L>([&](auto lane) {
-        constexpr int l = decltype(lane)::value;
+      static_for<L>([&]<int l>() {
         im[l] = load(dy_at[l] + b) * load(x_at[l] + b + L) - load(dy_at[l] + b + L) * load(x_at[l] + b);
       });
       store(scratch + b + L, sums_of_lanes<T>(im));
@@ -592,7 +579,7 @@ MFEF_INLINE Vec<T> sum_over_pixels(const T* x, int64_t pixels, const F& f) {
   Vec<T> sum[4] = {};
   int64_t p = 0;
   for (; p + 4 <= pixels; p += 4) {
-    static_for<4>([&](auto j) { sum[decltype(j)::value] += f(load(x + (p + decltype(j)::value) * L)); });
+    static_for<4>([&]<int j>() { sum[j] += f(load(x + (p + j) * L)); });
   }
   for (; p < pixels; ++p) sum[0] += f(load(x + p * L));
   return sum[0] + sum[1] + (sum[2] + sum[3]);
@@ -624,20 +611,17 @@ void find_weak(const ConvMap<T>& map, int64_t n, const T* x, const T* guard, Wea
   const IVec<T> known = (square > splat(std::numeric_limits<T>::min() * T(1e6))) & (square < infinity);
   limit = known ? limit : infinity;
   alignas(64) T sums[kMostSide * kMostSide * L];
-  auto add = [&](int64_t i, auto count) {
-    constexpr int kCount = decltype(count)::value;
+  auto add = [&]<int kCount>(int64_t i, Index<kCount>) {
     Vec<T> factor[kCount], clip[kCount];
-    static_for<kCount>([&](auto j) {
-      constexpr int j_ = decltype(j)::value;
-      factor[j_] = splat(scale[i + j_]);
-      clip[j_] = limit / factor[j_];
+    static_for<kCount>([&]<int j>() {
+      factor[j] = splat(scale[i + j]);
+      clip[j] = limit / factor[j];
     });
     for (int64_t p = 0; p < pixels; ++p) {
       Vec<T> sum = i ? load(sums + p * L) : Vec<T>{};
-      static_for<kCount>([&](auto j) {
-        constexpr int j_ = decltype(j)::value;
-        const Vec<T> size = absolute<T>(load(x + (i + j_) * map.channel + p * L));
-        sum += (size < clip[j_] ? size : clip[j_]) * factor[j_];
+      static_for<kCount>([&]<int j>() {
+        const Vec<T> size = absolute<T>(load(x + (i + j) * map.channel + p * L));
+        sum += (size < clip[j] ? size : clip[j]) * factor[j];
       });
       store(sums + p * L, sum);
     }
@@ -683,8 +667,7 @@ void direct_sums(const ConvMap<T>& map, const Weak<T>& weak, const T* x, const R
                  int64_t y_step) {
   constexpr int L = kLanes<T>;
   const int radius = map.k / 2;
-  auto pixel = [&](int64_t h, int64_t w, int64_t o, auto count) {
-    constexpr int kCount = decltype(count)::value;
+  auto pixel = [&]<int kCount>(int64_t h, int64_t w, int64_t o, Index<kCount>) {
     const int64_t ky_begin = most<int64_t>(0, radius - h), ky_end = least<int64_t>(map.k, map.height + radius - h);
     const int64_t kx_begin = most<int64_t>(0, radius - w), kx_end = least<int64_t>(map.k, map.width + radius - w);
     const int64_t p = h * map.width + w;
@@ -696,19 +679,16 @@ void direct_sums(const ConvMap<T>& map, const Weak<T>& weak, const T* x, const R
         const E* from = raw.at + o * raw.out + i * raw.in + ky * raw.row;
         for (int64_t kx = kx_begin; kx < kx_end; ++kx) {
           const Vec<T> v = load(row + kx * L);
-          static_for<kCount>([&](auto r) {
-            constexpr int r_ = decltype(r)::value;
-            part[r_] += v * splat(T(to_compute(from[r_ * raw.out + kx * raw.column])));
-          });
+          static_for<kCount>(
+              [&]<int r>() { part[r] += v * splat(T(to_compute(from[r * raw.out + kx * raw.column]))); });
         }
       }
-      static_for<kCount>([&](auto r) { sum[decltype(r)::value] += part[decltype(r)::value]; });
+      static_for<kCount>([&]<int r>() { sum[r] += part[r]; });
     }
-    static_for<kCount>([&](auto r) {
-      constexpr int r_ = decltype(r)::value;
-      if (bias) sum[r_] += splat(bias[o + r_]);
-      T* to = y + (o + r_) * y_step + p * L;
-      store(to, weak.lanes[p] ? sum[r_] : load(to));
+    static_for<kCount>([&]<int r>() {
+      if (bias) sum[r] += splat(bias[o + r]);
+      T* to = y + (o + r) * y_step + p * L;
+      store(to, weak.lanes[p] ? sum[r] : load(to));
     });
   };
   constexpr int kMany = kRegisters == 32 ? 8 : 4;
@@ -734,9 +714,9 @@ Vec<T> largest_spectrum(int64_t channels, int64_t n, const T* spectra) {
   for (int64_t c = 0; c < channels; ++c, spectra += spectrum_vectors(n) * kLanes<T>) {
     Vec<T> sums[2] = {};
     for (int64_t at = 0; at < count; at += 2) {
-      static_for<2>([&](auto i) {
-        const Vec<T> v = load(spectra + (at + decltype(i)::value) * kLanes<T>);
-        sums[decltype(i)::value] += v * v;
+      static_for<2>([&]<int i>() {
+        const Vec<T> v = load(spectra + (at + i) * kLanes<T>);
+        sums[i] += v * v;
       });
     }
     const Vec<T> sum = sums[0] + sums[1];
@@ -847,8 +827,7 @@ void count_missing(const ConvMap<T>& map, const T* dy, const T* unit, Levels<T>&
   const bool overlap = radius < window;
   for (int64_t o = 0; o < map.out_group(); ++o, dy += map.out_channel) {
     Vec<T> level[kLevels];
-    static_for<kLevels>(
-        [&](auto j) { level[decltype(j)::value] = load(unit + o * L) * splat(T(kLevel[decltype(j)::value + 1])); });
+    static_for<kLevels>([&]<int j>() { level[j] = load(unit + o * L) * splat(T(kLevel[j + 1])); });
     IVec<T> part[3][3][kLevels];
     for (int a = 0; a < 3; ++a) {
       for (int b = 0; b < 3; ++b) {
@@ -856,10 +835,10 @@ void count_missing(const ConvMap<T>& map, const T* dy, const T* unit, Levels<T>&
         for (int64_t h = cut[a]; h < cut[a + 1]; ++h) {
           for (int64_t w = cut[b]; w < cut[b + 1]; ++w) {
             const Vec<T> v = absolute<T>(load(dy + (h * side + w) * L));
-            static_for<kLevels>([&](auto j) { count[decltype(j)::value] += v < level[decltype(j)::value]; });
+            static_for<kLevels>([&]<int j>() { count[j] += v < level[j]; });
           }
         }
-        static_for<kLevels>([&](auto j) { part[a][b][decltype(j)::value] = count[decltype(j)::value]; });
+        static_for<kLevels>([&]<int j>() { part[a][b][j] = count[j]; });
       }
     }
     constexpr int kLevelss = 4 * kLevels;
@@ -888,8 +867,7 @@ MFEF_INLINE IVec<T> count_below(const T* x, int64_t pixels, Vec<T> level) {
   IVec<T> count[2] = {};
   int64_t p = 0;
   for (; p + 2 <= pixels; p += 2) {
-    static_for<2>(
-        [&](auto j) { count[decltype(j)::value] += absolute<T>(load(x + (p + decltype(j)::value) * L)) < level; });
+    static_for<2>([&]<int j>() { count[j] += absolute<T>(load(x + (p + j) * L)) < level; });
   }
   if (p < pixels) count[0] += absolute<T>(load(x + p * L)) < level;
   return count[0] + count[1];
@@ -976,13 +954,12 @@ bool is_rare(const ConvMap<T>& map, int64_t n, const T* x, const T* dy, const T*
   alignas(64) T at[(kMostSide * kMostSide / L + 2) * L], line[(2 * kParts + 1) * L];
   auto sums_of_images = [&](int64_t p, auto whole) {
     Vec<T> rows[L];
-    static_for<L>([&](auto r) {
-      constexpr int r_ = decltype(r)::value;
-      if (!decltype(whole)::value && p + r_ >= pixels) {
-        rows[r_] = Vec<T>{};
+    static_for<L>([&]<int r>() {
+      if (!decltype(whole)::value && p + r >= pixels) {
+        rows[r] = Vec<T>{};
       } else {
-        const Vec<T> v = absolute<T>(load(x + (p + r_) * L));
-        rows[r_] = (v < splat(limit) ? v : splat(limit)) * levels.weight;
+        const Vec<T> v = absolute<T>(load(x + (p + r) * L));
+        rows[r] = (v < splat(limit) ? v : splat(limit)) * levels.weight;
       }
     });
     store(at + p, sums_of_lanes<T>(rows));

@@ -134,20 +134,19 @@ void pack_weights(const ConvMap<T>& map, bool flipped, const E* weights, int64_t
   const int64_t ky_step = flipped ? -stride[2] : stride[2], kx_step = flipped ? -stride[3] : stride[3];
   const int64_t first_tap = (full_k - map.k) / 2 + (flipped ? map.k - 1 : 0);
   weights += first_tap * (stride[2] + stride[3]);
-  auto pack = [&](const E* from, T* to, auto count) {
-    constexpr int kOut = decltype(count)::value;
+  auto pack = [&]<int kOut>(const E* from, T* to, Index<kOut>) {
     for (int64_t i = 0; i < in_group; ++i, from += in_step) {
       for (int ky = 0; ky < map.k; ++ky) {
         const E* at = from + ky * ky_step;
         for (int kx = 0; kx < map.k; ++kx, at += kx_step, to += kOut) {
-          static_for<kOut>([&](auto j) { to[decltype(j)::value] = to_compute(at[decltype(j)::value * out_step]); });
+          static_for<kOut>([&]<int j>() { to[j] = to_compute(at[j * out_step]); });
         }
         if constexpr (kPerLane<E, T> == 2) {
           const E* pair = from + ky * ky_step;
           for (int j = 0; map.dot && j < map.k / 2; ++j, pair += 2 * kx_step, to += kOut) {
-            static_for<kOut>([&](auto o) {
-              const E* first = pair + decltype(o)::value * out_step;
-              to[decltype(o)::value] = pair_of(first[0], first[kx_step]);
+            static_for<kOut>([&]<int o>() {
+              const E* first = pair + o * out_step;
+              to[o] = pair_of(first[0], first[kx_step]);
             });
           }
         }
@@ -161,8 +160,8 @@ void pack_weights(const ConvMap<T>& map, bool flipped, const E* weights, int64_t
       if (tile >= begin && tile < end) {
         const E* from = weights + g * stride[0] * (flipped ? in_group : out_group) + o * out_step;
         T* to = packed + (g * out_group + o) * in_group * taps;
-        static_for<kOutCount>([&](auto i) {
-          constexpr int kOut = kOutCounts[decltype(i)::value];
+        static_for<kOutCount>([&]<int i>() {
+          constexpr int kOut = kOutCounts[i];
           if (out == kOut) pack(from, to, Index<kOut>{});
         });
       }
@@ -342,7 +341,7 @@ MFEF_INLINE void weight_grad_tiles(const ConvMap<T>& map, const T* x, const T* d
         // Sums of lanes, kLanes of them at a time; those beyond the last tap are never read.
         for (int64_t t = 0; t < out * taps; t += L) {
           Vec<T> lanes[L];
-          static_for<L>([&](auto r) { lanes[decltype(r)::value] = load(scratch + (t + decltype(r)::value) * L); });
+          static_for<L>([&]<int r>() { lanes[r] = load(scratch + (t + r) * L); });
           add(o, out, i, t, sums_of_lanes<T>(lanes));
         }
       }
@@ -425,9 +424,8 @@ void weight_grad_channels(const ConvMap<T>& map, int64_t task, int64_t images, c
   sums += (g * round_up(out_group, L) + o) * in_group * taps;
 
   // One tap and kCount input channels, summed over one block of images.
-  auto block = [&](const T* x_first, const T* dy_first, int64_t count_images, int ky, int kx, T* to, bool first,
-                   auto vecs, auto count) {
-    constexpr int kVecs = decltype(vecs)::value, kCount = decltype(count)::value;
+  auto block = [&]<int kVecs, int kCount>(const T* x_first, const T* dy_first, int64_t count_images, int ky, int kx,
+                                          T* to, bool first, Index<kVecs>, Index<kCount>) {
     const int64_t dh = ky - radius, dw = kx - radius;
     Vec<T> acc[kVecs][kCount] = {};
     for (int64_t h = most<int64_t>(0, -dh); h < least(map.height, map.height - dh); ++h) {
@@ -436,20 +434,18 @@ void weight_grad_channels(const ConvMap<T>& map, int64_t task, int64_t images, c
         const T* at = x_first + map.lead + ((h + dh) * map.pitch + w + dw) * L;
         for (int64_t r = 0; r < count_images; ++r, d += pixels * dy_row, ++at) {
           Vec<T> dy_vec[kVecs];
-          static_for<kVecs>([&](auto v) { dy_vec[decltype(v)::value] = load(d + decltype(v)::value * L); });
-          static_for<kCount>([&](auto i) {
-            constexpr int i_ = decltype(i)::value;
-            const Vec<T> scalar = splat(at[i_ * map.channel]);
-            static_for<kVecs>([&](auto v) { acc[decltype(v)::value][i_] += dy_vec[decltype(v)::value] * scalar; });
+          static_for<kVecs>([&]<int v>() { dy_vec[v] = load(d + v * L); });
+          static_for<kCount>([&]<int i>() {
+            const Vec<T> scalar = splat(at[i * map.channel]);
+            static_for<kVecs>([&]<int v>() { acc[v][i] += dy_vec[v] * scalar; });
           });
         }
       }
     }
-    static_for<kVecs>([&](auto v) {
-      static_for<kCount>([&](auto i) {
-        constexpr int v_ = decltype(v)::value, i_ = decltype(i)::value;
-        T* sum = to + (v_ * in_group + i_) * taps * L;
-        store(sum, first ? acc[v_][i_] : load(sum) + acc[v_][i_]);
+    static_for<kVecs>([&]<int v>() {
+      static_for<kCount>([&]<int i>() {
+        T* sum = to + (v * in_group + i) * taps * L;
+        store(sum, first ? acc[v][i] : load(sum) + acc[v][i]);
       });
     });
   };

@@ -57,8 +57,8 @@ template <class T, int kN, int kLive>
 MFEF_INLINE void dft_odd(const Vec<T> (&v)[kN / 2], Vec<T> (&re)[kN / 2 + 1], Vec<T> (&im)[kN / 2 + 1]) {
   constexpr int q = kN / 2, kPairs = (q - 1) / 2;
   Vec<T> minus[kPairs + 1], plus[kPairs + 1];
-  static_for<kPairs>([&](auto i) {
-    constexpr int j = decltype(i)::value + 1;
+  static_for<kPairs>([&]<int i>() {
+    constexpr int j = i + 1;
     if constexpr (q - j < kLive) {
       minus[j] = v[j] - v[q - j];
       plus[j] = v[j] + v[q - j];
@@ -66,11 +66,11 @@ MFEF_INLINE void dft_odd(const Vec<T> (&v)[kN / 2], Vec<T> (&re)[kN / 2 + 1], Ve
       minus[j] = plus[j] = v[j];
     }
   });
-  static_for<q / 2 + q % 2>([&](auto i) {
-    constexpr int k = 2 * decltype(i)::value + 1;
+  static_for<q / 2 + q % 2>([&]<int i>() {
+    constexpr int k = 2 * i + 1;
     Vec<T> r = v[0], s{};
-    static_for<kPairs>([&](auto p) {
-      constexpr int j = decltype(p)::value + 1;
+    static_for<kPairs>([&]<int p>() {
+      constexpr int j = p + 1;
       if constexpr (j < kLive) {
         constexpr T c = T(cos_turn(j * k, kN)), d = T(-sin_turn(j * k, kN));
         r += minus[j] * c;
@@ -99,8 +99,7 @@ MFEF_INLINE void dft(const Vec<T> (&x)[kN], Vec<T> (&re)[kN / 2 + 1], Vec<T> (&i
   } else if constexpr (kN % 2 == 0) {
     constexpr int q = kN / 2, kHalf = kLive < q ? kLive : q;
     Vec<T> u[q], v[q];
-    static_for<q>([&](auto i) {
-      constexpr int j = decltype(i)::value;
+    static_for<q>([&]<int j>() {
       if constexpr (j + q < kLive) {
         u[j] = x[j] + x[j + q];
         v[j] = x[j] - x[j + q];
@@ -111,16 +110,15 @@ MFEF_INLINE void dft(const Vec<T> (&x)[kN], Vec<T> (&re)[kN / 2 + 1], Vec<T> (&i
     Vec<T> even_re[q / 2 + 1], even_im[q / 2 + 1];
     dft<T, q, kHalf>(u, even_re, even_im);
     dft_odd<T, kN, kHalf>(v, re, im);
-    static_for<q / 2 + 1>([&](auto i) {
-      constexpr int k = decltype(i)::value;
+    static_for<q / 2 + 1>([&]<int k>() {
       re[2 * k] = even_re[k];
       if constexpr (k > 0 && 2 * k < q) im[2 * k] = even_im[k];
     });
   } else {
     constexpr int kPairs = kN / 2;
     Vec<T> plus[kPairs + 1], minus[kPairs + 1];
-    static_for<kPairs>([&](auto i) {
-      constexpr int j = decltype(i)::value + 1;
+    static_for<kPairs>([&]<int i>() {
+      constexpr int j = i + 1;
       if constexpr (kN - j < kLive) {
         plus[j] = x[j] + x[kN - j];
         minus[j] = x[j] - x[kN - j];
@@ -128,11 +126,10 @@ MFEF_INLINE void dft(const Vec<T> (&x)[kN], Vec<T> (&re)[kN / 2 + 1], Vec<T> (&i
         plus[j] = minus[j] = x[j];
       }
     });
-    static_for<kPairs + 1>([&](auto i) {
-      constexpr int k = decltype(i)::value;
+    static_for<kPairs + 1>([&]<int k>() {
       Vec<T> r = x[0], s{};
-      static_for<kPairs>([&](auto p) {
-        constexpr int j = decltype(p)::value + 1;
+      static_for<kPairs>([&]<int p>() {
+        constexpr int j = p + 1;
         if constexpr (j < kLive) {
           if constexpr (k == 0) {
             r += plus[j];
@@ -154,11 +151,10 @@ template <class T, int kN, int kTwice>
 MFEF_INLINE void inverse_dft_odd(const Vec<T> (&re)[kN / 2 + 1], const Vec<T> (&im)[kN / 2 + 1],
                                  Vec<T> (&part)[kN / 2]) {
   constexpr int q = kN / 2, kPairs = (q - 1) / 2;
-  static_for<kPairs + 1>([&](auto i) {
-    constexpr int j = decltype(i)::value;
+  static_for<kPairs + 1>([&]<int j>() {
     Vec<T> c{}, s{};
-    static_for<q / 2 + q % 2>([&](auto p) {
-      constexpr int k = 2 * decltype(p)::value + 1;
+    static_for<q / 2 + q % 2>([&]<int p>() {
+      constexpr int k = 2 * p + 1;
       constexpr double f = k < q ? kTwice : 1;
       constexpr T cosine = T(f * cos_turn(j * k, kN)), sine = T(f * sin_turn(j * k, kN));
       c = k == 1 ? re[k] * cosine : c + re[k] * cosine;
@@ -173,8 +169,8 @@ MFEF_INLINE void inverse_dft_odd(const Vec<T> (&re)[kN / 2 + 1], const Vec<T> (&
   });
   if constexpr (q % 2 == 0) {
     Vec<T> s{};
-    static_for<q / 2>([&](auto p) {
-      constexpr int k = 2 * decltype(p)::value + 1;
+    static_for<q / 2>([&]<int p>() {
+      constexpr int k = 2 * p + 1;
       constexpr T sine = T(k % 4 == 1 ? -kTwice : kTwice);
       s = k == 1 ? im[k] * sine : s + im[k] * sine;
     });
@@ -191,15 +187,13 @@ MFEF_INLINE void inverse_dft(const Vec<T> (&re)[kN / 2 + 1], const Vec<T> (&im)[
   } else if constexpr (kN % 2 == 0) {
     constexpr int q = kN / 2;
     Vec<T> even_re[q / 2 + 1], even_im[q / 2 + 1], even[q], odd[q];
-    static_for<q / 2 + 1>([&](auto i) {
-      constexpr int k = decltype(i)::value;
+    static_for<q / 2 + 1>([&]<int k>() {
       even_re[k] = re[2 * k];
       if constexpr (k > 0 && 2 * k < q) even_im[k] = im[2 * k];
     });
     inverse_dft<T, q, (kLive < q ? kLive : q), kTwice>(even_re, even_im, even);
     inverse_dft_odd<T, kN, kTwice>(re, im, odd);
-    static_for<kLive>([&](auto i) {
-      constexpr int j = decltype(i)::value;
+    static_for<kLive>([&]<int j>() {
       if constexpr (j < q) {
         x[j] = even[j] + odd[j];
       } else {
@@ -207,11 +201,10 @@ MFEF_INLINE void inverse_dft(const Vec<T> (&re)[kN / 2 + 1], const Vec<T> (&im)[
       }
     });
   } else {
-    static_for<kN / 2 + 1>([&](auto i) {
-      constexpr int j = decltype(i)::value;
+    static_for<kN / 2 + 1>([&]<int j>() {
       Vec<T> c = re[0], s{};
-      static_for<kN / 2>([&](auto p) {
-        constexpr int k = decltype(p)::value + 1;
+      static_for<kN / 2>([&]<int p>() {
+        constexpr int k = p + 1;
         constexpr T cosine = T(kTwice * cos_turn(j * k, kN)), sine = T(kTwice * sin_turn(j * k, kN));
         c += re[k] * cosine;
         if constexpr (j > 0) s = k == 1 ? im[k] * sine : s + im[k] * sine;
@@ -235,11 +228,11 @@ template <class T, int kN, int kLive>
 MFEF_INLINE void dft_row(const T* x, T* half) {
   constexpr int L = kLanes<T>;
   Vec<T> in[kN], re[kN / 2 + 1], im[kN / 2 + 1];
-  static_for<kLive>([&](auto i) { in[decltype(i)::value] = load(x + decltype(i)::value * L); });
+  static_for<kLive>([&]<int i>() { in[i] = load(x + i * L); });
   dft<T, kN, kLive>(in, re, im);
   store(half, re[0]);
-  static_for<(kN - 1) / 2>([&](auto i) {
-    constexpr int k = decltype(i)::value + 1;
+  static_for<(kN - 1) / 2>([&]<int i>() {
+    constexpr int k = i + 1;
     store(half + (2 * k - 1) * L, re[k]);
     store(half + 2 * k * L, im[k]);
   });
@@ -251,7 +244,7 @@ template <class T, int kN, int kLive>
 MFEF_INLINE void dft_column(const T* half, int64_t at, Vec<T> (&re)[kN / 2 + 1], Vec<T> (&im)[kN / 2 + 1]) {
   constexpr int L = kLanes<T>;
   Vec<T> in[kN];
-  static_for<kLive>([&](auto i) { in[decltype(i)::value] = load(half + (decltype(i)::value * kN + at) * L); });
+  static_for<kLive>([&]<int i>() { in[i] = load(half + (i * kN + at) * L); });
   dft<T, kN, kLive>(in, re, im);
 }
 
@@ -267,8 +260,8 @@ MFEF_INLINE void dft_columns(const T* half, T* bins) {
     Vec<T> re[kN / 2 + 1], im[kN / 2 + 1];
     dft_column<T, kN, kLive>(half, at, re, im);
     put(0, re[0], Vec<T>{});
-    static_for<(kN - 1) / 2>([&](auto i) {
-      constexpr int k = decltype(i)::value + 1;
+    static_for<(kN - 1) / 2>([&]<int i>() {
+      constexpr int k = i + 1;
       put(k, re[k], im[k]);
     });
     if constexpr (kN % 2 == 0) put(kN / 2, re[kN / 2], Vec<T>{});
@@ -280,8 +273,8 @@ MFEF_INLINE void dft_columns(const T* half, T* bins) {
     dft_column<T, kN, kLive>(half, 2 * kx - 1, a_re, a_im);
     dft_column<T, kN, kLive>(half, 2 * kx, b_re, b_im);
     put(0, a_re[0], b_re[0]);
-    static_for<(kN - 1) / 2>([&](auto i) {
-      constexpr int k = decltype(i)::value + 1;
+    static_for<(kN - 1) / 2>([&]<int i>() {
+      constexpr int k = i + 1;
       put(k, a_re[k] - b_im[k], a_im[k] + b_re[k]);
       put(kN - k, a_re[k] + b_im[k], b_re[k] - a_im[k]);
     });
@@ -298,12 +291,11 @@ MFEF_INLINE void inverse_dft_columns(const T* bins, T* half) {
   auto re_of = [&](int64_t bin) { return load(bins + 2 * bin * L); };
   auto im_of = [&](int64_t bin) { return load(bins + (2 * bin + 1) * L); };
   auto put = [&](const Vec<T>(&x)[kN], int64_t at) {
-    static_for<kLive>([&](auto i) { store(half + (decltype(i)::value * kN + at) * L, x[decltype(i)::value]); });
+    static_for<kLive>([&]<int i>() { store(half + (i * kN + at) * L, x[i]); });
   };
   auto real_column = [&](int64_t at) {
     Vec<T> re[kN / 2 + 1], im[kN / 2 + 1], x[kN];
-    static_for<kN / 2 + 1>([&](auto i) {
-      constexpr int k = decltype(i)::value;
+    static_for<kN / 2 + 1>([&]<int k>() {
       re[k] = re_of(k);
       if constexpr (k > 0 && 2 * k < kN) im[k] = im_of(k);
     });
@@ -317,8 +309,8 @@ MFEF_INLINE void inverse_dft_columns(const T* bins, T* half) {
     Vec<T> re[kN / 2 + 1], im[kN / 2 + 1], x[kN];
     re[0] = re_of(0);
     if constexpr (kN % 2 == 0) re[kN / 2] = re_of(kN / 2);
-    static_for<(kN - 1) / 2>([&](auto i) {
-      constexpr int k = decltype(i)::value + 1;
+    static_for<(kN - 1) / 2>([&]<int i>() {
+      constexpr int k = i + 1;
       re[k] = re_of(k) + re_of(kN - k);
       im[k] = im_of(k) - im_of(kN - k);
     });
@@ -326,8 +318,8 @@ MFEF_INLINE void inverse_dft_columns(const T* bins, T* half) {
     put(x, 2 * kx - 1);
     re[0] = im_of(0);
     if constexpr (kN % 2 == 0) re[kN / 2] = im_of(kN / 2);
-    static_for<(kN - 1) / 2>([&](auto i) {
-      constexpr int k = decltype(i)::value + 1;
+    static_for<(kN - 1) / 2>([&]<int i>() {
+      constexpr int k = i + 1;
       re[k] = im_of(k) + im_of(kN - k);
       im[k] = re_of(kN - k) - re_of(k);
     });
@@ -343,8 +335,8 @@ MFEF_INLINE void inverse_dft_row(const T* half, Vec<T> (&x)[kN]) {
   constexpr int L = kLanes<T>;
   Vec<T> re[kN / 2 + 1], im[kN / 2 + 1];
   re[0] = load(half);
-  static_for<(kN - 1) / 2>([&](auto i) {
-    constexpr int k = decltype(i)::value + 1;
+  static_for<(kN - 1) / 2>([&]<int i>() {
+    constexpr int k = i + 1;
     re[k] = load(half + (2 * k - 1) * L);
     im[k] = load(half + 2 * k * L);
   });
@@ -375,7 +367,7 @@ void inverse_dft_map(const T* bins, const T* bias, T* y) {
   for (int64_t h = 0; h < kSide; ++h, y += kSide * L) {
     Vec<T> x[kN];
     inverse_dft_row<T, kN, kSide>(half + h * kN * L, x);
-    static_for<kSide>([&](auto i) { store(y + decltype(i)::value * L, x[decltype(i)::value] + shift); });
+    static_for<kSide>([&]<int i>() { store(y + i * L, x[i] + shift); });
   }
 }
 
@@ -404,7 +396,7 @@ void inverse_dft_kernel(const T* bins, int k, T scale, T* taps) {
   for (int ky = 0; ky < k; ++ky, taps += k * L) {
     Vec<T> x[kN];
     inverse_dft_row<T, kN, kN>(half + (ky - radius + kN) % kN * kN * L, x);
-    static_for<kN>([&](auto i) { store(row + decltype(i)::value * L, x[decltype(i)::value]); });
+    static_for<kN>([&]<int i>() { store(row + i * L, x[i]); });
     for (int kx = 0; kx < k; ++kx) {
       store(taps + kx * L, load(taps + kx * L) + load(row + (kx - radius + kN) % kN * L) * scale);
     }

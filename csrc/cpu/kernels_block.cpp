@@ -198,7 +198,7 @@ int64_t fma_chain(int64_t iterations) {
   Vec<float> a = splat(0.999f), b = splat(0.001f);
   for (int64_t i = 0; i < iterations; ++i) {
     __asm__ volatile("" : "+x"(a), "+x"(b));
-    static_for<kChains>([&](auto j) { acc[decltype(j)::value] = acc[decltype(j)::value] * a + b; });
+    static_for<kChains>([&]<int j>() { acc[j] = acc[j] * a + b; });
   }
   Vec<float> sum{};
   for (int i = 0; i < kChains; ++i) sum += acc[i];

@@ -48,25 +48,19 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
       return at;
     };
     // Squares of kLanes images by `per` times as many elements, from element i on.
-    auto squares = [&](int64_t i, auto all_images, auto per) {
-      constexpr int kPer = decltype(per)::value;
+    auto squares = [&]<int kPer>(int64_t i, auto all_images, Index<kPer>) {
       for (; i + kPer * L <= count; i += kPer * L) {
         Vec<T> rows[L];
-        static_for<L>([&](auto r) {
-          constexpr int r_ = decltype(r)::value;
-          const bool there = all_images.value || r_ < images;
-          rows[r_] = there ? load_lanes<kPer, T>(base + r_ * m.stride[0] + i) : Vec<T>{};
+        static_for<L>([&]<int r>() {
+          const bool there = all_images.value || r < images;
+          rows[r] = there ? load_lanes<kPer, T>(base + r * m.stride[0] + i) : Vec<T>{};
         });
         transpose<T>(rows);
         const bool straight = gap == 0 && p < run && p + kPer * L <= run;
-        static_for<L>([&](auto r) {
-          constexpr int r_ = decltype(r)::value;
+        static_for<L>([&]<int r>() {
           Vec<T> elements[kPer];
-          split_lanes<T>(rows[r_], elements);
-          static_for<kPer>([&](auto e) {
-            constexpr int e_ = decltype(e)::value;
-            store(straight ? to + (p + r_ * kPer + e_) * L : next(), elements[e_]);
-          });
+          split_lanes<T>(rows[r], elements);
+          static_for<kPer>([&]<int e>() { store(straight ? to + (p + r * kPer + e) * L : next(), elements[e]); });
         });
         if (straight) p += kPer * L;
       }
@@ -90,8 +84,7 @@ void pack_images(const Map& m, int64_t image, int images, int64_t first, int64_t
       T* at = to + (h * (width + gap) + w) * L;
       int64_t c = 0;
       if (is_channels_last(m)) {
-        auto squares = [&](auto per) {
-          constexpr int kPer = decltype(per)::value;
+        auto squares = [&]<int kPer>(Index<kPer>) {
           for (; c + kPer * L <= channels; c += kPer * L) {
             Vec<T> rows[L];
             for (int r = 0; r < L; ++r) {
@@ -134,17 +127,14 @@ MFEF_INLINE void unpack_images(const Map& m, int64_t image, int images, int64_t 
       }
       return value(c, p++);
     };
-    auto squares = [&](int64_t i, auto all_images, auto per) {
-      constexpr int kPer = decltype(per)::value;
+    auto squares = [&]<int kPer>(int64_t i, auto all_images, Index<kPer>) {
       for (; i + kPer * L <= count; i += kPer * L) {
         Vec<T> rows[L];
         if (p + kPer * L <= pixels) {
-          static_for<L>([&](auto r) {
+          static_for<L>([&]<int r>() {
             Vec<T> elements[kPer];
-            static_for<kPer>([&](auto e) {
-              elements[decltype(e)::value] = value(c, p + decltype(r)::value * kPer + decltype(e)::value);
-            });
-            rows[decltype(r)::value] = join_lanes<T>(elements);
+            static_for<kPer>([&]<int e>() { elements[e] = value(c, p + r * kPer + e); });
+            rows[r] = join_lanes<T>(elements);
           });
           p += kPer * L;
         } else {
@@ -159,9 +149,8 @@ MFEF_INLINE void unpack_images(const Map& m, int64_t image, int images, int64_t 
           ++c;
         }
         transpose<T>(rows);
-        static_for<L>([&](auto r) {
-          constexpr int r_ = decltype(r)::value;
-          if (all_images.value || r_ < images) store_lanes<kPer, T>(base + r_ * m.stride[0] + i, rows[r_]);
+        static_for<L>([&]<int r>() {
+          if (all_images.value || r < images) store_lanes<kPer, T>(base + r * m.stride[0] + i, rows[r]);
         });
       }
       return i;
@@ -189,8 +178,7 @@ MFEF_INLINE void unpack_images(const Map& m, int64_t image, int images, int64_t 
       const int64_t p = h * width + w;
       int64_t c = 0;
       if (is_channels_last(m)) {
-        auto squares = [&](auto per) {
-          constexpr int kPer = decltype(per)::value;
+        auto squares = [&]<int kPer>(Index<kPer>) {
           for (; c + kPer * L <= channels; c += kPer * L) {
             Vec<T> rows[L];
             for (int r = 0; r < L; ++r) {

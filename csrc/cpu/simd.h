@@ -61,19 +61,20 @@ MFEF_INLINE constexpr A most(A a, A b) {
   return a < b ? b : a;
 }
 
-// f(Index<0>{}), ..., f(Index<N - 1>{}): a loop whose counter is a constant in every iteration, so
-// that arrays indexed by it stay in registers.
+// Calls f<0>(), ..., f<N - 1>(): a loop whose counter is a constant in every iteration, so that arrays indexed by it
+// stay in registers.
+template <int N, int I = 0, class F>
+MFEF_INLINE constexpr void static_for(const F& f) {
+  if constexpr (I < N) {
+    f.template operator()<I>();
+    static_for<N, I + 1>(f);
+  }
+}
+// An argument that is a constant.
 template <int I>
 struct Index {
   static constexpr int value = I;
 };
-template <int N, int I = 0, class F>
-MFEF_INLINE constexpr void static_for(const F& f) {
-  if constexpr (I < N) {
-    f(Index<I>{});
-    static_for<N, I + 1>(f);
-  }
-}
 
 template <class T>
 MFEF_INLINE Vec<T> load(const T* p) {
@@ -286,8 +287,7 @@ MFEF_INLINE void exchange_blocks(Vec<T>& a, Vec<T>& b, Lanes<J...>) {
 template <class T, int S = 1>
 MFEF_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (S < kLanes<T>) {
-    static_for<kLanes<T>>([&](auto i) {
-      constexpr int kRow = decltype(i)::value;
+    static_for<kLanes<T>>([&]<int kRow>() {
       if constexpr ((kRow & S) == 0) {
         exchange_blocks<T, S>(rows[kRow], rows[kRow + S], typename MakeLanes<kLanes<T>>::type{});
       }
@@ -310,8 +310,7 @@ MFEF_INLINE Vec<T> add_blocks(Vec<T> a, Vec<T> b, Lanes<J...>) {
 template <class T, int S = 1>
 MFEF_INLINE Vec<T> sums_of_lanes(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (S < kLanes<T>) {
-    static_for<kLanes<T>>([&](auto i) {
-      constexpr int kRow = decltype(i)::value;
+    static_for<kLanes<T>>([&]<int kRow>() {
       if constexpr (kRow % (2 * S) == 0) {
         rows[kRow] = add_blocks<T, S>(rows[kRow], rows[kRow + S], typename MakeLanes<kLanes<T>>::type{});
       }
