@@ -3,7 +3,7 @@
 // An operator with a backward returns what its backward needs, and takes `save`: without it those
 // outputs are empty and the memory is never touched. `allow_tf32` is whether CUDA's kernels may round what convolutions
 // multiply to TF32. Fakes, autograd and autocast are in
-// mfef_ext/ops.py.
+// mfef_ext/ops/.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(mfef, m) {

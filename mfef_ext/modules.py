@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import functional as F
 from . import reference
 from .backends import check_backend_name
 from .names import a, shown
+from .ops import dispatch
+from .ops.dispatch import is_redefined, why_called
 from .problem import FLOAT_DTYPES, check_dense, check_groups, check_int, check_kernel_size
 
 Mode = Literal["split", "pyramid", "hierarchical"]
@@ -58,32 +59,10 @@ def _divide(channels: int, parts: int) -> list[int]:
 
 # A fused operator computes with the parameters of layers that it does not call. It may stand in for
 # them only where nobody can tell, so before every call it is asked what calling them would do.
-# Whatever is not known to be harmless means that they are called.
-#
-# That is asked of six layers for one block, and may not cost what the forward of one small image
-# does. nn.Module takes ten times as long as a dictionary to look up an attribute: hence `__dict__`.
-# A replaced nn.Module.__call__ is not asked about: torch.fx replaces it while it traces, and is to
-# see the operator.
+# Whatever is not known to be harmless means that they are called. That is asked of six layers for
+# one block, and may not cost what the forward of one small image does.
 
-_Conv2d = nn.Conv2d
-_CONV2D_FORWARD, _CONV2D_CONV_FORWARD = _Conv2d.forward, _Conv2d._conv_forward
-
-
-def _told_apart(layer: nn.Module, cls: type[nn.Module]) -> str:
-    """Why calling ``layer`` is more than the ``forward`` of ``cls``; "" where it is that."""
-    if type(layer) is not cls:
-        return f"is {a(type(layer).__name__)}"
-    own = layer.__dict__
-    if (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    ):
-        return "has hooks"
-    if "forward" in own:
-        return "has a forward of its own"
-    return "" if own.get("_compiled_call_impl") is None else "was compiled by itself"
+_CONV2D_FORWARD = nn.Conv2d.forward
 
 
 def _options(own: dict) -> tuple:
@@ -235,18 +214,12 @@ class MultiScaleConv2d(nn.Module):
 
     def _branch_parameters(self) -> tuple[str, list[Tensor], list[Tensor]]:
         """Why the branches have to be called, "" if not; else their weights, and biases if any."""
-        if (
-            torch_module._global_forward_hooks
-            or torch_module._global_forward_pre_hooks
-            or torch_module._global_backward_hooks
-            or torch_module._global_backward_pre_hooks
-        ):
+        if not dispatch.CAN_TELL:
+            return "this torch does not tell what calling them would do", [], []
+        if any(dispatch.HOOKS_OF_ALL_MODULES):
             return "hooks of all modules are registered", [], []
-        if (
-            _Conv2d.forward is not _CONV2D_FORWARD
-            or _Conv2d._conv_forward is not _CONV2D_CONV_FORWARD
-        ):
-            return "nn.Conv2d has another forward", [], []
+        if dispatch.is_convolution_redefined(_CONV2D_FORWARD):
+            return "nn.Conv2d is called in another way", [], []
         modules: Any = self._modules
         branches, made = modules["branches"]._modules.values(), self._as_made
         if len(branches) != len(made):
@@ -256,7 +229,7 @@ class MultiScaleConv2d(nn.Module):
             )
         weights, biases = [], []
         for branch, options in zip(branches, made, strict=True):
-            if why := _told_apart(branch, nn.Conv2d):
+            if why := why_called(branch, nn.Conv2d):
                 return f"a branch {why}", [], []
             own = branch.__dict__
             if _options(own) != options:
@@ -326,6 +299,10 @@ class MultiScaleConv2d(nn.Module):
         )
 
 
+# In the order of mfef_ext.functional.dual_attention.
+_ATTENTION_PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "spatial_weight")
+
+
 class DualAttention(nn.Module):
     """Channel attention followed by spatial attention (CBAM, Woo 2018). Keeps the shape.
 
@@ -385,24 +362,12 @@ class DualAttention(nn.Module):
                 nn.init.uniform_(bias, -bound, bound)
 
     def _arguments(self) -> list[Any]:
-        """The parameters in the order of :func:`mfef_ext.functional.dual_attention`."""
-        own: dict[str, Any] = self._parameters
+        """What a forward gives to :func:`mfef_ext.functional.dual_attention` besides its input."""
+        own: dict[str, Any] = self.__dict__.get("_parameters", {})
         try:
-            return [
-                own["fc1_weight"],
-                own["fc1_bias"],
-                own["fc2_weight"],
-                own["fc2_bias"],
-                own["spatial_weight"],
-            ]
+            return [own[name] for name in _ATTENTION_PARAMETERS]
         except KeyError:  # what is computed, as under torch.nn.utils.parametrize, is not in there
-            return [
-                self.fc1_weight,
-                self.fc1_bias,
-                self.fc2_weight,
-                self.fc2_bias,
-                self.spatial_weight,
-            ]
+            return [getattr(self, name) for name in _ATTENTION_PARAMETERS]
 
     def forward(self, y: Tensor) -> Tensor:
         return F.dual_attention(y, *self._arguments(), backend=self.backend)
@@ -507,14 +472,16 @@ class MFEFBlock(nn.Module):
 
     def _fused(self) -> tuple[str, list[Tensor]]:
         """Why the parts have to be called, "" if not; else the weights of the convolution."""
+        if not dispatch.CAN_TELL:
+            return "this torch does not tell what calling them would do", []
         parts: Any = self._modules
         conv, attention = parts["conv"], parts["attention"]
-        if why := _told_apart(conv, MultiScaleConv2d):
+        if why := why_called(conv, MultiScaleConv2d):
             return f"conv {why}", []
-        if why := _told_apart(attention, DualAttention):
+        if why := why_called(attention, DualAttention):
             return f"attention {why}", []
-        if MultiScaleConv2d.forward is not _CONV or DualAttention.forward is not _ATTENTION:
-            return "a class has another forward", []
+        if is_redefined(MultiScaleConv2d, _CONV) or is_redefined(DualAttention, _ATTENTION):
+            return "their classes are called in another way", []
         if conv.mode == "hierarchical":
             return "mode='hierarchical' is not fused", []
         if conv.backend != attention.backend:
@@ -523,10 +490,12 @@ class MFEFBlock(nn.Module):
         return ("conv has a bias", []) if biases else (why, weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        why, weights = self._fused()
+        if why:
+            return self.attention(self.conv(x))
         parts: Any = self._modules
         conv, attention = parts["conv"], parts["attention"]
-        why, weights = self._fused()
-        if why or (not isinstance(x, Tensor) and _leaf(x, conv, attention)):
+        if not isinstance(x, Tensor) and _leaf(x, conv, attention):
             return attention(conv(x))
         return F.mfef_block(
             x,

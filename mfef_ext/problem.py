@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .names import shown
+from .ops.dispatch import PLAIN, allow_tf32, constant_when_compiled, is_any_autocast_enabled
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -117,13 +118,9 @@ def check_dense(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: layout {value.layout} is not dense; give what .to_dense() makes")
 
 
+@constant_when_compiled
 def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
-
-
-# What torch.compiler.assume_constant_result does: it would import Dynamo, which takes a second.
-# Dynamo of torch 2.10 and 2.11 cannot trace the question.
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return torch.amp.is_autocast_available(device_type)  # Dynamo of torch 2.10 cannot trace it
 
 
 def _autocast_enabled(device_type: str) -> bool:
@@ -148,9 +145,6 @@ def _check_input(name: str, x: object) -> Tensor:
             f"{name} has shape {tuple(x.shape)}: C, H and W must be at least 1 (only N may be 0)"
         )
     return x
-
-
-PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def signature(
@@ -179,7 +173,7 @@ def signature(
         tuple(groups),
         kinds,  # 1 == 1.0 == True, and only the first is accepted
         split,
-        _autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None,  # mostly it is not
+        _autocast_dtype(x) if is_any_autocast_enabled() else None,  # mostly it is not
         allow_tf32(),
     )
 
@@ -208,15 +202,18 @@ def check_bool(name: str, value: object) -> bool:
 
 def _number(name: str, value: Any) -> float:
     """What stands for one real number, as a float: see :func:`check_number`."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(
-            f"{name} requires a gradient, but it is a constant that gets none; give {name}.item()"
-        )
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        raise TypeError(
-            f"{name} is a tensor on {value.device}, which every call would have to wait for; give "
-            f"a number, {name}.item(), read once"
-        )
+    if isinstance(value, Tensor):
+        check_dense(name, value)
+        if value.requires_grad:
+            raise TypeError(
+                f"{name} requires a gradient, but it is a constant that gets none; "
+                f"give {name}.item()"
+            )
+        if value.device.type != "cpu":
+            raise TypeError(
+                f"{name} is a tensor on {value.device}, which every call would have to wait for; "
+                f"give a number, {name}.item(), read once"
+            )
     if hasattr(value, "item") and prod(value.shape) == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
@@ -376,20 +373,6 @@ def _effective_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the kernel will see: autocast converts everything but float64."""
     autocast = _autocast_dtype(x)
     return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
-
-
-def allow_tf32() -> bool:
-    """Whether convolutions of float32 on a GPU may round what they multiply to TF32 (10 bits).
-
-    That is PyTorch's switch for cuDNN's convolutions: ``torch.backends.cudnn.conv.fp32_precision``,
-    and by its older name ``torch.backends.cudnn.allow_tf32``, which cannot be asked after the new
-    one was set. A compiled program keeps what it said when it was compiled.
-    """
-    return torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
-
-
-# What torch.compiler.assume_constant_result does: it would import Dynamo, which takes a second.
-allow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _tf32(dtype: torch.dtype) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from mfef_ext import MFEFBlock, MultiScaleConv2d, explain
+from mfef_ext import DualAttention, MFEFBlock, MultiScaleConv2d, explain
 from mfef_ext.distill.tap import find_tap, forward_with_map
 
 MODES = ("split", "pyramid", "hierarchical")
@@ -52,6 +52,16 @@ def override(layer):
     layer.forward = lambda y: 3 * forward(y)
 
 
+def override_convolution(branch):
+    convolve = branch._conv_forward
+    branch._conv_forward = lambda y, *parameters: 3 * convolve(y, *parameters)
+
+
+def override_call(layer):
+    call = layer._call_impl
+    layer._call_impl = lambda *inputs: 3 * call(*inputs)
+
+
 class Subclass(MultiScaleConv2d):
     def forward(self, x):
         return 3 * super().forward(x)
@@ -91,6 +101,9 @@ CHANGES = {
     "hook of a branch": lambda b: b.conv.branches[0].register_forward_hook(lambda m, i, o: o * 2),
     "forward of attention": lambda b: override(b.attention),
     "forward of a branch": lambda b: override(b.conv.branches[1]),
+    "_conv_forward of a branch": lambda b: override_convolution(b.conv.branches[1]),
+    "call of a branch": lambda b: override_call(b.conv.branches[0]),
+    "call of attention": lambda b: override_call(b.attention),
     "replaced attention": replace,
     "replaced branch": branch,
     "wrapped": wrap,
@@ -200,6 +213,34 @@ def test_a_class_with_another_forward_is_called(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(MultiScaleConv2d, "forward", lambda self, y: 0 * y)
     close(block(x), wanted)
+
+
+@modes
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (nn.Module, "__call__"),
+        (nn.Module, "_call_impl"),
+        (nn.Conv2d, "__call__"),
+        (DualAttention, "__call__"),
+    ],
+)
+def test_a_class_that_is_called_in_another_way_is_called(mode, cls, name, monkeypatch):
+    """As tracers and profilers replace it, to see every module."""
+    block, x, seen = make(mode), images(), []
+    wanted, call = by_calls(block, x), getattr(cls, name)
+
+    def watch(self, *inputs):
+        seen.append(type(self).__name__)
+        return call(self, *inputs)
+
+    monkeypatch.setattr(cls, name, watch)
+    close(block(x), wanted)
+    everything = ["MFEFBlock", "MultiScaleConv2d", "Conv2d", "Conv2d", "DualAttention"]
+    assert seen == [n for n in everything if cls is nn.Module or n == cls.__name__]
+    assert mode == "hierarchical" or "called" in explain(x, block)
+    monkeypatch.undo()
+    assert mode == "hierarchical" or explain(x, block).startswith("mfef_block on")
 
 
 def test_parts_with_backends_of_their_own_keep_them():

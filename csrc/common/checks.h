@@ -223,7 +223,7 @@ inline Tensor empty_dense(const std::vector<int64_t>& sizes, ScalarType dtype, c
 }
 
 // (N, channels, H, W) in the layout of x: contiguous, or channels_last where x is; contiguous for
-// everything else. ops.py says the same to the compiler.
+// everything else. ops/fakes.py says the same to the compiler.
 inline Tensor empty_map_like(const Tensor& x, int64_t channels) {
   const int64_t n = x.size(0), h = x.size(2), w = x.size(3);
   if (x.is_contiguous() || !is_channels_last(x)) return empty_dense({n, channels, h, w}, x.scalar_type(), x);

@@ -28,7 +28,7 @@ BACKEND = Backend(
         ),
     ),
     {
-        **ops.NATIVE,
+        **ops.native(),
         # A few kilobytes of logits: PyTorch's own operators are the CPU kernel.
         "kd_loss": reference.kd_loss,
     },

@@ -11,6 +11,7 @@ from functools import cache, lru_cache
 import torch
 
 from .. import _C, ops
+from ..ops.dispatch import constant_when_compiled
 from ..problem import Branch, Problem
 from . import Backend, Condition
 
@@ -82,6 +83,7 @@ def _runs_on(
     return ""
 
 
+@constant_when_compiled
 def _unserved(device: torch.device) -> str:
     """Why the library cannot run on a device whatever the problem; "" if it can."""
     capability = torch.cuda.get_device_capability(device)
@@ -90,10 +92,6 @@ def _unserved(device: torch.device) -> str:
     built = library()
     keys = ("architectures", "nvcc", "runtime", "driver")
     return _runs_on(capability, *[built[key] for key in keys])
-
-
-# What torch.compiler.assume_constant_result does: it would import Dynamo, which takes a second.
-_unserved._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def shared_limit(device: torch.device) -> int:
@@ -137,6 +135,7 @@ def _refusal(problem: Problem, limit: int) -> str:
 BATCHES = (1, 2**30)
 
 
+@constant_when_compiled
 def _refusal_when_traced(
     op: str,
     size: tuple[int, int, int],
@@ -160,9 +159,6 @@ def _refusal_when_traced(
         for batch in BATCHES
     )
     return next(filter(None, reasons), "")
-
-
-_refusal_when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _why_not(p: Problem) -> str:
@@ -224,7 +220,7 @@ BACKEND = Backend(
         ),
         Condition(lambda p: not _why_not(p), _why_not),
     ),
-    ops.NATIVE,
+    ops.native(),
     verified=False,
     absent=_absent,
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..names import shown, unknown
+from ..ops.dispatch import allow_recompilations
 from ..problem import check_bool, check_dense, check_int, check_number
 from .method import METHODS, Batch, Method
 from .stem import computing_once
@@ -248,8 +249,7 @@ class OnlineDistiller(nn.Module):
         """From now on torch.compile makes the students' forward and backward passes."""
         # Students share this function's code: each is compiled for training and for evaluation, and
         # again for the last batch's size.
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, 4 * len(self.students))
+        allow_recompilations(4 * len(self.students))
         self._forward_with_map = torch.compile(forward_with_map)
 
     def forward(

@@ -14,10 +14,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..names import a
+from ..ops.dispatch import BatchNorm
 from . import UsageError
 
 T = TypeVar("T")
@@ -284,7 +284,7 @@ class Total(torch.autograd.Function):
         return dx
 
 
-class SynchronisedBatchNorm(_BatchNorm):
+class SynchronisedBatchNorm(BatchNorm):
     """Batch normalisation over the images of all processes, on the CPU, where
     ``nn.SyncBatchNorm`` does not go."""
 
@@ -319,7 +319,7 @@ class SynchronisedBatchNorm(_BatchNorm):
 def synchronise_batch_norm(module: nn.Module, processes: Processes) -> None:
     """Makes every batch normalisation in ``module`` one over all processes, under its old name."""
     for name, part in module.named_modules():
-        if not isinstance(part, _BatchNorm):
+        if not isinstance(part, BatchNorm):
             continue
         if type(part) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             raise UsageError(
@@ -330,6 +330,6 @@ def synchronise_batch_norm(module: nn.Module, processes: Processes) -> None:
         nn.SyncBatchNorm.convert_sync_batchnorm(module, processes.group)
         return
     for part in module.modules():
-        if isinstance(part, _BatchNorm):
+        if isinstance(part, BatchNorm):
             # In place of a new module: hooks, names and who else holds it stay as they are.
             part.__class__ = SynchronisedBatchNorm

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ...ops import OPERATORS as FUSED
+from ...ops import define
 from ...problem import Problem
 from .. import Backend, Condition
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LIBRARY = define("mfef_triton")  # without kernels until an operator is first asked for
 LOSSES = ("kd_loss", "kd_losses")
 LEAST_CAPABILITY = (8, 0)  # bfloat16 arithmetic and asynchronous copies
 

@@ -1075,7 +1075,7 @@ def _strides(*maps: Tensor) -> tuple[bool, tuple[int, ...]]:
 
 
 def _map_like(y: Tensor) -> Tensor:
-    """What mfef_ext.ops._map_like describes: contiguous or channels_last as y is."""
+    """What mfef_ext.ops.fakes.map_like describes: contiguous or channels_last as y is."""
     channels_last = not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=memory_format)

@@ -876,7 +876,7 @@ def _is_flat(t: Tensor, strides: Sequence[int]) -> bool:
 
 
 def _map_like(x: Tensor, channels: int) -> Tensor:
-    """mfef_ext.ops._map_like, but allocated at once in its layout."""
+    """mfef_ext.ops.fakes.map_like, but allocated at once in its layout."""
     n, _, h, w = x.shape
     # One channel or one pixel is in both layouts, and there torch prefers the contiguous strides.
     if (

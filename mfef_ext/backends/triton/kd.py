@@ -28,7 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import ops, problem
+from ... import problem
+from ...ops.autograd import Operator
+from ...ops.transforms import register_vmap
 from . import DTYPES, device_of
 
 # --- configurations ---------------------------------------------------------------------------
@@ -375,56 +377,42 @@ def _(grad, students, targets, temperature, need_students, need_targets):
     )
 
 
-_FORWARD = torch.ops.mfef_triton.kd_loss.default
-_BACKWARD = torch.ops.mfef_triton.kd_loss_backward.default
+class _KdLoss(Operator):
+    """A row are the students and then the targets; options are (number of students, temperature,
+    detach_target)."""
 
+    name = "kd_loss"
 
-class _KdLoss(ops.Function):
-    @staticmethod
-    def forward(ctx, keyset, temperature, detach_target, student_tensors, *tensors):
-        ctx.op = "kd_loss"
-        ctx.options = temperature, detach_target, student_tensors
-        ctx.save_for_backward(*tensors)
-        students, targets = tensors[:student_tensors], tensors[student_tensors:]
-        return ops._below_autograd(_FORWARD, keyset, students, targets, temperature, detach_target)
+    def row(self, students, targets, temperature, detach_target):
+        return (*students, *targets), (len(students), temperature, detach_target), ()
 
-    @staticmethod
-    def backward(ctx, grad):
-        temperature, detach_target, student_tensors = ctx.options
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[4:]
-        students, targets = tensors[:student_tensors], tensors[student_tensors:]
-        need_students = any(needs[:student_tensors])
-        need_targets = not detach_target and any(needs[student_tensors:])
-        student_grads, target_grads = ops._call(
-            _BACKWARD, ops._records((grad, *tensors)),
+    def arguments(self, row, options, *flags):
+        count, temperature, detach_target = options
+        return row[:count], row[count:], temperature, detach_target
+
+    def gradients(self, grad, saved, options, needs):
+        count, temperature, detach_target = options
+        students, targets = saved[:count], saved[count:]
+        need_students = any(needs[:count])
+        need_targets = not detach_target and any(needs[count:])
+        student_grads, target_grads = self.call_backward(
+            (grad, *saved),
             grad, students, targets, temperature, need_students, need_targets,
         )  # fmt: skip
         grads = [
             *(student_grads if need_students else [None] * len(students)),
             *(target_grads if need_targets else [None] * len(targets)),
         ]
-        return (
-            None,
-            None,
-            None,
-            None,
-            *(g if need else None for g, need in zip(grads, needs, strict=True)),
-        )
+        return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+    def differentiable(self, row, options):
+        count, _, detach_target = options
+        return row[:count] if detach_target else row
 
 
-def _records(students: Sequence[Tensor], targets: Sequence[Tensor], detach_target: bool) -> bool:
-    return ops._records(students if detach_target else (*students, *targets))
-
-
-def _autograd(keyset, students, targets, temperature, detach_target):
-    if _records(students, targets, detach_target):
-        count = len(students)
-        return ops._apply(_KdLoss, keyset, temperature, detach_target, count, *students, *targets)
-    return ops._below_autograd(_FORWARD, keyset, students, targets, temperature, detach_target)
-
-
-_lib.impl("kd_loss", _autograd, "Autograd", with_keyset=True)
-ops.register_transforms(_lib, "kd_loss")
+_operator = _KdLoss("mfef_triton")
+_operator.register_autograd(_lib)
+register_vmap(_lib, _operator)
 
 
 # --- what is called ---------------------------------------------------------------------------
@@ -442,8 +430,7 @@ def _losses(
     students: list[Tensor], targets: list[Tensor], temperature: float, detach_target: bool
 ) -> Tensor:
     students, targets = _one_dtype(students), _one_dtype(targets)
-    records = _records(students, targets, detach_target)
-    return ops._call(_FORWARD, records, students, targets, temperature, detach_target)
+    return _operator((*students, *targets), (len(students), temperature, detach_target))
 
 
 def kd_loss(

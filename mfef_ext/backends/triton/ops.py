@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from . import attention, conv, device_of
+from ...ops.fakes import nothing, saved_by_attention
+from . import LIBRARY, attention, conv, device_of
 from .launch import usual
-
-
-def _nothing(x: Tensor) -> Tensor:
-    return x.new_empty((0,))
 
 
 def _multi_scale_conv2d(x, weights, groups, split, bias, allow_tf32=False) -> Tensor:
@@ -38,7 +35,7 @@ def _conv_gradients(
     need_parameters: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     arguments = grad, x, weights, groups, split, allow_tf32
-    grad_x = conv.data_gradient(*arguments) if need_x else _nothing(x)
+    grad_x = conv.data_gradient(*arguments) if need_x else nothing(x)
     grads = conv.weight_gradient(*arguments) if need_parameters else []
     return grad_x, grads
 
@@ -51,7 +48,7 @@ def _multi_scale_conv2d_backward(
             grad, x, weights, groups, split, allow_tf32, need_x, need_parameters
         )
         has_bias = need_parameters and bias is not None
-        return (*gradients, conv.bias_gradient(grad) if has_bias else _nothing(x))
+        return (*gradients, conv.bias_gradient(grad) if has_bias else nothing(x))
 
 
 def _dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight, save):
@@ -145,12 +142,12 @@ _IMPLEMENTATIONS: dict[str, Callable] = {
 
 def _dual_attention_by_schema(y, *rest):
     out, *saved = _dual_attention(y, *rest)
-    return (out, *(saved or ops._saved(y, y.shape[1], False)))
+    return (out, *(saved or saved_by_attention(y, y.shape[1], False)))
 
 
 def _mfef_block_by_schema(x, *rest):
     out, *saved = _mfef_block(x, *rest)
-    return (out, *(saved or (_nothing(x), *ops._saved(x, out.shape[1], False))))
+    return (out, *(saved or (nothing(x), *saved_by_attention(x, out.shape[1], False))))
 
 
 # The dispatcher wants as many results as the schemas have; who calls directly takes the first.
@@ -160,6 +157,6 @@ _BY_SCHEMA = {
 }
 for _name, _implementation in (_IMPLEMENTATIONS | _BY_SCHEMA).items():
     for _key in ("CUDA", "CPU"):
-        ops.TRITON.impl(_name, _implementation, _key)
+        LIBRARY.impl(_name, _implementation, _key)
 
 OPERATORS = ops.register("mfef_triton", _IMPLEMENTATIONS)

@@ -306,9 +306,9 @@ def test_layouts_are_those_of_the_fakes(conv, device, shape, layout):
     for channels in (1, 3):
         weight = torch.randn(channels, shape[1], 3, 3, device=device)
         y, _ = conv.forward(x, [weight], [1], True, None, False, False)
-        assert y.stride() == ops._map_like(x, channels).stride()
+        assert y.stride() == ops.fakes.map_like(x, channels).stride()
         grad_x = conv.data_gradient(y, x, [weight], [1], True, False)
-        assert grad_x.stride() == ops._map_like(x, shape[1]).stride()
+        assert grad_x.stride() == ops.fakes.map_like(x, shape[1]).stride()
 
 
 def test_gradients_have_the_strides_of_the_weights(conv, device):

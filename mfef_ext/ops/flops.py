@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
@@ -101,12 +101,15 @@ class _Formulas:
         return self._conv_backward_flop(out, x, weight, None, *_OPTIONS, mask, out_val=results)
 
 
-def _register(counter: ModuleType, namespaces: Iterable[str]) -> None:
+_NAMESPACES: list[str] = []  # those that were registered before there was a counter
+
+
+def _register(counter: ModuleType, namespace: str) -> None:
     formulas = _Formulas(counter.flop_registry)
     for op in ("multi_scale_conv2d", "dual_attention", "mfef_block"):
         for name in (op, f"{op}_backward"):
-            targets = [getattr(getattr(torch.ops, namespace), name) for namespace in namespaces]
-            counter.register_flop_formula(targets)(getattr(formulas, name))
+            target = getattr(getattr(torch.ops, namespace), name)
+            counter.register_flop_formula(target)(getattr(formulas, name))
 
 
 class _OnImport(MetaPathFinder):
@@ -115,9 +118,6 @@ class _OnImport(MetaPathFinder):
     It copies what is registered when a FlopCounterMode is made, and importing it imports Triton,
     which takes as long as all of this package.
     """
-
-    def __init__(self, namespaces: Iterable[str]) -> None:
-        self.namespaces = namespaces
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _COUNTER:
@@ -129,15 +129,18 @@ class _OnImport(MetaPathFinder):
 
             def run_and_register(module: ModuleType) -> None:
                 run(module)
-                _register(module, self.namespaces)
+                for namespace in _NAMESPACES:
+                    _register(module, namespace)
 
             spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
 
 
-def register(namespaces: Iterable[str]) -> None:
-    """Makes the operators of these namespaces count, now or once there is something that counts."""
+def register(namespace: str) -> None:
+    """Makes the operators of a namespace count, now or once there is something that counts."""
     if _COUNTER in sys.modules:
-        _register(sys.modules[_COUNTER], namespaces)
-    else:
-        sys.meta_path.insert(0, _OnImport(namespaces))
+        _register(sys.modules[_COUNTER], namespace)
+        return
+    if not _NAMESPACES:
+        sys.meta_path.insert(0, _OnImport())
+    _NAMESPACES.append(namespace)
