@@ -73,7 +73,7 @@ def multi_scale_conv2d(
         groups: one number of groups per branch.
         split: True divides C among the branches (sum Cin_i = C); False shows all C to each.
         bias: (sum Cout_i,) or None.
-        backend: None to choose automatically, or "reference", "cpu", "triton", "cuda".
+        backend: one of :data:`mfef_ext.backends.BACKEND_NAMES`; None chooses automatically.
 
     Returns (N, sum Cout_i, H, W); stride 1, zero padding k_i // 2.
 
@@ -109,7 +109,7 @@ def dual_attention(
         fc1_weight, fc1_bias: (h, C) and (h,) or None, the first layer of the shared MLP.
         fc2_weight, fc2_bias: (C, h) and (C,) or None, its second layer.
         spatial_weight: (1, 2, k, k), k odd; input channels in the order (max, mean).
-        backend: None to choose automatically, or "reference", "cpu", "triton", "cuda".
+        backend: one of :data:`mfef_ext.backends.BACKEND_NAMES`; None chooses automatically.
 
     Returns (N, C, H, W). Raises as :func:`multi_scale_conv2d` does.
     Source: :func:`mfef_ext.reference.dual_attention` is the specification.
@@ -171,7 +171,7 @@ def kd_loss(
         temperature: T, from 1e-6 to 1e6: a number, NumPy's too, or a tensor with one element on the
             CPU, without a gradient.
         detach_target: whether the target is a constant (the default) or gets a gradient too.
-        backend: None to choose automatically, or "reference", "cpu", "triton", "cuda".
+        backend: one of :data:`mfef_ext.backends.BACKEND_NAMES`; None chooses automatically.
 
     Returns a scalar, 0 for an empty batch. A class whose target probability is 0 adds nothing, also
     where the student has -inf; a student with -inf where the target allows the class makes the loss

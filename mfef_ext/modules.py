@@ -119,7 +119,7 @@ class MultiScaleConv2d(nn.Module):
             ``"hierarchical"`` is split with ``y_i = conv_i(x_i + y_{i-1})`` (Res2Net, Gao 2021),
             which needs ``out_channels == channels`` and equal parts.
         bias: adds a bias per output channel.
-        backend: None to choose automatically, or "reference", "cpu", "triton", "cuda".
+        backend: one of :data:`mfef_ext.backends.BACKEND_NAMES`; None chooses automatically.
 
     ``branches`` holds one ``nn.Conv2d`` per branch. One operator computes all of them, unless that
     could be told from calling them, as where one has hooks (pruning, old weight norm), was replaced
@@ -311,7 +311,7 @@ class DualAttention(nn.Module):
         reduction: the MLP's hidden width is ``max(C // reduction, 1)``.
         spatial_kernel_size: odd kernel size of the spatial gate's convolution.
         bias: whether the two layers of the MLP have biases.
-        backend: None to choose automatically, or "reference", "cpu", "triton", "cuda".
+        backend: one of :data:`mfef_ext.backends.BACKEND_NAMES`; None chooses automatically.
     """
 
     def __init__(
@@ -416,7 +416,7 @@ class MFEFBlock(nn.Module):
             ``groups="auto"``.
         kernel_sizes, groups, mode: see :class:`MultiScaleConv2d`.
         reduction, spatial_kernel_size: see :class:`DualAttention`.
-        backend: None to choose automatically, or "reference", "cpu", "triton", "cuda".
+        backend: one of :data:`mfef_ext.backends.BACKEND_NAMES`; None chooses automatically.
 
     Source: Zou, Teng, Niu, "Multi-scale Feature Extraction and Fusion for Online Knowledge
     Distillation", ICANN 2022; sizes and order of the parts are this project's reconstruction.

@@ -1,8 +1,9 @@
-"""Who can run what. Each backend answers yes, or no with the reason.
+"""The backends, and the choice among them.
 
-A backend is a name, a list of conditions (each a test and a sentence) and one callable per
-operator. ``choose`` walks the order of the device and takes the first backend that says yes;
-a forced backend that says no raises with its reason.
+A backend answers whether it can run a problem: yes, or no with the reason. :func:`choose` takes the
+first one in the order of the device that says yes; a forced backend that says no raises with its
+reason. :data:`BACKEND_NAMES` are the names to force one by: as ``backend=`` of a call or a layer,
+with :func:`use_backend`, or in the environment variable MFEF_BACKEND.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 
 from ..problem import Problem
 
+# The backends, each in the module of its name: what runs anything, then the faster the later. Only
+# this line lists them.
 BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
 
 
@@ -29,14 +33,19 @@ class Condition:
 class Backend:
     """A named set of operators with the conditions under which they can run.
 
-    ``verified`` says whether the operators have run on the hardware that they are for. The
-    automatic choice asks backends of which that cannot be said last. ``absent()`` says why the
-    backend can run nothing at all on this machine, "" where it can.
+    name: that of its module.
+    conditions: what it asks of a problem, in order.
+    operators: what runs each operator, by name, with the arguments of :mod:`mfef_ext.functional`.
+    device_type: of the tensors for which the automatic choice asks it; "" for all.
+    verified: whether the operators have run on the hardware that they are for. The automatic choice
+        asks backends of which that cannot be said last.
+    absent: says why it can run nothing at all on this machine, "" where it can.
     """
 
     name: str
     conditions: tuple[Condition, ...]
     operators: Mapping[str, Callable]
+    device_type: str = ""
     verified: bool = True
     absent: Callable[[], str] = lambda: ""
 
@@ -90,17 +99,12 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def order(device_type: str) -> tuple[Backend, ...]:
     """The backends in their order for tensors on ``device_type``: the fastest first."""
-    if device_type == "cuda":
-        return (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
-    return (cpu.BACKEND, reference.BACKEND)
+    return tuple([BACKENDS[name] for name in _ORDERS.get(device_type, _ORDERS[""])])
 
 
 def by_name(name: str) -> Backend:
     """The backend of that name."""
-    for backend in (reference.BACKEND, cpu.BACKEND, triton.BACKEND, cuda.BACKEND):
-        if backend.name == check_backend_name(name):
-            return backend
-    raise AssertionError(name)
+    return BACKENDS[check_backend_name(name)]
 
 
 def forced_name(backend: str | None = None) -> str | None:
@@ -114,9 +118,8 @@ def choose(problem: Problem, backend: str | None = None) -> Backend:
     ``backend`` (or :func:`use_backend`, or the environment variable MFEF_BACKEND) forces one;
     RuntimeError with the reason if it cannot run the problem.
     """
-    forced = forced_name(backend)
+    forced = backend if backend is not None else _forced
     if forced is not None:
-        # Who forces it is who has to let go of it.
         by_call = backend is not None
         what = f"backend={forced!r}" if by_call else f"{forced!r} (use_backend or MFEF_BACKEND)"
         remedy = "use backend=None" if by_call else "end the with block or unset the variable"
@@ -136,4 +139,14 @@ def choose(problem: Problem, backend: str | None = None) -> Backend:
 
 
 # Last, since they take what is above from here.
-from . import cpu, cuda, reference, triton  # noqa: E402
+BACKENDS: dict[str, Backend] = {
+    name: import_module(f".{name}", __name__).BACKEND for name in BACKEND_NAMES
+}
+_ORDERS = {
+    device_type: [
+        name
+        for name, backend in reversed(BACKENDS.items())
+        if backend.device_type in ("", device_type)
+    ]
+    for device_type in {backend.device_type for backend in BACKENDS.values()}
+}

@@ -32,4 +32,5 @@ BACKEND = Backend(
         # A few kilobytes of logits: PyTorch's own operators are the CPU kernel.
         "kd_loss": reference.kd_loss,
     },
+    device_type="cpu",
 )

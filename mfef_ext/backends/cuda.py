@@ -221,6 +221,7 @@ BACKEND = Backend(
         Condition(lambda p: not _why_not(p), _why_not),
     ),
     ops.native(),
+    device_type="cuda",
     verified=False,
     absent=_absent,
 )

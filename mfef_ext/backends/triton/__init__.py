@@ -153,6 +153,7 @@ BACKEND = Backend(
         ),
     ),
     _Operators(),
+    device_type="cuda",
     verified=False,
     absent=_absent,
 )

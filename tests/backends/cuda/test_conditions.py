@@ -132,7 +132,7 @@ def test_ptx_needs_a_driver_as_new_as_the_compiler(gpu):
 
 def test_who_is_not_served_is_told_and_the_next_backend_runs(gpu):
     proven = dataclasses.replace(cuda.BACKEND, verified=True)
-    gpu.monkeypatch.setattr(cuda, "BACKEND", proven)
+    gpu.monkeypatch.setitem(backends.BACKENDS, "cuda", proven)
     one = problem(128, 64, 8)
     gpu.monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert backends.choose(one).name == "cuda"
@@ -199,7 +199,8 @@ def adds(x, forced=None, k=3):
 def compiled(gpu):
     """Compiles without graph breaks and counts the graphs."""
     torch._dynamo.reset()
-    gpu.monkeypatch.setattr(cuda, "BACKEND", dataclasses.replace(cuda.BACKEND, verified=True))
+    proven = dataclasses.replace(cuda.BACKEND, verified=True)
+    gpu.monkeypatch.setitem(backends.BACKENDS, "cuda", proven)
     graphs = []
 
     def count(graph, example_inputs):
