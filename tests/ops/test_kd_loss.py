@@ -155,6 +155,7 @@ NOT_NUMBERS = [
     (np.ones(2), TypeError, "must be a number, got ndarray"),
     (torch.tensor(3.0, requires_grad=True), TypeError, "requires a gradient, but it is a constant"),
     (torch.tensor(3.0, device="meta"), TypeError, "is a tensor on meta, which every call"),
+    (torch.tensor([3.0]).to_sparse(), TypeError, "layout torch.sparse_coo is not dense; give"),
     (float("nan"), ValueError, "=nan must be"),
     (INF, ValueError, "=inf must be"),
     (np.float32(-1), ValueError, "=-1.0 must be"),
