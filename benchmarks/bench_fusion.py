@@ -600,8 +600,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     p.add_argument(
         "--convolution",
-        choices=("direct", "fourier"),
-        help="force this way of the CPU kernels wherever there is one, to judge it",
+        choices=("direct", "fft"),
+        help="force this convolution of the CPU kernels wherever they have it, to judge it",
     )
     p.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     p.add_argument("--out", type=Path, help="folder; default: benchmarks/out/<device>-<number>")

@@ -112,9 +112,9 @@ py::dict cpu_plan(const py::dict& sizes) {
   for (const bool backward : {false, true}) {
     const std::string direction = backward ? "backward" : "forward";
     kernels.choose(a, backward);
-    std::vector<int> spectra;
-    for (int i = 0; i < a.branch_count; ++i) spectra.push_back(a.branches[i].spectrum);
-    plan[(direction + "_spectra").c_str()] = spectra;
+    std::vector<int> sizes;
+    for (int i = 0; i < a.branch_count; ++i) sizes.push_back(a.branches[i].fft_size);
+    plan[(direction + "_fft_sizes").c_str()] = sizes;
     plan[(direction + "_scratch_bytes").c_str()] =
         kernels.unit_scratch(a, backward) + kernels.branch_scratch(a, backward);
   }

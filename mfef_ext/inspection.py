@@ -92,8 +92,8 @@ def cpu_plan(problem: Problem) -> dict[str, object]:
     """How the CPU kernels would run a problem.
 
     Keys: isa, lanes, plan, units (of work); for both directions ``forward_`` and ``backward_``:
-    spectra (for each branch the side of its spectra, or 0 where it is convolved directly) and
-    scratch_bytes (a thread).
+    fft_sizes (for each branch the side of its FFT, or 0 where it is convolved directly) and
+    scratch_bytes (per thread).
     """
     return _C.cpu_plan(problem.sizes())
 
@@ -105,17 +105,17 @@ _PLAN_TEXT = {
 
 
 def _explain_convolutions(problem: Problem, plan: dict[str, object]) -> list[str]:
-    """Which branches are products of spectra (FFTs), forward and for the gradient of x, if any."""
+    """Which branches are convolved by FFT, forward and for the gradient of x, if any."""
     lines = []
     for direction, name in (("forward", "forward"), ("backward", "gradient of x")):
-        spectra = plan[f"{direction}_spectra"]
-        assert isinstance(spectra, list)
-        if any(spectra):
-            ways = (
-                f"k={b.kernel_size} {f'spectra of {n}x{n}' if n else 'direct'}"
-                for b, n in zip(problem.branches, spectra, strict=True)
+        sizes = plan[f"{direction}_fft_sizes"]
+        assert isinstance(sizes, list)
+        if any(sizes):
+            branches = (
+                f"k={b.kernel_size} {f'fft of {n}x{n}' if n else 'direct'}"
+                for b, n in zip(problem.branches, sizes, strict=True)
             )
-            lines.append(f"    convolutions, {name}: {', '.join(ways)}")
+            lines.append(f"    convolutions, {name}: {', '.join(branches)}")
     return lines
 
 
@@ -214,7 +214,7 @@ def _explain_problem(problem: Problem, forced: str | None, channels_last: bool) 
             f"{direction} {int(str(plan[f'{direction}_scratch_bytes'])) / 1024:,.0f} KiB"
             for direction in ("forward", "backward")
         )
-        lines.append(f"    scratch a thread: {forward}, {backward}")
+        lines.append(f"    scratch per thread: {forward}, {backward}")
         lines += _explain_convolutions(problem, plan)
     if chosen.name == "triton":
         lines += _explain_launches(problem, channels_last)

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDS = ("numpy", "pytest", "pytest-xdist", "hypothesis", "expecttest", "onnx", "onnxscript")
 TESTS = ("tests/ops", "tests/test_modules.py", "tests/test_export.py")
 # Of numbers alone, which the first torch has seen: nothing in it is another torch's business.
-LEFT_OUT = "tests/ops/test_spectra.py"
+LEFT_OUT = "tests/ops/test_fft.py"
 
 # Run by the second interpreter, so that what is tested is what is meant to be.
 WHERE_FROM = """

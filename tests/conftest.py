@@ -26,10 +26,10 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 # All that this processor runs, unless one is asked for.
 ISAS = os.environ.get("MFEF_USE_ISA", "").split() or _C.build_info()["cpu_isas_usable"]
 PLANS = ("images", "pixels")
-# Every way through the CPU kernels: (plan, convolution of the images plan).
-WAYS = {
+# Every path through the CPU kernels: (plan, convolution of the images plan).
+PATHS = {
     "images": ("images", "direct"),
-    "spectra": ("images", "fourier"),
+    "fft": ("images", "fft"),
     "pixels": ("pixels", "direct"),
 }
 
@@ -75,11 +75,11 @@ def _forced(isa, plan, convolution):
         _C.force_cpu_convolution("")
 
 
-@pytest.fixture(params=[(isa, way) for isa in ISAS for way in WAYS], ids="-".join)
+@pytest.fixture(params=[(isa, path) for isa in ISAS for path in PATHS], ids="-".join)
 def engine(request):
-    """Every instruction set that this processor has, with every way, one after another."""
-    isa, way = request.param
-    with _forced(isa, *WAYS[way]):
+    """Every instruction set that this processor has, with every path, one after another."""
+    isa, path = request.param
+    with _forced(isa, *PATHS[path]):
         yield request.param
 
 
@@ -87,30 +87,32 @@ def engine(request):
 def engines():
     """The same, by name, as contexts: for tests in which something else takes the time."""
     return {
-        f"{isa}-{way}": functools.partial(_forced, isa, *WAYS[way]) for isa in ISAS for way in WAYS
+        f"{isa}-{path}": functools.partial(_forced, isa, *PATHS[path])
+        for isa in ISAS
+        for path in PATHS
     }
 
 
 @pytest.fixture(params=ISAS)
-def spectra(request):
-    """Every instruction set, by way of spectra where there are transforms for the map."""
-    with _forced(request.param, *WAYS["spectra"]):
+def fft(request):
+    """Every instruction set, by FFT where there are transforms for the map."""
+    with _forced(request.param, *PATHS["fft"]):
         yield request.param
 
 
 @pytest.fixture
-def spectra_of_each_isa():
+def fft_of_each_isa():
     """The same, by name, as contexts."""
-    return {isa: functools.partial(_forced, isa, *WAYS["spectra"]) for isa in ISAS}
+    return {isa: functools.partial(_forced, isa, *PATHS["fft"]) for isa in ISAS}
 
 
 @pytest.fixture
-def on_each_isa(spectra_of_each_isa):
-    """Calls a function on every instruction set, by way of spectra: its results by name."""
+def on_each_isa(fft_of_each_isa):
+    """Calls a function on every instruction set, by FFT: its results by name."""
 
     def call(f):
         results = {}
-        for isa, forced in spectra_of_each_isa.items():
+        for isa, forced in fft_of_each_isa.items():
             with forced():
                 results[isa] = f()
         return results

@@ -87,7 +87,7 @@ def test_explain_says_what_runs_and_why_the_others_do_not():
     assert "cuda: no, " in text
     plan = cpu_plan(problem())
     kept = [plan[f"{direction}_scratch_bytes"] / 1024 for direction in ("forward", "backward")]
-    wanted = "scratch a thread: forward {:,.0f} KiB, backward {:,.0f} KiB".format(*kept)
+    wanted = "scratch per thread: forward {:,.0f} KiB, backward {:,.0f} KiB".format(*kept)
     assert wanted in _explain_problem(problem(), None, False)[3]
     assert repr(text) == str(text)
     assert "pixels plan" in mfef_ext.explain(torch.randn(1, 64, 56, 56), MFEFBlock(64))

@@ -8,8 +8,9 @@
 // sum.
 #pragma once
 
-#include "conv_map.h"
-#include "maps.h"
+#include "cpu/conv/direct.h"
+#include "cpu/conv/weight_gradient.h"
+#include "cpu/pack.h"
 
 namespace mfef::cpu::MFEF_ISA {
 
@@ -19,11 +20,11 @@ constexpr int64_t kRun = 16;
 struct Carver {
   char* base;
   int64_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* at = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(count * int64_t(sizeof(T)), 64);
-    return at;
+  // `count` elements for each of the pointers.
+  template <class... P>
+  void take(int64_t count, P*&... pieces) {
+    ((pieces = base ? reinterpret_cast<P*>(base + used) : nullptr, used += round_up(count * int64_t(sizeof(P)), 64)),
+     ...);
   }
 };
 
@@ -61,11 +62,15 @@ struct Maximum {
   }
 };
 
-// f(i, Index<4>{}) for every four of [begin, end), f(i, Index<1>{}) for the rest.
-template <class F>
-MFEF_INLINE void in_fours(int64_t begin, int64_t end, const F& f) {
-  for (; begin + 4 <= end; begin += 4) f(begin, Index<4>{});
-  for (; begin < end; ++begin) f(begin, Index<1>{});
+// sum[j] += what f(i, run) adds to run[j], for i in [0, count): in runs of kRun, then over the runs.
+template <class T, int kCount, class F>
+MFEF_INLINE void sum_in_runs(int64_t count, Vec<T> (&sum)[kCount], const F& f) {
+  for (int64_t begin = 0; begin < count; begin += kRun) {
+    Vec<T> run[kCount] = {};
+    const int64_t end = min(begin + kRun, count);
+    for (int64_t i = begin; i < end; ++i) f(i, run);
+    static_for<kCount>([&]<int j>() { sum[j] += run[j]; });
+  }
 }
 
 template <class T>
@@ -121,8 +126,8 @@ struct ImageLanes {
 
   static int64_t vectors(int64_t pixels) { return pixels; }
   static int64_t step(int64_t pixels) { return channel_vectors(pixels) * L; }
-  static ConvMap<T> map(int64_t in, int64_t out, int64_t k, int64_t height, int64_t width) {
-    return images_map<T>(in, out, 1, k, height, width);
+  static ConvShape<T> map(int64_t in, int64_t out, int64_t k, int64_t height, int64_t width) {
+    return images_shape<T>(in, out, 1, k, height, width);
   }
 
   MFEF_INLINE static Value get(const T* values, int64_t i) { return load(values + i * L); }
@@ -204,7 +209,7 @@ struct ImageLanes {
   }
 
   // The maps that a convolution reads: themselves, or a copy with borders.
-  static const T* bordered(const ConvMap<T>& map, int64_t count, const T* from, int64_t /*step*/, T* padded) {
+  static const T* bordered(const ConvShape<T>& map, int64_t count, const T* from, int64_t /*step*/, T* padded) {
     if (map.layout == kClip) return from;
     pad_images(map, count, from, padded);
     return padded;
@@ -244,8 +249,8 @@ struct PixelLanes {
 
   static int64_t vectors(int64_t pixels) { return (pixels + L - 1) / L; }
   static int64_t step(int64_t pixels) { return round_up(pixels, L); }
-  static ConvMap<T> map(int64_t in, int64_t out, int64_t k, int64_t height, int64_t width) {
-    return pixels_map<T>(in, out, 1, k, height, width);
+  static ConvShape<T> map(int64_t in, int64_t out, int64_t k, int64_t height, int64_t width) {
+    return pixels_shape<T>(in, out, 1, k, height, width);
   }
 
   MFEF_INLINE static Value get(const T* values, int64_t i) { return values[i]; }
@@ -264,7 +269,7 @@ struct PixelLanes {
     store_index<T>(places, found.place);
     T best = values[0];
     Int place = places[0];
-    for (int r = 1; r < least<int64_t>(L, pixels); ++r) {
+    for (int r = 1; r < min<int64_t>(L, pixels); ++r) {
       const bool is_nan = values[r] != values[r], best_nan = best != best;
       const bool greater = is_nan ? !best_nan : values[r] > best;
       const bool equal = is_nan ? best_nan : values[r] == best;
@@ -309,7 +314,7 @@ struct PixelLanes {
     for (int64_t i = count; i < room; ++i) to[i] = 0;
   }
 
-  static const T* bordered(const ConvMap<T>& map, int64_t count, const T* from, int64_t step, T* padded) {
+  static const T* bordered(const ConvShape<T>& map, int64_t count, const T* from, int64_t step, T* padded) {
     pad_pixels(map, count, from, step, padded);
     return padded;
   }
@@ -319,11 +324,11 @@ struct PixelLanes {
 
 // grads += the gradient of the spatial convolution's weights, (2, k, k); `ordered` and `scratch` are room.
 template <class T>
-void spatial_weight_grad(const ConvMap<T>& map, const T* x, const T* dy, int64_t dy_channel, T* ordered, T* scratch,
+void spatial_weight_grad(const ConvShape<T>& map, const T* x, const T* dy, int64_t dy_channel, T* ordered, T* scratch,
                          T* grads) {
   const int64_t taps = int64_t(map.k) * map.k, row = round_up(taps, kLanes<T>);  // one output channel: tiles of one
   for (int64_t i = 0; i < 2 * row; ++i) ordered[i] = T(0);
-  weight_grad_map<T>(map, x, dy, dy_channel, ordered, scratch);
+  weight_grad_direct<T>(map, x, dy, dy_channel, ordered, scratch);
   for (int64_t i = 0; i < 2; ++i) {
     for (int64_t t = 0; t < taps; ++t) grads[i * taps + t] += ordered[i * row + t];
   }
@@ -337,7 +342,7 @@ struct Attention {
 
   const BlockArgs& args;
   int64_t channels, pixels, vectors, step;
-  ConvMap<T> spatial, spatial_back;
+  ConvShape<T> spatial, spatial_back;
   // Values of channels. tolerance: see Maximum.
   T *mean, *max, *gate, *tolerance;
   Int* max_index;
@@ -360,32 +365,24 @@ struct Attention {
         spatial(Lanes::map(2, 1, a.spatial_k, a.height, a.width)),
         spatial_back(Lanes::map(1, 2, a.spatial_k, a.height, a.width)) {
     constexpr int kValue = Lanes::kValue;
-    mean = carver.take<T>(channels * kValue);
-    max = carver.take<T>(channels * kValue);
-    gate = carver.take<T>(round_up(channels * kValue, L));
-    tolerance = carver.take<T>(channels * L);
-    max_index = carver.take<Int>(channels * kValue);
-    hidden_mean = carver.take<T>(a.hidden * kValue);
-    hidden_max = carver.take<T>(a.hidden * kValue);
-    hidden_sum = carver.take<T>(a.hidden * kValue);
-    pooled = carver.take<T>(2 * step);
-    padded = carver.take<T>(2 * spatial.channel);
-    raw = carver.take<T>(Lanes::kGaps ? 2 * spatial.out_channel : 0);
-    spatial_gate = carver.take<T>(step);
-    channel_index = carver.take<Int>(step);
-    packed = carver.take<T>(spatial.weight_count());
+    carver.take(channels * kValue, mean, max, max_index);
+    carver.take(round_up(channels * kValue, L), gate);
+    carver.take(channels * L, tolerance);
+    carver.take(a.hidden * kValue, hidden_mean, hidden_max, hidden_sum);
+    carver.take(2 * step, pooled);
+    carver.take(2 * spatial.channel, padded);
+    carver.take(Lanes::kGaps ? 2 * spatial.out_channel : 0, raw);
+    carver.take(step, spatial_gate, channel_index);
+    carver.take(spatial.weight_count(), packed);
     if (!backward) return;
-    grad_gate = carver.take<T>(step);
-    padded_grad = carver.take<T>(spatial_back.channel);
-    grad_pooled = carver.take<T>(2 * step);
-    grad_logit = carver.take<T>(channels * kValue);
-    grad_hidden_mean = carver.take<T>(a.hidden * kValue);
-    grad_hidden_max = carver.take<T>(a.hidden * kValue);
-    grad_mean = carver.take<T>(channels * kValue);
-    grad_max = carver.take<T>(channels * kValue);
-    grad_rows = carver.take<T>(channels * L);
-    sums = carver.take<T>(weight_grad_scratch<T>(int(a.spatial_k)));
-    spatial_sums = carver.take<T>(weight_grad_elements(spatial));
+    carver.take(channels * kValue, grad_logit, grad_mean, grad_max);
+    carver.take(channels * L, grad_rows);
+    carver.take(a.hidden * kValue, grad_hidden_mean, grad_hidden_max);
+    carver.take(2 * step, grad_pooled);
+    carver.take(step, grad_gate);
+    carver.take(spatial_back.channel, padded_grad);
+    carver.take(weight_grad_scratch<T>(int(a.spatial_k)), sums);
+    carver.take(weight_grad_elements(spatial), spatial_sums);
   }
 
   static const T* real(const void* p) { return static_cast<const T*>(p); }
@@ -404,19 +401,14 @@ struct Attention {
         gap[j] = load(tolerance + (c + j) * L);
         found[j].begin(load(map[j]), Lanes::places(0), gap[j]);
       });
-      for (int64_t first = 0; first < vectors; first += kRun) {
-        Vec<T> run[kCount] = {};
-        const int64_t run_end = least(first + kRun, vectors);
-        for (int64_t p = first; p < run_end; ++p) {
-          const IVec<T> places = Lanes::places(p);
-          static_for<kCount>([&]<int j>() {
-            const Vec<T> v = load(map[j] + p * L);
-            run[j] += v;
-            found[j].meet(v, places, gap[j], Lanes::inside(places, pixels));
-          });
-        }
-        static_for<kCount>([&]<int j>() { sum[j] += run[j]; });
-      }
+      sum_in_runs<T>(vectors, sum, [&](int64_t p, Vec<T>(&run)[kCount]) {
+        const IVec<T> places = Lanes::places(p);
+        static_for<kCount>([&]<int j>() {
+          const Vec<T> v = load(map[j] + p * L);
+          run[j] += v;
+          found[j].meet(v, places, gap[j], Lanes::inside(places, pixels));
+        });
+      });
       static_for<kCount>([&]<int j>() {
         Lanes::set(mean, c + j, Lanes::sum(sum[j]) / T(pixels));
         Lanes::set_max(found[j], pixels, c + j, max, max_index);
@@ -447,19 +439,14 @@ struct Attention {
       const Vec<T> first = Lanes::spread(gate, 0);
       static_for<kCount>(
           [&]<int j>() { found[j].begin(load(y + (p + j) * L) * first, IVec<T>{}, load(tolerance) * first); });
-      for (int64_t begin = 0; begin < channels; begin += kRun) {
-        Vec<T> run[kCount] = {};
-        const int64_t end = least(begin + kRun, channels);
-        for (int64_t c = begin; c < end; ++c) {
-          const Vec<T> g = Lanes::spread(gate, c), gap = kTolerant ? load(tolerance + c * L) * g : Vec<T>{};
-          static_for<kCount>([&]<int j>() {
-            const Vec<T> z = load(y + c * step + (p + j) * L) * g;
-            run[j] += z;
-            found[j].meet(z, isplat<T>(c), gap, ~IVec<T>{});
-          });
-        }
-        static_for<kCount>([&]<int j>() { sum[j] += run[j]; });
-      }
+      sum_in_runs<T>(channels, sum, [&](int64_t c, Vec<T>(&run)[kCount]) {
+        const Vec<T> g = Lanes::spread(gate, c), gap = kTolerant ? load(tolerance + c * L) * g : Vec<T>{};
+        static_for<kCount>([&]<int j>() {
+          const Vec<T> z = load(y + c * step + (p + j) * L) * g;
+          run[j] += z;
+          found[j].meet(z, isplat<T>(c), gap, ~IVec<T>{});
+        });
+      });
       static_for<kCount>([&]<int j>() {
         store(pooled + (p + j) * L, found[j].value);
         store(pooled + step + (p + j) * L, sum[j] / splat(T(channels)));
@@ -469,10 +456,10 @@ struct Attention {
   }
 
   // to = the convolution of `from`, flipped for the data gradient. Returns `from` as a convolution reads it.
-  const T* convolve(const ConvMap<T>& map, bool flipped, const T* from, T* with_borders, T* to) {
+  const T* convolve(const ConvShape<T>& map, bool flipped, const T* from, T* with_borders, T* to) {
     pack_weights<T>(map, flipped, real(args.spatial_weight), packed);
     const T* input = Lanes::bordered(map, map.in, from, step, with_borders);
-    conv_map<T>(map, input, packed, nullptr, false, Lanes::kGaps ? raw : to);
+    convolve_direct<T>(map, input, packed, nullptr, false, Lanes::kGaps ? raw : to);
     if (Lanes::kGaps) unpad_pixels(map, map.out, raw, to, step);
     return input;
   }
@@ -508,33 +495,25 @@ struct Attention {
   // The gradient of the spatial gate's logit, and the pooled maps again, which the forward did not save.
   void backward_spatial_gate(const T* y, const T* grad) {
     in_fours(0, vectors, [&]<int kCount>(int64_t p, Index<kCount>) {
-      Vec<T> dot[kCount] = {}, sum[kCount] = {}, top[kCount] = {};
+      Vec<T> sum[2 * kCount] = {}, top[kCount] = {};  // of grad * z, then of z
       IVec<T> at[kCount];
       static_for<kCount>([&]<int j>() { at[j] = load_index<T>(channel_index + (p + j) * L); });
-      for (int64_t begin = 0; begin < channels; begin += kRun) {
-        Vec<T> dot_run[kCount] = {}, sum_run[kCount] = {};
-        const int64_t end = least(begin + kRun, channels);
-        for (int64_t c = begin; c < end; ++c) {
-          const Vec<T> g = Lanes::spread(gate, c);
-          static_for<kCount>([&]<int j>() {
-            const int64_t e = c * step + (p + j) * L;
-            const Vec<T> z = load(y + e) * g;
-            dot_run[j] += load(grad + e) * z;
-            sum_run[j] += z;
-            top[j] = at[j] == isplat<T>(c) ? z : top[j];
-          });
-        }
+      sum_in_runs<T>(channels, sum, [&](int64_t c, Vec<T>(&run)[2 * kCount]) {
+        const Vec<T> g = Lanes::spread(gate, c);
         static_for<kCount>([&]<int j>() {
-          dot[j] += dot_run[j];
-          sum[j] += sum_run[j];
+          const int64_t e = c * step + (p + j) * L;
+          const Vec<T> z = load(y + e) * g;
+          run[j] += load(grad + e) * z;
+          run[kCount + j] += z;
+          top[j] = at[j] == isplat<T>(c) ? z : top[j];
         });
-      }
+      });
       static_for<kCount>([&]<int j>() {
         const int64_t e = (p + j) * L;
         const Vec<T> s = load(spatial_gate + e);
-        store(grad_gate + e, dot[j] * (s * (T(1) - s)));
+        store(grad_gate + e, sum[j] * (s * (T(1) - s)));
         store(pooled + e, top[j]);
-        store(pooled + step + e, sum[j] / splat(T(channels)));
+        store(pooled + step + e, sum[kCount + j] / splat(T(channels)));
       });
     });
   }
@@ -543,23 +522,18 @@ struct Attention {
   void backward_product(const T* y, T* grad) {
     in_fours(0, channels, [&]<int kCount>(int64_t c, Index<kCount>) {
       Vec<T> sum[kCount] = {};
-      for (int64_t begin = 0; begin < vectors; begin += kRun) {
-        Vec<T> run[kCount] = {};
-        const int64_t end = least(begin + kRun, vectors);
-        for (int64_t p = begin; p < end; ++p) {
-          const Vec<T> s = load(spatial_gate + p * L), from_max = load(grad_pooled + p * L);
-          const Vec<T> from_mean = load(grad_pooled + step + p * L) / splat(T(channels));
-          const IVec<T> at = load_index<T>(channel_index + p * L);
-          static_for<kCount>([&]<int j>() {
-            const int64_t e = (c + j) * step + p * L;
-            Vec<T> dz = load(grad + e) * s + from_mean;
-            dz += at == isplat<T>(c + j) ? from_max : Vec<T>{};
-            run[j] += dz * load(y + e);
-            store(grad + e, dz * Lanes::spread(gate, c + j));
-          });
-        }
-        static_for<kCount>([&]<int j>() { sum[j] += run[j]; });
-      }
+      sum_in_runs<T>(vectors, sum, [&](int64_t p, Vec<T>(&run)[kCount]) {
+        const Vec<T> s = load(spatial_gate + p * L), from_max = load(grad_pooled + p * L);
+        const Vec<T> from_mean = load(grad_pooled + step + p * L) / splat(T(channels));
+        const IVec<T> at = load_index<T>(channel_index + p * L);
+        static_for<kCount>([&]<int j>() {
+          const int64_t e = (c + j) * step + p * L;
+          Vec<T> dz = load(grad + e) * s + from_mean;
+          dz += at == isplat<T>(c + j) ? from_max : Vec<T>{};
+          run[j] += dz * load(y + e);
+          store(grad + e, dz * Lanes::spread(gate, c + j));
+        });
+      });
       static_for<kCount>([&]<int j>() {
         const Value g = Lanes::get(gate, c + j);
         Lanes::set(grad_logit, c + j, Lanes::sum(sum[j]) * (g * (T(1) - g)));

@@ -15,8 +15,8 @@ enum class Plan : int {
 // How a branch is convolved in the images plan.
 enum class Convolution : int {
   kByShape = 0,
-  kDirect = 1,   // taps times pixels
-  kFourier = 2,  // products of spectra, where there are transforms for the map; elsewhere direct
+  kDirect = 1,  // taps times pixels
+  kFft = 2,     // products of transforms, where there are transforms for the map; elsewhere direct
 };
 
 constexpr int kMaxBranches = 64;
@@ -25,10 +25,10 @@ struct Branch : BranchShape<int64_t> {
   const void* weights;  // (out, in / groups, full_k, full_k)
   int64_t weight_stride[4];
 
-  // Set by choose(), for one direction. spectrum: side of the spectra of the forward or of the data gradient, 0 where
-  // that is direct. spectral_weights: the gradient of the weights is by way of the same spectra.
-  int spectrum;
-  bool spectral_weights;
+  // Set by choose(), for one direction. fft_size: side of the transforms of the forward or of the data gradient, 0
+  // where that is direct. fft_gradient: the gradient of the weights comes from the same transforms.
+  int fft_size;
+  bool fft_gradient;
   int64_t packed_first;  // of its packed weights among those of all branches
 
   // Backward, set by lay_out(). by_channels: the weight gradient is computed after all units, from what they
@@ -39,19 +39,19 @@ struct Branch : BranchShape<int64_t> {
 };
 
 // Offsets of the parameters' gradients in one slot of partial sums, in elements of the compute type. Those of
-// the convolutions have an order of their own (see conv_map.h).
+// the convolutions are in the order in which they are computed (see conv/weight_gradient.h).
 struct PartialLayout {
   int64_t conv, bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial;
   int64_t total;
 };
 
-// Where one unit of work stays from the first step to the last, and what a thread needs for a branch of it.
+// Memory of one unit of work from its first step to its last, and of a thread for one branch.
 struct Scratch {
   void *unit, *branch;
 };
 
-// The steps of a unit: all of them one after another; or, where threads outnumber the units, its branches (by
-// their number) apart from each other, the forward's before and the backward's after kAttention.
+// The steps of a unit: kWhole runs all of them. Where threads outnumber the units, each branch (by its number) is a
+// step, in the forward before kAttention and in the backward after it.
 constexpr int kWhole = -1;
 constexpr int kAttention = kMaxBranches;
 
@@ -59,7 +59,7 @@ struct BlockArgs {
   Element element;
   Plan plan;
   Convolution convolution;
-  bool staged;  // the steps of a unit run one by one
+  bool staged;  // the steps of a unit are separate calls
   int64_t batch, in, out, height, width;
 
   // Convolution: absent when branch_count is 0 (then in == out). The compute type is float, or double
@@ -99,20 +99,20 @@ struct BlockArgs {
 struct Kernels {
   const char* name;
   int vector_bytes;
-  // Sets what the branches say of one direction, by the shape alone. Returns the elements of the compute type that
-  // `packed` or `packed_backward` needs.
+  // Chooses FFT or direct for each branch in one direction, by the shape alone. Returns the elements of the compute
+  // type that `packed` or `packed_backward` needs.
   int64_t (*choose)(BlockArgs&, bool backward);
-  // The pieces of work of packing weights, and some of them.
+  // Packing of weights: how many tasks, and some of them.
   int64_t (*packed_tiles)(const BlockArgs&, bool backward);
   void (*prepare)(const BlockArgs&, bool backward, int64_t tile_begin, int64_t tile_end);
-  // Sets what the branches say of the backward and the sizes of the buffers below; returns the elements that
-  // the convolutions need in a slot of partial sums.
+  // Sets the places of the weights' gradients and the sizes of the buffers for them; returns the elements that the
+  // convolutions need in a slot of partial sums.
   int64_t (*lay_out)(BlockArgs&);
   // The weight gradients that are computed after all units: how many tasks, and one of them.
   int64_t (*channel_tasks)(const BlockArgs&);
   void (*channel_task)(const BlockArgs&, int64_t task);
-  // The gradient of one group of a branch out of the sums, into a tensor of the shape of the branch's weights,
-  // of which the inner k x k are written.
+  // Writes the gradient of one group of a branch into a tensor of the shape of the branch's weights, of which the
+  // inner k x k are written.
   void (*read_weight_grad)(const BlockArgs&, int branch, int64_t group, void* to, const int64_t stride[4]);
   // Number of independent units of work: blocks of images, or images.
   int64_t (*units)(const BlockArgs&);

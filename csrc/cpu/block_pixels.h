@@ -2,8 +2,7 @@
 // For single images, small batches, and maps so large that a block of images leaves the caches.
 #pragma once
 
-#include "attention.h"
-#include "block_images.h"
+#include "cpu/branch.h"
 
 namespace mfef::cpu::MFEF_ISA {
 
@@ -23,17 +22,16 @@ struct BlockPixels {
         carver{static_cast<char*>(scratch.unit)},
         branch_carver{static_cast<char*>(scratch.branch)},
         attention(a, carver, backward) {
-    int64_t channels, longest, outputs, sums_count;
-    branch_extents<T>(a, backward, &channels, &longest, &outputs, &sums_count);
-    y = carver.take<T>(a.out * row);
-    x = branch_carver.take<T>((a.split ? channels : a.in) * row);
-    padded = branch_carver.take<T>(longest);
-    raw = branch_carver.take<T>(outputs);
+    const BranchExtents most = branch_extents<T>(a, backward);
+    carver.take(a.out * row, y);
+    branch_carver.take((a.split ? most.channels : a.in) * row, x);
+    branch_carver.take(most.padded, padded);
+    branch_carver.take(most.output, raw);
     if (!backward) return;
-    grad = carver.take<T>(a.out * row);
-    padded_grad = branch_carver.take<T>(longest);
-    sums = branch_carver.take<T>(sums_count);
-    total = branch_carver.take<T>(a.split ? 0 : a.in * row);
+    carver.take(a.out * row, grad);
+    branch_carver.take(most.padded, padded_grad);
+    branch_carver.take(most.scratch, sums);
+    branch_carver.take(a.split ? 0 : a.in * row, total);
   }
 
   template <class E>
@@ -79,13 +77,13 @@ struct BlockPixels {
 
   template <class E>
   void forward_branch(const Branch& b, int64_t image) {
-    const ConvMap<T> map = branch_map<T>(args, b, false);
+    const ConvShape<T> shape = branch_shape<T>(args, b, false);
     if (args.split) pack<E>(args.x, image, b.in_first, b.in, x);
-    pad_pixels(map, b.in, x, row, padded);
+    pad_pixels(shape, b.in, x, row, padded);
     const T* bias = static_cast<const T*>(args.bias);
-    conv_map<T>(map, padded, static_cast<const T*>(args.packed) + b.packed_first, bias ? bias + b.out_first : nullptr,
-                false, raw);
-    unpad_pixels(map, b.out, raw, y + b.out_first * row, row);
+    convolve_direct<T>(shape, padded, static_cast<const T*>(args.packed) + b.packed_first,
+                       bias ? bias + b.out_first : nullptr, false, raw);
+    unpad_pixels(shape, b.out, raw, y + b.out_first * row, row);
     if (args.hidden) attention.template pool_pixels<false>(y, b.out_first, b.out_first + b.out);
   }
 
@@ -114,40 +112,30 @@ struct BlockPixels {
       if (args.grad_x.data) unpack<E>(args.grad_x, image, 0, args.in, grad);
       return;
     }
-    if (args.bias && args.need_parameters) {
-      for (int64_t c = 0; c < args.out; ++c) {
-        constexpr int64_t kStep = kRun * kLanes<T>;
-        Vec<T> sum{};
-        for (int64_t p0 = 0; p0 < row; p0 += kStep) {
-          Vec<T> run{};
-          for (int64_t p = p0; p < least(p0 + kStep, row); p += kLanes<T>) run += load(grad + c * row + p);
-          sum += run;
-        }
-        partials[args.partial.bias + c] += sum_of_lanes<T>(sum);
-      }
-    }
+    if (args.bias && args.need_parameters) add_bias_gradient(args, grad, row / kLanes<T>, row, partials);
   }
 
   template <class E>
   void backward_branch(const Branch& b, int64_t image, bool first, T* partials) {
-    const ConvMap<T> map = branch_map<T>(args, b, true);
-    pad_pixels(map, b.out, grad + b.out_first * row, row, padded_grad);
+    const ConvShape<T> shape = branch_shape<T>(args, b, true);
+    pad_pixels(shape, b.out, grad + b.out_first * row, row, padded_grad);
     if (args.need_parameters) {
-      const ConvMap<T> forward_map = branch_map<T>(args, b, false);
+      const ConvShape<T> forward_map = branch_shape<T>(args, b, false);
       if (args.split) pack<E>(args.x, image, b.in_first, b.in, x);
       pad_pixels(forward_map, b.in, x, row, padded);
-      weight_grad_map<T>(forward_map, padded, padded_grad + map.lead, map.channel,
-                         partials + args.partial.conv + b.grad_first, sums);
+      weight_grad_direct<T>(forward_map, padded, padded_grad + shape.lead, shape.channel,
+                            partials + args.partial.conv + b.grad_first, sums);
     }
     if (!args.grad_x.data) return;
-    conv_map<T>(map, padded_grad, static_cast<const T*>(args.packed_backward) + b.packed_first, nullptr, false, raw);
+    convolve_direct<T>(shape, padded_grad, static_cast<const T*>(args.packed_backward) + b.packed_first, nullptr, false,
+                       raw);
     if (args.split) {
-      unpad_pixels(map, b.in, raw, x, row);
+      unpad_pixels(shape, b.in, raw, x, row);
       unpack<E>(args.grad_x, image, b.in_first, b.in, x);
     } else if (first) {
-      unpad_pixels(map, b.in, raw, total, row);
+      unpad_pixels(shape, b.in, raw, total, row);
     } else {
-      unpad_pixels(map, b.in, raw, padded, row);
+      unpad_pixels(shape, b.in, raw, padded, row);
       add_scaled(total, padded, T(1), b.in * row);
     }
   }

@@ -122,11 +122,10 @@ void force_convolution(const std::string& name) {
     convolution_in_force = Convolution::kByShape;
   } else if (name == "direct") {
     convolution_in_force = Convolution::kDirect;
-  } else if (name == "fourier") {
-    convolution_in_force = Convolution::kFourier;
+  } else if (name == "fft") {
+    convolution_in_force = Convolution::kFft;
   } else {
-    throw std::invalid_argument("convolution '" + name +
-                                "' is unknown; use 'direct', 'fourier', or '' to choose by shape");
+    throw std::invalid_argument("convolution '" + name + "' is unknown; use 'direct', 'fft', or '' to choose by shape");
   }
 }
 
@@ -134,7 +133,7 @@ Convolution forced_convolution() { return convolution_in_force; }
 
 std::string forced_convolution_name() {
   const Convolution forced = convolution_in_force;
-  return forced == Convolution::kByShape ? "" : forced == Convolution::kDirect ? "direct" : "fourier";
+  return forced == Convolution::kByShape ? "" : forced == Convolution::kDirect ? "direct" : "fft";
 }
 
 Plan choose_plan(const BlockArgs& a, int lanes) {

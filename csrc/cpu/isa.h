@@ -21,7 +21,7 @@ const Kernels& kernels();
 // Forces a plan ("images", "pixels", "" for automatic). Throws std::invalid_argument.
 void force_plan(const std::string& name);
 std::string forced_plan();
-// Forces the convolution of the images plan ("direct", "fourier" wherever it can, "" for automatic). Throws
+// Forces the convolution of the images plan ("direct", "fft" wherever it can, "" for automatic). Throws
 // std::invalid_argument.
 void force_convolution(const std::string& name);
 std::string forced_convolution_name();

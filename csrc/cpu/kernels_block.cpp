@@ -1,7 +1,7 @@
 // The operators of one instruction set, compiled once per instruction set: the table that isa.cpp
 // chooses from.
-#include "block_images.h"
-#include "block_pixels.h"
+#include "cpu/block_images.h"
+#include "cpu/block_pixels.h"
 
 namespace mfef::cpu::MFEF_ISA {
 
@@ -28,62 +28,55 @@ int64_t choose(BlockArgs& a, bool backward) {
     int64_t count = 0;
     for (int i = 0; i < a.branch_count; ++i) {
       Branch& b = a.branches[i];
-      b.spectrum = choose_spectrum<T>(a, b);
-      b.spectral_weights = backward && b.spectrum && choose_spectral_weights<T>(a, b);
+      b.fft_size = choose_fft<T>(a, b);
+      b.fft_gradient = backward && b.fft_size && choose_fft_gradient<T>(a, b);
       b.packed_first = count;
-      const auto map = branch_map<T>(a, b, backward);
-      count +=
-          b.spectrum ? map.groups * (packed_spectra_group(map, b.spectrum) + guard_group(map)) : map.weight_count();
+      const auto shape = branch_shape<T>(a, b, backward);
+      count += b.fft_size ? fft_packed_elements(shape, b.fft_size) : shape.weight_count();
     }
     return count;
   });
 }
 
-template <class T>
-MFEF_INLINE int64_t packed_pieces(const Branch& b, const ConvMap<T>& map) {
-  return b.spectrum ? map.groups + spectrum_blocks(map, b.spectrum) : map.groups * tiles_per_group(map);
+// f(branch, its shape, begin, end) for the tiles of each branch in [begin, end), which are counted over all branches.
+// Returns the number of all tiles.
+template <class T, class F>
+MFEF_INLINE int64_t for_tiles(const BlockArgs& a, bool backward, int64_t begin, int64_t end, const F& f) {
+  int64_t first = 0;
+  for (int i = 0; i < a.branch_count; ++i) {
+    const Branch& b = a.branches[i];
+    const auto shape = branch_shape<T>(a, b, backward);
+    const int64_t tiles = b.fft_size ? fft_packed_pieces(shape, b.fft_size) : shape.groups * tiles_per_group(shape);
+    if (first < end && first + tiles > begin) f(b, shape, max<int64_t>(0, begin - first), min(tiles, end - first));
+    first += tiles;
+  }
+  return first;
 }
 
 int64_t packed_tiles(const BlockArgs& a, bool backward) {
   return with_types(a.element, [&](auto, auto t) {
-    int64_t count = 0;
-    for (int i = 0; i < a.branch_count; ++i) {
-      count += packed_pieces(a.branches[i], branch_map<decltype(t)>(a, a.branches[i], backward));
-    }
-    return count;
+    return for_tiles<decltype(t)>(a, backward, 0, 0, [](auto&, auto&, int64_t, int64_t) {});
   });
 }
 
 void prepare(const BlockArgs& a, bool backward, int64_t begin, int64_t end) {
   with_types(a.element, [&](auto e, auto t) {
     using T = decltype(t);
-    int64_t first = 0;
-    for (int i = 0; i < a.branch_count && first < end; ++i) {
-      const Branch& b = a.branches[i];
-      const auto map = branch_map<T>(a, b, backward);
-      const int64_t tiles = packed_pieces(b, map);
-      if (first + tiles > begin) {
-        const auto* weights = static_cast<const decltype(e)*>(b.weights);
-        T* to = static_cast<T*>(backward ? a.packed_backward : a.packed) + b.packed_first;
-        const int64_t from = most<int64_t>(0, begin - first), until = least(tiles, end - first);
-        if (b.spectrum) {
-          weigh_inputs<T>(map, b.spectrum, backward, weights, b.full_k, b.weight_stride,
-                          to + map.groups * packed_spectra_group(map, b.spectrum), from, least(until, map.groups));
-          pack_spectra<T>(map, *dft_table<T>(a.height, b.k), backward, weights, b.full_k, b.weight_stride, to,
-                          most<int64_t>(0, from - map.groups), until - map.groups);
-        } else {
-          pack_weights<T>(map, backward, weights, b.full_k, b.weight_stride, to, from, until);
-        }
+    for_tiles<T>(a, backward, begin, end, [&](const Branch& b, const ConvShape<T>& shape, int64_t from, int64_t until) {
+      const WeightView<const decltype(e)> view(shape, backward, b);
+      T* to = static_cast<T*>(backward ? a.packed_backward : a.packed) + b.packed_first;
+      if (b.fft_size) {
+        fft_pack(shape, *fft_table<T>(a.height, b.k), backward, view, to, from, until);
+      } else {
+        pack_weights(shape, view, to, from, until);
       }
-      first += tiles;
-    }
+    });
   });
 }
 
 int64_t units(const BlockArgs& a) {
   if (a.plan == Plan::kPixels) return a.batch;
-  const int lanes = a.element == Element::kDouble ? kLanes<double> : kLanes<float>;
-  return (a.batch + lanes - 1) / lanes;
+  return divide_up(a.batch, kVectorBytes / compute_bytes(a.element));
 }
 
 int64_t lay_out(BlockArgs& a) {
@@ -94,60 +87,62 @@ int64_t lay_out(BlockArgs& a) {
     a.kept_x_elements = a.kept_grad_elements = a.channel_sum_elements = 0;
     for (int i = 0; i < a.branch_count; ++i) {
       Branch& b = a.branches[i];
-      const auto map = gradient_map<T>(a, b);
-      b.by_channels = !b.spectral_weights && weight_grad_by_channels(map);
+      const auto shape = gradient_shape<T>(a, b);
+      b.by_channels = !b.fft_gradient && weight_grad_by_channels(shape);
       int64_t& sums = b.by_channels ? a.channel_sum_elements : conv;
       b.grad_first = sums;
-      sums += round_up(b.spectral_weights ? spectra_grad_elements(map) : weight_grad_elements(map), 16);
+      sums += round_up(b.fft_gradient ? fft_grad_elements(shape) : weight_grad_elements(shape), 16);
       if (!b.by_channels) continue;
       b.kept_x_first = a.kept_x_elements;
       b.kept_grad_first = a.kept_grad_elements;
-      a.kept_x_elements += blocks * b.in * map.channel;
+      a.kept_x_elements += blocks * b.in * shape.channel;
       a.kept_grad_elements += blocks * kLanes<T> * a.height * a.width * channel_row<T>(b.out);
     }
     return conv;
   });
 }
 
-// f(branch, task within the branch) for a task counted over all branches.
-template <class F>
+// f(branch, its shape, task within the branch) for a task counted over all branches. Returns the number of all tasks.
+template <class T, class F>
 MFEF_INLINE int64_t for_channel_task(const BlockArgs& a, int64_t task, const F& f) {
-  return with_types(a.element, [&](auto, auto t) {
-    using T = decltype(t);
-    int64_t first = 0;
-    for (int i = 0; i < a.branch_count; ++i) {
-      if (!a.branches[i].by_channels) continue;
-      const auto map = gradient_map<T>(a, a.branches[i]);
-      const int64_t tasks = map.groups * channel_blocks_out(map) * channel_blocks_in(map);
-      if (task >= first && task < first + tasks) f(a.branches[i], map, task - first, t);
-      first += tasks;
-    }
-    return first;
-  });
+  int64_t first = 0;
+  for (int i = 0; i < a.branch_count; ++i) {
+    if (!a.branches[i].by_channels) continue;
+    const auto shape = gradient_shape<T>(a, a.branches[i]);
+    const int64_t tasks = shape.groups * channel_blocks_out(shape) * channel_blocks_in(shape);
+    if (task >= first && task < first + tasks) f(a.branches[i], shape, task - first);
+    first += tasks;
+  }
+  return first;
 }
 
 int64_t channel_tasks(const BlockArgs& a) {
-  return for_channel_task(a, -1, [](auto&, auto&, int64_t, auto) {});
+  return with_types(a.element,
+                    [&](auto, auto t) { return for_channel_task<decltype(t)>(a, -1, [](auto&, auto&, int64_t) {}); });
 }
 
 void channel_task(const BlockArgs& a, int64_t task) {
-  for_channel_task(a, task, [&](const Branch& b, const auto& map, int64_t at, auto t) {
+  with_types(a.element, [&](auto, auto t) {
     using T = decltype(t);
-    weight_grad_channels<T>(map, at, a.batch, static_cast<const T*>(a.kept_x) + b.kept_x_first,
-                            static_cast<const T*>(a.kept_grad) + b.kept_grad_first,
-                            static_cast<T*>(a.channel_sums) + b.grad_first);
+    for_channel_task<T>(a, task, [&](const Branch& b, const ConvShape<T>& shape, int64_t at) {
+      weight_grad_channels<T>(shape, at, a.batch, static_cast<const T*>(a.kept_x) + b.kept_x_first,
+                              static_cast<const T*>(a.kept_grad) + b.kept_grad_first,
+                              static_cast<T*>(a.channel_sums) + b.grad_first);
+    });
   });
 }
 
-void read_branch_grad(const BlockArgs& a, int branch, int64_t group, void* to, const int64_t stride[4]) {
+void read_weight_grad(const BlockArgs& a, int branch, int64_t group, void* to, const int64_t stride[4]) {
   with_types(a.element, [&](auto e, auto t) {
     using T = decltype(t);
     using E = decltype(e);
     const Branch& b = a.branches[branch];
     const T* sums =
         b.by_channels ? static_cast<const T*>(a.channel_sums) : static_cast<const T*>(a.partials) + a.partial.conv;
-    auto read = b.spectral_weights ? read_spectra_grad<T, E> : read_weight_grad<T, E>;
-    read(gradient_map<T>(a, b), sums + b.grad_first, group, b.full_k, static_cast<E*>(to), stride);
+    const auto shape = gradient_shape<T>(a, b);
+    const WeightView<E> grads(shape, false, static_cast<E*>(to), b.full_k, stride);
+    auto read = b.fft_gradient ? read_fft_grad<T, E> : MFEF_ISA::read_weight_grad<T, E>;
+    read(shape, sums + b.grad_first, group, grads);
   });
 }
 
@@ -214,9 +209,21 @@ int64_t fma_chain(int64_t iterations) {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    // in the order of block.h
-    MFEF_STRING(MFEF_ISA), kVectorBytes, choose,       packed_tiles,   prepare, lay_out,  channel_tasks, channel_task,
-    read_branch_grad,      units,        unit_scratch, branch_scratch, forward, backward, fma_chain,
+    .name = MFEF_STRING(MFEF_ISA),
+    .vector_bytes = kVectorBytes,
+    .choose = choose,
+    .packed_tiles = packed_tiles,
+    .prepare = prepare,
+    .lay_out = lay_out,
+    .channel_tasks = channel_tasks,
+    .channel_task = channel_task,
+    .read_weight_grad = read_weight_grad,
+    .units = units,
+    .unit_scratch = unit_scratch,
+    .branch_scratch = branch_scratch,
+    .forward = forward,
+    .backward = backward,
+    .fma_chain = fma_chain,
 };
 
 }  // namespace mfef::cpu::MFEF_ISA

@@ -1,11 +1,11 @@
 // The convolution tiles for double, compiled once per instruction set.
-#include "conv.h"
+#include "cpu/conv/tiles.h"
 
 namespace mfef::cpu::MFEF_ISA {
 
 template <>
 const ConvTable<double>& conv_table<double>() {
-  static constexpr ConvTable<double> table = ConvTableMaker<double>::make();
+  static constexpr ConvTable<double> table = make_conv_table<double>();
   return table;
 }
 

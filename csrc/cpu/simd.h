@@ -8,6 +8,8 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
+#include <utility>
 #if defined(MFEF_ISA_avx512_bf16)
 #include <immintrin.h>
 #endif
@@ -53,11 +55,11 @@ template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
 template <class A>
-MFEF_INLINE constexpr A least(A a, A b) {
+MFEF_INLINE constexpr A min(A a, A b) {
   return b < a ? b : a;
 }
 template <class A>
-MFEF_INLINE constexpr A most(A a, A b) {
+MFEF_INLINE constexpr A max(A a, A b) {
   return a < b ? b : a;
 }
 
@@ -75,6 +77,12 @@ template <int I>
 struct Index {
   static constexpr int value = I;
 };
+// Calls f(i, Index<4>{}) for every four of [begin, end), f(i, Index<1>{}) for the rest.
+template <class F>
+MFEF_INLINE void in_fours(int64_t begin, int64_t end, const F& f) {
+  for (; begin + 4 <= end; begin += 4) f(begin, Index<4>{});
+  for (; begin < end; ++begin) f(begin, Index<1>{});
+}
 
 template <class T>
 MFEF_INLINE Vec<T> load(const T* p) {
@@ -102,7 +110,7 @@ MFEF_INLINE To bit_cast(From v) {
   return r;
 }
 
-// bfloat16 as it lies in memory; arithmetic is in float.
+// bfloat16 in memory; arithmetic is in float.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -123,11 +131,11 @@ MFEF_INLINE void from_compute(float v, float* e) { *e = v; }
 MFEF_INLINE void from_compute(double v, double* e) { *e = v; }
 MFEF_INLINE void from_compute(float v, BFloat16* e) {
   uint32_t u = bit_cast<uint32_t>(v);
-  // NaN first: rounding could carry its mantissa into infinity.
+  // NaN is not rounded, which could carry its mantissa into infinity.
   e->bits = v != v ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// Two of them as they lie in a lane.
+// Two bfloat16 in one lane.
 MFEF_INLINE float pair_of(BFloat16 first, BFloat16 second) {
   return bit_cast<float>(uint32_t(first.bits) | uint32_t(second.bits) << 16);
 }
@@ -135,10 +143,10 @@ MFEF_INLINE float pair_of(BFloat16 first, BFloat16 second) {
 typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
 
-// Lanes of float whose upper half is the nearest bfloat16.
+// The upper half of each lane is the nearest bfloat16.
 MFEF_INLINE WordVec rounded(Vec<float> v) {
   WordVec u = bit_cast<WordVec>(v);
-  // NaN stays NaN, quiet: rounding could carry its mantissa into infinity.
+  // NaN is not rounded, which could carry its mantissa into infinity, but made quiet.
   return v != v ? u | 0x400000 : u + 0x7fff + ((u >> 16) & 1);
 }
 
@@ -156,11 +164,10 @@ MFEF_INLINE void store_elements(BFloat16* p, Vec<float> v) {
   __builtin_memcpy(p, &h, sizeof(h));
 }
 
-// A lane holds kPerLane<E, T> elements of E as they lie in memory: two of bfloat16, whose transposition then takes
-// half of the shuffles.
+// Elements of E that fit into a lane: two of bfloat16, so that a transposition of them takes half of the shuffles.
 template <class E, class T>
 constexpr int kPerLane = int(sizeof(T) / sizeof(E));
-// A vector of lanes with kPer elements each: as they lie in memory, or a single one in the compute type.
+// A vector of lanes with kPer elements each: unconverted if there are two, else converted to the compute type.
 template <int kPer, class T, class E>
 MFEF_INLINE Vec<T> load_lanes(const E* p) {
   if constexpr (kPer == 1) {
@@ -179,7 +186,7 @@ MFEF_INLINE void store_lanes(E* p, Vec<T> v) {
 }
 // The first bfloat16 of every lane.
 MFEF_INLINE Vec<float> first_of_lanes(Vec<float> lanes) { return bit_cast<Vec<float>>(bit_cast<WordVec>(lanes) << 16); }
-// The elements of every lane, in the order of memory, as vectors of the compute type; and the way back.
+// The elements of every lane, in the order of memory, as vectors of the compute type; and the reverse.
 template <class T, int kPer>
 MFEF_INLINE void split_lanes(Vec<T> lanes, Vec<T> (&elements)[kPer]) {
   if constexpr (kPer == 1) {
@@ -210,18 +217,24 @@ MFEF_INLINE Vec<T> join_lanes(const Vec<T> (&elements)[kPer]) {
   }
 }
 
-// Dot products: two products of bfloat16 where an FMA has one.
+// Dot products: two products of bfloat16 in the time of one FMA.
 #if defined(MFEF_ISA_avx512_bf16)
 constexpr bool kDotProducts = true;
 // sum + the products of the two elements of every lane. Denormal numbers count as zero.
 MFEF_INLINE Vec<float> add_dot_products(Vec<float> sum, Vec<float> a, Vec<float> b) {
-  // Not the intrinsic: its operands have a type of their own, and the compiler spills accumulators between the types.
+  // The intrinsic has operands of a type of its own, and the compiler spills accumulators between the types.
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
 }
 #else
 constexpr bool kDotProducts = false;
 #endif
+
+constexpr double inverse_factorial(int n) {
+  double product = 1;
+  for (int i = 2; i <= n; ++i) product *= i;
+  return 1 / product;
+}
 
 // e^x for each lane, within 2 ulp: 2^n by the exponent's bits, e^r by its Taylor series on
 // |r| <= ln(2) / 2, whose remainder is below half an ulp at the degrees used. Overflow and underflow
@@ -238,44 +251,29 @@ MFEF_INLINE Vec<T> exp(Vec<T> x) {
   const T ln2_high = kFloat ? T(0.693145751953125) : T(6.93147180369123816490e-01);
   const T ln2_low = kFloat ? T(1.42860682030941723212e-06) : T(1.90821492927058770002e-10);
   Vec<T> r = (x - n * ln2_high) - n * ln2_low;
-  Vec<T> sum = splat<T>(kFloat ? T(1.0 / 5040) : T(1.0 / 6227020800.0));
-  if constexpr (!kFloat) {
-    sum = sum * r + T(1.0 / 479001600);
-    sum = sum * r + T(1.0 / 39916800);
-    sum = sum * r + T(1.0 / 3628800);
-    sum = sum * r + T(1.0 / 362880);
-    sum = sum * r + T(1.0 / 40320);
-    sum = sum * r + T(1.0 / 5040);
-  }
-  sum = sum * r + T(1.0 / 720);
-  sum = sum * r + T(1.0 / 120);
-  sum = sum * r + T(1.0 / 24);
-  sum = sum * r + T(1.0 / 6);
-  sum = sum * r + T(0.5);
-  sum = sum * r + T(1);
-  sum = sum * r + T(1);
+  constexpr int kDegree = kFloat ? 7 : 13;
+  Vec<T> sum = splat<T>(T(inverse_factorial(kDegree)));
+  static_for<kDegree>([&]<int i>() {
+    constexpr T kCoefficient = T(inverse_factorial(kDegree - 1 - i));
+    sum = sum * r + kCoefficient;
+  });
   return bit_cast<Vec<T>>(bit_cast<IVec<T>>(sum) + (bit_cast<IVec<T>>(shifted) << (kFloat ? 23 : 52)));
 }
 
 template <class T>
 MFEF_INLINE Vec<T> sigmoid(Vec<T> x) {
   Vec<T> s = T(1) / (T(1) + exp<T>(-x));
-  // exp() is clamped; far below, the true value is no normal number.
+  // exp() is clamped, and below that the true value is not a normal number.
   return x < (sizeof(T) == 4 ? T(-87.0) : T(-708.0)) ? Vec<T>{} : s;
 }
 
-template <int... J>
-struct Lanes {};
-template <int N, int... J>
-struct MakeLanes : MakeLanes<N - 1, N - 1, J...> {};
-template <int... J>
-struct MakeLanes<0, J...> {
-  using type = Lanes<J...>;
-};
+// 0, 1, ..., kLanes - 1 as a list of constants.
+template <class T>
+using LaneList = std::make_integer_sequence<int, kLanes<T>>;
 
 // Blocks of S lanes change places between a and b: one step of a transposition.
 template <class T, int S, int... J>
-MFEF_INLINE void exchange_blocks(Vec<T>& a, Vec<T>& b, Lanes<J...>) {
+MFEF_INLINE void exchange_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, J...>) {
   Vec<T> low = __builtin_shufflevector(a, b, ((J & S) == 0 ? J : kLanes<T> + J - S)...);
   Vec<T> high = __builtin_shufflevector(a, b, ((J & S) == 0 ? J + S : kLanes<T> + J)...);
   a = low;
@@ -289,36 +287,41 @@ MFEF_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (S < kLanes<T>) {
     static_for<kLanes<T>>([&]<int kRow>() {
       if constexpr ((kRow & S) == 0) {
-        exchange_blocks<T, S>(rows[kRow], rows[kRow + S], typename MakeLanes<kLanes<T>>::type{});
+        exchange_blocks<T, S>(rows[kRow], rows[kRow + S], LaneList<T>{});
       }
     });
     transpose<T, S * 2>(rows);
   }
 }
 
-// Of every two neighbouring blocks of S lanes, the first holds the sum of a's two, the second that of b's. One of
-// the two operands is a blend, which takes any port, where an exchange takes two shuffles.
+// Of every two neighbouring blocks of S lanes, the first becomes the sum of both blocks of a, the second that of b. One
+// of the two operands is a blend, which runs on any port; an exchange would take two shuffles.
 template <class T, int S, int... J>
-MFEF_INLINE Vec<T> add_blocks(Vec<T> a, Vec<T> b, Lanes<J...>) {
+MFEF_INLINE Vec<T> add_blocks(Vec<T> a, Vec<T> b, std::integer_sequence<int, J...>) {
   Vec<T> own = __builtin_shufflevector(a, b, ((J & S) == 0 ? J : kLanes<T> + J)...);
   Vec<T> other = __builtin_shufflevector(a, b, ((J & S) == 0 ? J + S : kLanes<T> + J - S)...);
   return own + other;
 }
 
 // Element i of the result is the sum of the lanes of rows[i], added pairwise: a fixed order with
-// log2(kLanes) rounding steps. Half of a transposition's shuffles, since every step halves the rows.
+// log2(kLanes) rounding steps. It takes half of a transposition's shuffles, since every step halves the rows.
 template <class T, int S = 1>
 MFEF_INLINE Vec<T> sums_of_lanes(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (S < kLanes<T>) {
     static_for<kLanes<T>>([&]<int kRow>() {
       if constexpr (kRow % (2 * S) == 0) {
-        rows[kRow] = add_blocks<T, S>(rows[kRow], rows[kRow + S], typename MakeLanes<kLanes<T>>::type{});
+        rows[kRow] = add_blocks<T, S>(rows[kRow], rows[kRow + S], LaneList<T>{});
       }
     });
     return sums_of_lanes<T, S * 2>(rows);
   } else {
     return rows[0];
   }
+}
+
+template <class T>
+MFEF_INLINE Vec<T> absolute(Vec<T> v) {
+  return bit_cast<Vec<T>>(bit_cast<IVec<T>>(v) & std::numeric_limits<typename IntOf<T>::type>::max());
 }
 
 // Whether a comparison holds in any lane.

@@ -132,7 +132,7 @@ def drawn(side, images=9):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plant", MAPS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("side", [7, 8, 14])
-def test_large_and_ordinary_pixels(spectra, side, plant, dtype):
+def test_large_and_ordinary_pixels(fft, side, plant, dtype):
     scales = SCALES if dtype == torch.float32 and side == 8 else SCALES[2::2]
     for scale in scales:
         x, weights, groups, grad = drawn(side)
@@ -143,7 +143,7 @@ def test_large_and_ordinary_pixels(spectra, side, plant, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plant", WEIGHTS, ids=lambda f: f.__name__)
-def test_large_and_ordinary_weights(spectra, plant, dtype):
+def test_large_and_ordinary_weights(fft, plant, dtype):
     for scale in SCALES if dtype == torch.float32 else SCALES[2::2]:
         x, weights, groups, grad = drawn(8)
         for w in weights:
@@ -152,7 +152,7 @@ def test_large_and_ordinary_weights(spectra, plant, dtype):
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-18, 1e15, 1e25])
-def test_squares_that_leave_the_range_of_float32(spectra, scale):
+def test_squares_that_leave_the_range_of_float32(fft, scale):
     x, weights, groups, grad = drawn(8)
     for t, by in ((x, scale), (grad, 1 / scale)):
         t *= by
@@ -161,7 +161,7 @@ def test_squares_that_leave_the_range_of_float32(spectra, scale):
 
 
 @pytest.mark.parametrize("maps", ["dense", "rectified", "sparse"])
-def test_spectra_serve_ordinary_gradients_of_weights(spectra, maps):
+def test_ffts_serve_ordinary_gradients_of_weights(fft, maps):
     """What is not an outlier is not summed directly, or the guard costs more than it saves."""
     _C.force_cpu_plan("images")
     x, weights, groups, grad = drawn(8, images=16)
@@ -169,18 +169,18 @@ def test_spectra_serve_ordinary_gradients_of_weights(spectra, maps):
         x = (x - (0.0 if maps == "rectified" else 0.5)).clamp(min=0)
     x, grad, weights = x.float(), grad.float(), [w.float().requires_grad_() for w in weights]
     got = {}
-    for way in ("fourier", "direct"):
-        _C.force_cpu_convolution(way)
+    for convolution in ("fft", "direct"):
+        _C.force_cpu_convolution(convolution)
         out = functional.multi_scale_conv2d(x, weights, groups, backend="cpu")
-        got[way] = torch.autograd.grad(out, weights, grad)
-    for a, b in zip(got["fourier"], got["direct"], strict=True):
+        got[convolution] = torch.autograd.grad(out, weights, grad)
+    for a, b in zip(got["fft"], got["direct"], strict=True):
         # Sums in another order: all pairs of channels of the first branch, most of the second.
         changed = (a != b).flatten(2).any(2).float().mean()
         assert changed > 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_pyramids_add_their_branches(spectra, dtype):
+def test_pyramids_add_their_branches(fft, dtype):
     """The gradient of x is added up over branches, each with outputs of its own that are weak."""
     x, _, _, grad = drawn(8)
     weights = [torch.randn(6, 12, 3, 3), torch.randn(6, 6, 9, 9)]
@@ -204,7 +204,7 @@ def test_pyramids_add_their_branches(spectra, dtype):
 
 
 @pytest.mark.parametrize("plant", [pixel, row, image, sparse], ids=lambda f: f.__name__)
-def test_an_image_among_large_ones_is_as_it_is_alone(spectra, plant):
+def test_an_image_among_large_ones_is_as_it_is_alone(fft, plant):
     """To the bit, in one plan: lanes do not mix, and what one falls back to, others do not."""
     _C.force_cpu_plan("images")
     x, weights, groups, _ = drawn(8, images=16)
@@ -218,22 +218,22 @@ def test_an_image_among_large_ones_is_as_it_is_alone(spectra, plant):
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e6])
-def test_the_block_pools_what_direct_sums_give(spectra, scale):
+def test_the_block_pools_what_direct_sums_give(fft, scale):
     """Maxima are not taken with the slack of a map that an outlier fills."""
     case = make_case((9, 16, 8, 8), (3, 9), (1, 2), dtype=torch.float32)
     case.x = case.x.detach().clone()
     case.x[:, :, 0, 0] *= scale
     saved = {}
-    for way in ("fourier", "direct"):
-        _C.force_cpu_convolution(way)
+    for convolution in ("fft", "direct"):
+        _C.force_cpu_convolution(convolution)
         low = case.cast(torch.float32)
-        saved[way] = torch.ops.mfef.mfef_block(
+        saved[convolution] = torch.ops.mfef.mfef_block(
             low.x, low.weights, low.groups, True, *low.attention, True
         )
         assert all(t.isfinite().all() for t in run_block(low, functional.mfef_block, backend="cpu"))
-    _C.force_cpu_convolution("fourier")
+    _C.force_cpu_convolution("fft")
     for at in (2, 3):  # mean and maximum over pixels
-        a, b = (saved[way][at] for way in ("fourier", "direct"))
+        a, b = (saved[convolution][at] for convolution in ("fft", "direct"))
         # A maximum beside large negative values is ordinary itself; a mean is not.
         own = a.abs() if at == 3 else saved["direct"][1].abs().mean((2, 3))
         assert bool(((a - b).abs() <= 1e-4 * own + 1e-5).all())

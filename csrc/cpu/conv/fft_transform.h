@@ -1,71 +1,73 @@
-// Discrete Fourier transforms of small packed maps, a vector of lanes at a time: what conv_fourier.h multiplies.
+// Discrete Fourier transforms of small packed maps, a vector of lanes at a time.
 //
 // Everything is unrolled for a length known when compiling. A transform of a real vector is split by halves
 // (decimation in frequency) down to odd lengths and to the odd frequencies of even ones, which are folded about
 // their middle and multiplied with a small matrix of cosines and sines. For the lengths used here, 8 to 20, that is
 // within a tenth of the operations of the best known algorithms, and the compiler contracts most of them to FMAs.
 //
-// A map of n x n real numbers has a spectrum of n * n independent reals. It is stored as complex bins, re then im,
-// each one vector: columns kx = 0 .. n / 2 of the spectrum; of the first column, and for even n the last, rows
+// The transform of n x n real numbers has n * n independent reals. It is stored as complex bins, re then im,
+// each one vector: columns kx = 0 .. n / 2; of the first column, and for even n the last, rows
 // ky = 0 .. n / 2, of the others all n. Bins whose imaginary part is zero (one for odd n, four for even n) keep it, so
 // that all bins are multiplied alike.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace mfef::cpu::MFEF_ISA {
 
+// The Taylor series at 2 pi j / n, at most an eighth of a turn: of the sine if `odd`, else of the cosine.
+constexpr double turn_series(int64_t j, int64_t n, int odd) {
+  const double a = 6.283185307179586476925 * double(j) / double(n);
+  double term = odd ? a : 1, sum = 0;
+  for (int i = 0; i < 12; ++i) {
+    sum += term;
+    term *= -a * a / double((2 * i + 1 + odd) * (2 * i + 2 + odd));
+  }
+  return sum;
+}
 // cos and sin of 2 pi j / n, to double's last place: the angle is brought below an eighth of a turn exactly.
 constexpr double sin_turn(int64_t j, int64_t n);
 constexpr double cos_turn(int64_t j, int64_t n) {
-  j = j < 0 ? -j : j;
-  j %= n;
+  j = (j < 0 ? -j : j) % n;
   if (2 * j > n) j = n - j;
   if (4 * j > n) return -cos_turn(n - 2 * j, 2 * n);
-  if (8 * j > n) return sin_turn(n - 4 * j, 4 * n);
-  const double a = 6.283185307179586476925 * double(j) / double(n);
-  double term = 1, sum = 0;
-  for (int i = 0; i < 12; ++i) {
-    sum += term;
-    term *= -a * a / double((2 * i + 1) * (2 * i + 2));
-  }
-  return sum;
+  return 8 * j > n ? sin_turn(n - 4 * j, 4 * n) : turn_series(j, n, 0);
 }
 constexpr double sin_turn(int64_t j, int64_t n) {
   if (j < 0) return -sin_turn(-j, n);
   j %= n;
   if (2 * j > n) return -sin_turn(n - j, n);
   if (4 * j > n) return sin_turn(n - 2 * j, 2 * n);
-  if (8 * j > n) return cos_turn(n - 4 * j, 4 * n);
-  const double a = 6.283185307179586476925 * double(j) / double(n);
-  double term = a, sum = 0;
-  for (int i = 0; i < 12; ++i) {
-    sum += term;
-    term *= -a * a / double((2 * i + 2) * (2 * i + 3));
-  }
-  return sum;
+  return 8 * j > n ? cos_turn(n - 4 * j, 4 * n) : turn_series(j, n, 1);
 }
 
-constexpr int kLongestDft = 20;
+constexpr int kLongestFft = 20;
 
-// Complex bins of the spectrum of an n x n map.
-constexpr int64_t dft_bins(int64_t n) { return n % 2 ? (n * n + 1) / 2 : n * n / 2 + 2; }
+// Complex bins of the transform of an n x n map.
+constexpr int64_t fft_bins(int64_t n) { return n % 2 ? (n * n + 1) / 2 : n * n / 2 + 2; }
+
+// plus[j] = v[j] + v[kCount - j] and minus[j] = v[j] - v[kCount - j] for 0 < j < kCount / 2, of kCount elements of
+// which the first kLive are not zero.
+template <class T, int kCount, int kLive, int kPairs>
+MFEF_INLINE void fold(const Vec<T> (&v)[kCount], Vec<T> (&plus)[kPairs + 1], Vec<T> (&minus)[kPairs + 1]) {
+  static_for<kPairs>([&]<int i>() {
+    constexpr int j = i + 1;
+    if constexpr (kCount - j < kLive) {
+      plus[j] = v[j] + v[kCount - j];
+      minus[j] = v[j] - v[kCount - j];
+    } else if constexpr (j < kLive) {
+      plus[j] = minus[j] = v[j];
+    }
+  });
+}
 
 // X[k] = sum_j v[j] exp(-2 pi i j k / kN) for the odd k <= kN / 2, where v[j] stands for x[j] - x[j + kN / 2]: kN is
 // even, v has kN / 2 elements, of which the first kLive are not zero. k = kN / 2, odd where kN / 2 is, is real.
 template <class T, int kN, int kLive>
-MFEF_INLINE void dft_odd(const Vec<T> (&v)[kN / 2], Vec<T> (&re)[kN / 2 + 1], Vec<T> (&im)[kN / 2 + 1]) {
+MFEF_INLINE void fft_odd(const Vec<T> (&v)[kN / 2], Vec<T> (&re)[kN / 2 + 1], Vec<T> (&im)[kN / 2 + 1]) {
   constexpr int q = kN / 2, kPairs = (q - 1) / 2;
   Vec<T> minus[kPairs + 1], plus[kPairs + 1];
-  static_for<kPairs>([&]<int i>() {
-    constexpr int j = i + 1;
-    if constexpr (q - j < kLive) {
-      minus[j] = v[j] - v[q - j];
-      plus[j] = v[j] + v[q - j];
-    } else if constexpr (j < kLive) {
-      minus[j] = plus[j] = v[j];
-    }
-  });
+  fold<T, q, kLive, kPairs>(v, plus, minus);
   static_for<q / 2 + q % 2>([&]<int i>() {
     constexpr int k = 2 * i + 1;
     Vec<T> r = v[0], s{};
@@ -92,7 +94,7 @@ MFEF_INLINE void dft_odd(const Vec<T> (&v)[kN / 2], Vec<T> (&re)[kN / 2 + 1], Ve
 // re[k], im[k], k = 0 .. kN / 2, of kN real numbers of which the first kLive are not zero. im[0], and im[kN / 2] of
 // an even length, are zero and not written.
 template <class T, int kN, int kLive>
-MFEF_INLINE void dft(const Vec<T> (&x)[kN], Vec<T> (&re)[kN / 2 + 1], Vec<T> (&im)[kN / 2 + 1]) {
+MFEF_INLINE void fft(const Vec<T> (&x)[kN], Vec<T> (&re)[kN / 2 + 1], Vec<T> (&im)[kN / 2 + 1]) {
   static_assert(kLive >= 1 && kLive <= kN);
   if constexpr (kN == 1) {
     re[0] = x[0];
@@ -108,8 +110,8 @@ MFEF_INLINE void dft(const Vec<T> (&x)[kN], Vec<T> (&re)[kN / 2 + 1], Vec<T> (&i
       }
     });
     Vec<T> even_re[q / 2 + 1], even_im[q / 2 + 1];
-    dft<T, q, kHalf>(u, even_re, even_im);
-    dft_odd<T, kN, kHalf>(v, re, im);
+    fft<T, q, kHalf>(u, even_re, even_im);
+    fft_odd<T, kN, kHalf>(v, re, im);
     static_for<q / 2 + 1>([&]<int k>() {
       re[2 * k] = even_re[k];
       if constexpr (k > 0 && 2 * k < q) im[2 * k] = even_im[k];
@@ -117,15 +119,7 @@ MFEF_INLINE void dft(const Vec<T> (&x)[kN], Vec<T> (&re)[kN / 2 + 1], Vec<T> (&i
   } else {
     constexpr int kPairs = kN / 2;
     Vec<T> plus[kPairs + 1], minus[kPairs + 1];
-    static_for<kPairs>([&]<int i>() {
-      constexpr int j = i + 1;
-      if constexpr (kN - j < kLive) {
-        plus[j] = x[j] + x[kN - j];
-        minus[j] = x[j] - x[kN - j];
-      } else if constexpr (j < kLive) {
-        plus[j] = minus[j] = x[j];
-      }
-    });
+    fold<T, kN, kLive, kPairs>(x, plus, minus);
     static_for<kPairs + 1>([&]<int k>() {
       Vec<T> r = x[0], s{};
       static_for<kPairs>([&]<int p>() {
@@ -148,7 +142,7 @@ MFEF_INLINE void dft(const Vec<T> (&x)[kN], Vec<T> (&re)[kN / 2 + 1], Vec<T> (&i
 
 // The odd frequencies' part of the inverse for j < kN / 2; half a turn further on it has the other sign.
 template <class T, int kN, int kTwice>
-MFEF_INLINE void inverse_dft_odd(const Vec<T> (&re)[kN / 2 + 1], const Vec<T> (&im)[kN / 2 + 1],
+MFEF_INLINE void inverse_fft_odd(const Vec<T> (&re)[kN / 2 + 1], const Vec<T> (&im)[kN / 2 + 1],
                                  Vec<T> (&part)[kN / 2]) {
   constexpr int q = kN / 2, kPairs = (q - 1) / 2;
   static_for<kPairs + 1>([&]<int j>() {
@@ -179,9 +173,9 @@ MFEF_INLINE void inverse_dft_odd(const Vec<T> (&re)[kN / 2 + 1], const Vec<T> (&
 }
 
 // x[j], j < kLive: re[0] + (-1)^j re[kN / 2] + kTwice * sum over 0 < k < kN / 2 of re[k] cos - im[k] sin. That is kN
-// times the inverse of dft() with kTwice = 2, and with 1 where the caller has doubled those k.
+// times the inverse of fft() with kTwice = 2, and with 1 where the caller has doubled those k.
 template <class T, int kN, int kLive, int kTwice>
-MFEF_INLINE void inverse_dft(const Vec<T> (&re)[kN / 2 + 1], const Vec<T> (&im)[kN / 2 + 1], Vec<T> (&x)[kN]) {
+MFEF_INLINE void inverse_fft(const Vec<T> (&re)[kN / 2 + 1], const Vec<T> (&im)[kN / 2 + 1], Vec<T> (&x)[kN]) {
   if constexpr (kN == 1) {
     x[0] = re[0];
   } else if constexpr (kN % 2 == 0) {
@@ -191,8 +185,8 @@ MFEF_INLINE void inverse_dft(const Vec<T> (&re)[kN / 2 + 1], const Vec<T> (&im)[
       even_re[k] = re[2 * k];
       if constexpr (k > 0 && 2 * k < q) even_im[k] = im[2 * k];
     });
-    inverse_dft<T, q, (kLive < q ? kLive : q), kTwice>(even_re, even_im, even);
-    inverse_dft_odd<T, kN, kTwice>(re, im, odd);
+    inverse_fft<T, q, (kLive < q ? kLive : q), kTwice>(even_re, even_im, even);
+    inverse_fft_odd<T, kN, kTwice>(re, im, odd);
     static_for<kLive>([&]<int j>() {
       if constexpr (j < q) {
         x[j] = even[j] + odd[j];
@@ -221,15 +215,15 @@ MFEF_INLINE void inverse_dft(const Vec<T> (&re)[kN / 2 + 1], const Vec<T> (&im)[
 
 // --- rows and columns of a map --------------------------------------------------------------------
 //
-// Between the two directions lies half[row][n], a row's spectrum as re[0], re[1], im[1], re[2], ...; for even n,
+// Between the two directions lies half[row][n], the transform of a row as re[0], re[1], im[1], re[2], ...; for even n,
 // re[n / 2] is the last.
 
 template <class T, int kN, int kLive>
-MFEF_INLINE void dft_row(const T* x, T* half) {
+MFEF_INLINE void fft_row(const T* x, T* half) {
   constexpr int L = kLanes<T>;
   Vec<T> in[kN], re[kN / 2 + 1], im[kN / 2 + 1];
   static_for<kLive>([&]<int i>() { in[i] = load(x + i * L); });
-  dft<T, kN, kLive>(in, re, im);
+  fft<T, kN, kLive>(in, re, im);
   store(half, re[0]);
   static_for<(kN - 1) / 2>([&]<int i>() {
     constexpr int k = i + 1;
@@ -241,15 +235,15 @@ MFEF_INLINE void dft_row(const T* x, T* half) {
 
 // Column `at` of half, of which the first kLive rows are not zero.
 template <class T, int kN, int kLive>
-MFEF_INLINE void dft_column(const T* half, int64_t at, Vec<T> (&re)[kN / 2 + 1], Vec<T> (&im)[kN / 2 + 1]) {
+MFEF_INLINE void fft_column(const T* half, int64_t at, Vec<T> (&re)[kN / 2 + 1], Vec<T> (&im)[kN / 2 + 1]) {
   constexpr int L = kLanes<T>;
   Vec<T> in[kN];
   static_for<kLive>([&]<int i>() { in[i] = load(half + (i * kN + at) * L); });
-  dft<T, kN, kLive>(in, re, im);
+  fft<T, kN, kLive>(in, re, im);
 }
 
 template <class T, int kN, int kLive>
-MFEF_INLINE void dft_columns(const T* half, T* bins) {
+MFEF_INLINE void fft_columns(const T* half, T* bins) {
   constexpr int L = kLanes<T>;
   auto put = [&](int64_t bin, Vec<T> re, Vec<T> im) {
     store(bins + 2 * bin * L, re);
@@ -258,7 +252,7 @@ MFEF_INLINE void dft_columns(const T* half, T* bins) {
   // The column of a real row frequency is real.
   auto real_column = [&](int64_t at) {
     Vec<T> re[kN / 2 + 1], im[kN / 2 + 1];
-    dft_column<T, kN, kLive>(half, at, re, im);
+    fft_column<T, kN, kLive>(half, at, re, im);
     put(0, re[0], Vec<T>{});
     static_for<(kN - 1) / 2>([&]<int i>() {
       constexpr int k = i + 1;
@@ -270,8 +264,8 @@ MFEF_INLINE void dft_columns(const T* half, T* bins) {
   real_column(0);
   for (int64_t kx = 1; kx <= (kN - 1) / 2; ++kx) {
     Vec<T> a_re[kN / 2 + 1], a_im[kN / 2 + 1], b_re[kN / 2 + 1], b_im[kN / 2 + 1];
-    dft_column<T, kN, kLive>(half, 2 * kx - 1, a_re, a_im);
-    dft_column<T, kN, kLive>(half, 2 * kx, b_re, b_im);
+    fft_column<T, kN, kLive>(half, 2 * kx - 1, a_re, a_im);
+    fft_column<T, kN, kLive>(half, 2 * kx, b_re, b_im);
     put(0, a_re[0], b_re[0]);
     static_for<(kN - 1) / 2>([&]<int i>() {
       constexpr int k = i + 1;
@@ -286,7 +280,7 @@ MFEF_INLINE void dft_columns(const T* half, T* bins) {
 
 // Rows [0, kLive) of half.
 template <class T, int kN, int kLive>
-MFEF_INLINE void inverse_dft_columns(const T* bins, T* half) {
+MFEF_INLINE void inverse_fft_columns(const T* bins, T* half) {
   constexpr int L = kLanes<T>;
   auto re_of = [&](int64_t bin) { return load(bins + 2 * bin * L); };
   auto im_of = [&](int64_t bin) { return load(bins + (2 * bin + 1) * L); };
@@ -299,7 +293,7 @@ MFEF_INLINE void inverse_dft_columns(const T* bins, T* half) {
       re[k] = re_of(k);
       if constexpr (k > 0 && 2 * k < kN) im[k] = im_of(k);
     });
-    inverse_dft<T, kN, kLive, 2>(re, im, x);
+    inverse_fft<T, kN, kLive, 2>(re, im, x);
     put(x, at);
     bins += 2 * (kN / 2 + 1) * L;
   };
@@ -314,7 +308,7 @@ MFEF_INLINE void inverse_dft_columns(const T* bins, T* half) {
       re[k] = re_of(k) + re_of(kN - k);
       im[k] = im_of(k) - im_of(kN - k);
     });
-    inverse_dft<T, kN, kLive, 1>(re, im, x);
+    inverse_fft<T, kN, kLive, 1>(re, im, x);
     put(x, 2 * kx - 1);
     re[0] = im_of(0);
     if constexpr (kN % 2 == 0) re[kN / 2] = im_of(kN / 2);
@@ -323,7 +317,7 @@ MFEF_INLINE void inverse_dft_columns(const T* bins, T* half) {
       re[k] = im_of(k) + im_of(kN - k);
       im[k] = re_of(kN - k) - re_of(k);
     });
-    inverse_dft<T, kN, kLive, 1>(re, im, x);
+    inverse_fft<T, kN, kLive, 1>(re, im, x);
     put(x, 2 * kx);
     bins += 2 * kN * L;
   }
@@ -331,7 +325,7 @@ MFEF_INLINE void inverse_dft_columns(const T* bins, T* half) {
 }
 
 template <class T, int kN, int kLive>
-MFEF_INLINE void inverse_dft_row(const T* half, Vec<T> (&x)[kN]) {
+MFEF_INLINE void inverse_fft_row(const T* half, Vec<T> (&x)[kN]) {
   constexpr int L = kLanes<T>;
   Vec<T> re[kN / 2 + 1], im[kN / 2 + 1];
   re[0] = load(half);
@@ -341,39 +335,39 @@ MFEF_INLINE void inverse_dft_row(const T* half, Vec<T> (&x)[kN]) {
     im[k] = load(half + 2 * k * L);
   });
   if constexpr (kN % 2 == 0) re[kN / 2] = load(half + (kN - 1) * L);
-  inverse_dft<T, kN, kLive, 2>(re, im, x);
+  inverse_fft<T, kN, kLive, 2>(re, im, x);
 }
 
-// --- what conv_fourier.h calls --------------------------------------------------------------------
+// --- maps and kernels -----------------------------------------------------------------------------
 //
 // Maps of kSide x kSide pixels are transformed in the corner of an n x n square. Kernels of k x k taps lie around its
-// origin, tap (r, r) on it, so that the products of spectra need no shift.
+// origin, tap (r, r) on it, so that products of transforms need no shift.
 
 template <class T, int kN, int kSide>
-void dft_map(const T* x, T* bins) {
+void fft_map(const T* x, T* bins) {
   constexpr int L = kLanes<T>;
   alignas(64) T half[kSide * kN * L];
-  for (int64_t h = 0; h < kSide; ++h) dft_row<T, kN, kSide>(x + h * kSide * L, half + h * kN * L);
-  dft_columns<T, kN, kSide>(half, bins);
+  for (int64_t h = 0; h < kSide; ++h) fft_row<T, kN, kSide>(x + h * kSide * L, half + h * kN * L);
+  fft_columns<T, kN, kSide>(half, bins);
 }
 
 // With a bias, one value, unless it is null. y may be `bins`.
 template <class T, int kN, int kSide>
-void inverse_dft_map(const T* bins, const T* bias, T* y) {
+void inverse_fft_map(const T* bins, const T* bias, T* y) {
   constexpr int L = kLanes<T>;
   alignas(64) T half[kSide * kN * L];
-  inverse_dft_columns<T, kN, kSide>(bins, half);
+  inverse_fft_columns<T, kN, kSide>(bins, half);
   const Vec<T> shift = splat(bias ? *bias : T(0));
   for (int64_t h = 0; h < kSide; ++h, y += kSide * L) {
     Vec<T> x[kN];
-    inverse_dft_row<T, kN, kSide>(half + h * kN * L, x);
+    inverse_fft_row<T, kN, kSide>(half + h * kN * L, x);
     static_for<kSide>([&]<int i>() { store(y + i * L, x[i] + shift); });
   }
 }
 
 // taps: [k][k] vectors.
 template <class T, int kN>
-void dft_kernel(const T* taps, int k, T* bins) {
+void fft_kernel(const T* taps, int k, T* bins) {
   constexpr int L = kLanes<T>;
   const int radius = k / 2;
   alignas(64) T half[kN * kN * L], row[kN * L];
@@ -381,21 +375,21 @@ void dft_kernel(const T* taps, int k, T* bins) {
   for (int j = 0; j < kN; ++j) store(row + j * L, Vec<T>{});
   for (int ky = 0; ky < k; ++ky, taps += k * L) {
     for (int kx = 0; kx < k; ++kx) store(row + (kx - radius + kN) % kN * L, load(taps + kx * L));
-    dft_row<T, kN, kN>(row, half + (ky - radius + kN) % kN * kN * L);
+    fft_row<T, kN, kN>(row, half + (ky - radius + kN) % kN * kN * L);
   }
-  dft_columns<T, kN, kN>(half, bins);
+  fft_columns<T, kN, kN>(half, bins);
 }
 
 // taps += scale * the part of the inverse that a kernel covers.
 template <class T, int kN>
-void inverse_dft_kernel(const T* bins, int k, T scale, T* taps) {
+void inverse_fft_kernel(const T* bins, int k, T scale, T* taps) {
   constexpr int L = kLanes<T>;
   const int radius = k / 2;
   alignas(64) T half[kN * kN * L], row[kN * L];
-  inverse_dft_columns<T, kN, kN>(bins, half);
+  inverse_fft_columns<T, kN, kN>(bins, half);
   for (int ky = 0; ky < k; ++ky, taps += k * L) {
     Vec<T> x[kN];
-    inverse_dft_row<T, kN, kN>(half + (ky - radius + kN) % kN * kN * L, x);
+    inverse_fft_row<T, kN, kN>(half + (ky - radius + kN) % kN * kN * L, x);
     static_for<kN>([&]<int i>() { store(row + i * L, x[i]); });
     for (int kx = 0; kx < k; ++kx) {
       store(taps + kx * L, load(taps + kx * L) + load(row + (kx - radius + kN) % kN * L) * scale);
@@ -404,7 +398,7 @@ void inverse_dft_kernel(const T* bins, int k, T scale, T* taps) {
 }
 
 template <class T>
-struct DftTable {
+struct FftTable {
   int n;
   void (*map)(const T* x, T* bins);
   void (*inverse_map)(const T* bins, const T* bias, T* y);
@@ -412,13 +406,13 @@ struct DftTable {
   void (*inverse_kernel)(const T* bins, int k, T scale, T* taps);
 };
 
-// The transforms for maps of side x side under kernels of k x k, with the least length that keeps what wraps around
-// off the map, side + k / 2 or more; null where there are none. Compiled in kernels_dft.cpp.
+// The transforms for maps of side x side under kernels of k x k, with the smallest length of at least side + k / 2,
+// which keeps what wraps around off the map; null where there are none. Compiled in kernels_fft.cpp.
 template <class T>
-const DftTable<T>* dft_table(int64_t side, int64_t k);
+const FftTable<T>* fft_table(int64_t side, int64_t k);
 
 template <class T, int kN, int kSide>
-inline constexpr DftTable<T> kDft{kN, &dft_map<T, kN, kSide>, &inverse_dft_map<T, kN, kSide>, &dft_kernel<T, kN>,
-                                  &inverse_dft_kernel<T, kN>};
+inline constexpr FftTable<T> kFftTable{kN, &fft_map<T, kN, kSide>, &inverse_fft_map<T, kN, kSide>, &fft_kernel<T, kN>,
+                                       &inverse_fft_kernel<T, kN>};
 
 }  // namespace mfef::cpu::MFEF_ISA

@@ -19,16 +19,16 @@
 // added up, so that the rounding error grows with the square root of a chain, not of the sum.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace mfef::cpu::MFEF_ISA {
 
-enum ConvLayout { kClip = 0, kPadded = 1, kPixels = 2, kSpectra = 3 };
-constexpr int kLayouts = 3;  // with tiles; kSpectra is conv_fourier.h's, without borders
+enum Layout { kClip = 0, kPadded = 1, kPixels = 2, kFft = 3 };
+constexpr int kLayouts = 3;  // those that have tiles; kFft has no borders and is read by transforms
 
 constexpr int64_t kChain = 100;  // 4 channels of 5 x 5, 2 of 7 x 7, 1 of 9 x 9
-// Of the weight gradient, whose sums go over pixels: a map of 8 x 8. Lanes without an image add nothing to the
-// precision of a sum, so a single image in them has only its chains.
+// The same limit for the weight gradient, whose sums go over pixels: a map of 8 x 8. It holds per lane, since the lanes
+// of a block that has fewer images than lanes do not shorten any chain.
 constexpr int64_t kGradChain = 64;
 
 // Kernel sizes that are compiled as constants; every other odd size runs with the loop count as a
@@ -45,7 +45,7 @@ constexpr int kernel_size_index(int64_t k) {
   return is_compiled_size<T>(k) ? int(k + 1) / 2 : 0;
 }
 
-// Whether there are tiles by dot products.
+// Whether there are tiles of dot products.
 template <class T>
 constexpr bool has_dot_tiles(int64_t k) {
   return kDotProducts && sizeof(T) == sizeof(float) && is_compiled_size<T>(k) && k > 1;
@@ -76,7 +76,7 @@ struct ConvTile {
 template <class T>
 using ConvTileFn = void (*)(const ConvTile<T>&);
 
-// A tile's sums to y.
+// Stores the sums of a tile.
 template <class T, int kOut, int kPix>
 MFEF_INLINE void store_tile(const ConvTile<T>& a, const Vec<T> (&acc)[kOut][kPix]) {
   static_for<kOut>([&]<int o>() {
@@ -102,7 +102,7 @@ void conv_tile(const ConvTile<T>& a) {
     const T* row = channel + a.ky_begin * a.x_row;
     const T* w = weights + int64_t(a.ky_begin) * k * kOut;
     for (int ky = a.ky_begin; ky < a.ky_end; ++ky) {
-      auto tap = [&]<int kTapX>(const T* xs, const T* ws, Index<kTapX>) {  // kx - radius when clipping
+      auto tap = [&]<int kTapX>(const T* xs, const T* ws, Index<kTapX>) {  // kTapX: kx - radius when clipping, else 0
         Vec<T> weight[kOut];
         static_for<kOut>([&]<int o>() { weight[o] = splat(ws[o]); });
         static_for<kPix>([&]<int p>() {
@@ -132,9 +132,9 @@ void conv_tile(const ConvTile<T>& a) {
 }
 
 #if defined(MFEF_ISA_avx512_bf16)
-// The same by dot products, for kClip and kPadded. A lane of x holds a pixel and the next of its row (pair_pixels()); a
-// row of weights is the k taps as float, then taps 2 j and 2 j + 1 as pairs. The last tap, and where clipping leaves
-// one of a pair, are multiplied as float: nothing but products of a tap and a pixel that meet enters a sum.
+// conv_tile() with dot products, for kClip and kPadded. A lane of x holds a pixel and the next one of its row
+// (pair_pixels()); a row of weights is the k taps as float, then taps 2 j and 2 j + 1 as pairs. The last tap, and a tap
+// whose partner is clipped, are multiplied as float, so that only products of a tap and a pixel that meet enter a sum.
 template <int kK, int kOut, int kPix, int kLayout>
 void conv_dot_tile(const ConvTile<float>& a) {
   static_assert(kK > 1 && kLayout != kPixels);
@@ -149,8 +149,8 @@ void conv_dot_tile(const ConvTile<float>& a) {
     const float* row = channel + a.ky_begin * a.x_row;
     const float* w = weights + a.ky_begin * kRow;
     for (int ky = a.ky_begin; ky < a.ky_end; ++ky) {
-      // The row by a name of its own for every pair: the compiler would keep vectors of it from one to the next, and
-      // the accumulators in memory for that.
+      // Hides from the compiler that every pair reads the same row: it would keep vectors of the row in registers from
+      // one pair to the next and spill accumulators.
       auto apart = [](const float* x) {
         __asm__ volatile("" : "+r"(x));
         return x;
@@ -169,9 +169,9 @@ void conv_dot_tile(const ConvTile<float>& a) {
       };
       static_for<kK / 2>([&]<int kPair>() {
         constexpr int kTap = 2 * kPair;
-        // Pixels where both meet the row: clipping, the second does from kBegin - 1 on, the first until kEnd.
-        constexpr int kBegin = kLayout == kClip ? most(0, kLeft - kTap) : 0;
-        constexpr int kEnd = kLayout == kClip ? least(kPix, kPix - 1 + kLeft - kTap) : kPix;
+        // Pixels where both taps meet the row. When clipping, the second does from kBegin - 1 on, the first until kEnd.
+        constexpr int kBegin = kLayout == kClip ? max(0, kLeft - kTap) : 0;
+        constexpr int kEnd = kLayout == kClip ? min(kPix, kPix - 1 + kLeft - kTap) : kPix;
         if constexpr (kBegin < kEnd) {
           Vec<float> weight[kOut];
           static_for<kOut>([&]<int o>() { weight[o] = splat(w[(kK + kPair) * kOut + o]); });
@@ -188,7 +188,7 @@ void conv_dot_tile(const ConvTile<float>& a) {
           if constexpr (kSecond >= 0 && kSecond < kPix) tap(Index<kTap + 1>{}, Index<kSecond>{}, Index<kSecond + 1>{});
         }
       });
-      tap(Index<kK - 1>{}, Index<0>{}, Index<most(0, kPix - (kLayout == kClip ? kK / 2 : 0))>{});
+      tap(Index<kK - 1>{}, Index<0>{}, Index<max(0, kPix - (kLayout == kClip ? kK / 2 : 0))>{});
       row += a.x_row;
       w += kRow;
     }
@@ -271,61 +271,46 @@ void weight_grad_tile(const WeightGradTile<T>& a) {
   }
 }
 
-// The instantiated tiles, indexed by position in the lists above; null where a tile does not fit
-// into the registers or is not needed (clipping needs a constant kernel size).
+// The instantiated tiles, indexed by position in the lists above; null where a tile does not fit into the registers or
+// is not needed: clipping needs a constant kernel size, and only it has weight gradients of several widths.
 template <class T>
 struct ConvTable {
-  ConvTileFn<T> conv[kLayouts][kKernelSizeCount][kOutCount][kPixCount];
-  ConvTileFn<T> conv_dot[kLayouts][kKernelSizeCount][kOutCount][kPixCount];
-  WeightGradTileFn<T> weight_grad[kLayouts][kKernelSizeCount][kOutCount][kPixCount];
+  template <class Fn>
+  using Tiles = Fn[kLayouts][kKernelSizeCount][kOutCount][kPixCount];
+  Tiles<ConvTileFn<T>> conv, conv_dot;
+  Tiles<WeightGradTileFn<T>> weight_grad;
 };
 
 template <class T>
 const ConvTable<T>& conv_table();
 
-template <class T>
-struct ConvTableMaker {
-  template <int kLayout, int kK, int kOut, int kPix>
-  static constexpr ConvTileFn<T> conv() {
-    if constexpr ((kK == 0 || is_compiled_size<T>(kK)) && tile_fits(kOut, kPix) && !(kLayout == kClip && kK == 0)) {
-      return &conv_tile<T, kK, kOut, kPix, kLayout>;
-    } else {
-      return nullptr;
-    }
-  }
-  template <int kLayout, int kK, int kOut, int kPix>
-  static constexpr ConvTileFn<T> conv_dot() {
+template <class T, int kLayout, int kSize, int kO, int kP>
+constexpr void add_tiles(ConvTable<T>& table) {
+  constexpr int kK = kKernelSizes[kSize], kOut = kOutCounts[kO], kPix = kPixCounts[kP];
+  if constexpr ((kK == 0 && kLayout != kClip) || is_compiled_size<T>(kK)) {
+    if constexpr (tile_fits(kOut, kPix)) {
+      table.conv[kLayout][kSize][kO][kP] = &conv_tile<T, kK, kOut, kPix, kLayout>;
 #if defined(MFEF_ISA_avx512_bf16)
-    if constexpr (kLayout != kPixels && has_dot_tiles<T>(kK) && conv<kLayout, kK, kOut, kPix>() != nullptr) {
-      return &conv_dot_tile<kK, kOut, kPix, kLayout>;
-    }
+      if constexpr (kLayout != kPixels && has_dot_tiles<T>(kK)) {
+        table.conv_dot[kLayout][kSize][kO][kP] = &conv_dot_tile<kK, kOut, kPix, kLayout>;
+      }
 #endif
-    return nullptr;
-  }
-  template <int kLayout, int kK, int kOut, int kPix>
-  static constexpr WeightGradTileFn<T> weight_grad() {
-    if constexpr ((kK == 0 || is_compiled_size<T>(kK)) && weight_grad_fits(kOut, kK) &&
-                  !(kLayout == kClip && kK == 0) && (kLayout == kClip || kPix == 1)) {
-      return &weight_grad_tile<T, kK, kOut, kPix, kLayout>;
-    } else {
-      return nullptr;
+    }
+    if constexpr (weight_grad_fits(kOut, kK) && (kLayout == kClip || kPix == 1)) {
+      table.weight_grad[kLayout][kSize][kO][kP] = &weight_grad_tile<T, kK, kOut, kPix, kLayout>;
     }
   }
-  static constexpr ConvTable<T> make() {
-    ConvTable<T> table{};
-    static_for<kLayouts>([&]<int l>() {
-      static_for<kKernelSizeCount>([&]<int ki>() {
-        static_for<kOutCount>([&]<int o>() {
-          static_for<kPixCount>([&]<int p>() {
-            table.conv[l][ki][o][p] = conv<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();
-            table.conv_dot[l][ki][o][p] = conv_dot<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();
-            table.weight_grad[l][ki][o][p] = weight_grad<l, kKernelSizes[ki], kOutCounts[o], kPixCounts[p]>();
-          });
-        });
-      });
+}
+
+template <class T>
+constexpr ConvTable<T> make_conv_table() {
+  ConvTable<T> table{};
+  static_for<kLayouts>([&]<int l>() {
+    static_for<kKernelSizeCount>([&]<int k>() {
+      static_for<kOutCount>([&]<int o>() { static_for<kPixCount>([&]<int p>() { add_tiles<T, l, k, o, p>(table); }); });
     });
-    return table;
-  }
-};
+  });
+  return table;
+}
 
 }  // namespace mfef::cpu::MFEF_ISA

@@ -1,4 +1,4 @@
-"""Convolutions as products of spectra: what the other tests, which force them too, do not reach.
+"""Convolutions by FFT: what the other tests, which force them too, do not reach.
 
 Maps of every side that has transforms, widths of a group on either side of those at which the
 kernels change their tiles or what is in their lanes, and values that are not finite or nearly so.
@@ -50,8 +50,8 @@ def square_blocks(draw):
     arguments=square_blocks(),
     layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
 )
-def test_random_square_blocks(spectra_of_each_isa, dtype, arguments, layout):
-    check_block(dtype, layout, under=spectra_of_each_isa, **arguments)
+def test_random_square_blocks(fft_of_each_isa, dtype, arguments, layout):
+    check_block(dtype, layout, under=fft_of_each_isa, **arguments)
 
 
 # (in, out) of a group: single channels, tiles of one to eight outputs and one to eight bins, just
@@ -115,7 +115,7 @@ def plan_of(shape, branches) -> dict:
     return cpu_plan(Problem("multi_scale_conv2d", *shape, torch.float32, device, tuple(described)))
 
 
-def test_spectra_are_what_runs(spectra):
+def test_ffts_are_what_runs(fft):
     """The paper's block, and the widths of the test above."""
     for direction in ("forward", "backward"):
         for side, sides in {
@@ -126,20 +126,20 @@ def test_spectra_are_what_runs(spectra):
         }.items():
             branches = [(16, 16, g, k) for g, k in zip((1, 4, 8, 16), (3, 5, 7, 9), strict=True)]
             plan = plan_of((18, 64, side, side), branches)
-            assert plan[f"{direction}_spectra"] == sides
+            assert plan[f"{direction}_fft_sizes"] == sides
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8, 7), (3, 8, 6, 6), (3, 8, 15, 15)])
-def test_other_maps_are_convolved_directly(spectra, shape):
+def test_other_maps_are_convolved_directly(fft, shape):
     branches = [(8, 8, 1, 3)]
     plan = plan_of(shape, branches)
-    assert plan["forward_spectra"] == plan["backward_spectra"] == [0]
+    assert plan["forward_fft_sizes"] == plan["backward_fft_sizes"] == [0]
     _C.force_cpu_convolution("")
     check_block(torch.float32, shape=shape)
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_threads_and_neighbours(spectra, threads, side):
+def test_threads_and_neighbours(fft, threads, side):
     case = make_case((19, 20, side, side), dtype=torch.float32).cast(torch.float32)
     runs = []
     for count in (1, 2, 3):
@@ -158,10 +158,10 @@ def test_threads_and_neighbours(spectra, threads, side):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
 @pytest.mark.parametrize("place", ["x", "weight"])
 @pytest.mark.parametrize("side", SIDES)
-def test_what_is_not_finite_stays_where_it_is(spectra, place, side, value):
+def test_what_is_not_finite_stays_where_it_is(fft, place, side, value):
     """Forward, in each image for itself, and all gradients are what direct sums give.
 
-    3e38 is finite, and so are many of the direct sums with it; spectra overflow.
+    3e38 is finite, and so are many of the direct sums with it; transforms overflow.
     """
     torch.manual_seed(0)
     x = torch.randn(18, 12, side, side)
@@ -205,7 +205,7 @@ def test_what_is_not_finite_stays_where_it_is(spectra, place, side, value):
 @pytest.mark.parametrize("scale", [1.0, 20.0, 1e2, 1e4, 1e15])
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("images", "k"), [(18, 3), (3, 3), (18, 9)])
-def test_gradient_of_weights_that_outliers_do_not_meet_under(spectra, side, images, k, scale):
+def test_gradient_of_weights_that_outliers_do_not_meet_under(fft, side, images, k, scale):
     """x and dy are large at opposite corners, whose product no tap of the kernel ever sees."""
     ours, eager = 0.0, 0.0
     for seed in range(3):
@@ -232,7 +232,7 @@ def test_gradient_of_weights_that_outliers_do_not_meet_under(spectra, side, imag
 @pytest.mark.parametrize("scale", [1.0, 20.0, 50.0, 1e4, 1e15])
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("k", [3, 9])
-def test_maps_whose_outliers_meet_no_tap(spectra, side, k, scale):
+def test_maps_whose_outliers_meet_no_tap(fft, side, k, scale):
     """The kernel has one tap, in its corner; the products of the large pixels fall off the map."""
     ours, eager = [0.0, 0.0], [0.0, 0.0]
     for seed in range(3):
@@ -260,7 +260,7 @@ def test_maps_whose_outliers_meet_no_tap(spectra, side, k, scale):
 
 
 def test_forcing_what_is_not_there_says_what_is():
-    with pytest.raises(ValueError, match="'direct', 'fourier'"):
+    with pytest.raises(ValueError, match="'direct', 'fft'"):
         _C.force_cpu_convolution("winograd")
 
 
@@ -280,14 +280,14 @@ def flat_maps(kind, side):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["constant", "one pixel", "framed", "empty"])
 @pytest.mark.parametrize("side", SIDES)
-def test_the_first_of_equals_is_found(spectra, dtype, kind, side):
-    """Sums that are equal differ by rounding errors once they come out of spectra: the places of
+def test_the_first_of_equals_is_found(fft, dtype, kind, side):
+    """Sums that are equal differ by rounding errors once they come out of an FFT: the places of
     the maxima are those of direct sums all the same, over pixels and over channels. Only values
     that differ, by some rounding errors, may be taken for one another."""
     x = flat_maps(kind, side).to(dtype)
     weights = [torch.randn(12, 12, 3, 3).to(dtype), torch.randn(12, 3, 7, 7).to(dtype)]
     attention = [torch.randn(*s).to(dtype) for s in ((2, 24), (2,), (24, 2), (24,), (1, 2, 3, 3))]
-    _C.force_cpu_convolution("fourier")
+    _C.force_cpu_convolution("fft")
     found = torch.ops.mfef.mfef_block(x, weights, [1, 4], True, *attention, True)
     _C.force_cpu_convolution("direct")
     wanted = torch.ops.mfef.mfef_block(x, weights, [1, 4], True, *attention, True)
