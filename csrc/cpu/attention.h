@@ -126,7 +126,7 @@ struct ImageLanes {
 
   static int64_t vectors(int64_t pixels) { return pixels; }
   static int64_t step(int64_t pixels) { return channel_vectors(pixels) * L; }
-  static ConvShape<T> map(int64_t in, int64_t out, int64_t k, int64_t height, int64_t width) {
+  static ConvShape<T> shape(int64_t in, int64_t out, int64_t k, int64_t height, int64_t width) {
     return images_shape<T>(in, out, 1, k, height, width);
   }
 
@@ -209,10 +209,32 @@ struct ImageLanes {
   }
 
   // The maps that a convolution reads: themselves, or a copy with borders.
-  static const T* bordered(const ConvShape<T>& map, int64_t count, const T* from, int64_t /*step*/, T* padded) {
-    if (map.layout == kClip) return from;
-    pad_images(map, count, from, padded);
+  static const T* bordered(const ConvShape<T>& shape, int64_t count, const T* from, int64_t /*step*/, T* padded) {
+    if (shape.layout == kClip) return from;
+    pad_images(shape, count, from, padded);
     return padded;
+  }
+
+  // The last step of the backward, through the pooling over pixels, for channels [begin, end). The result goes to `to`,
+  // channels `to_step` elements apart, with `gap` vectors left out after every row (in place: grad + begin * step,
+  // step, 0). The lanes beyond the last image are set to zero, since the weight gradient adds up all lanes. With pixels
+  // in the lanes all that is different, so this pass has two forms.
+  template <class A>
+  static void finish_backward(const A& a, const T* grad, int64_t begin, int64_t end, int images, T* to, int64_t to_step,
+                              int64_t gap) {
+    const IVec<T> in_use = valid(images);
+    const int64_t rows = gap == 0 ? 1 : a.args.height, width = a.pixels / rows;
+    for (int64_t i = begin; i < end; ++i, to += to_step) {
+      const Vec<T> from_mean = load(a.grad_mean + i * L) / splat(T(a.pixels)), from_max = load(a.grad_max + i * L);
+      const IVec<T> at = load_index<T>(a.max_index + i * L);
+      for (int64_t h = 0; h < rows; ++h) {
+        T* row = to + h * (width + gap) * L;
+        for (int64_t q = h * width; q < (h + 1) * width; ++q, row += L) {
+          const Vec<T> d = load(grad + i * a.step + q * L) + from_mean + (at == isplat<T>(q) ? from_max : Vec<T>{});
+          store(row, in_use ? d : Vec<T>{});
+        }
+      }
+    }
   }
 };
 
@@ -237,8 +259,8 @@ MFEF_INLINE T dot(const T* a, const T* b, int64_t count) {
   return sum;
 }
 
-// The functions of ImageLanes for one image. Its MLP has vectors along the channels, since there is only one value per
-// channel; so its sums are divided differently.
+// The functions of ImageLanes for one image. A channel has only one value here, so the MLP has vectors along the
+// channels, and its sums are divided differently.
 template <class T>
 struct PixelLanes {
   static constexpr int L = kLanes<T>;
@@ -249,7 +271,7 @@ struct PixelLanes {
 
   static int64_t vectors(int64_t pixels) { return (pixels + L - 1) / L; }
   static int64_t step(int64_t pixels) { return round_up(pixels, L); }
-  static ConvShape<T> map(int64_t in, int64_t out, int64_t k, int64_t height, int64_t width) {
+  static ConvShape<T> shape(int64_t in, int64_t out, int64_t k, int64_t height, int64_t width) {
     return pixels_shape<T>(in, out, 1, k, height, width);
   }
 
@@ -314,9 +336,22 @@ struct PixelLanes {
     for (int64_t i = count; i < room; ++i) to[i] = 0;
   }
 
-  static const T* bordered(const ConvShape<T>& map, int64_t count, const T* from, int64_t step, T* padded) {
-    pad_pixels(map, count, from, step, padded);
+  static const T* bordered(const ConvShape<T>& shape, int64_t count, const T* from, int64_t step, T* padded) {
+    pad_pixels(shape, count, from, step, padded);
     return padded;
+  }
+
+  // In place, and only one pixel of a channel has the maximum.
+  template <class A>
+  static void finish_backward(const A& a, T* grad) {
+    for (int64_t c = 0; c < a.channels; ++c) {
+      const Vec<T> from_mean = splat(a.grad_mean[c] / T(a.pixels));
+      T* map = grad + c * a.step;
+      for (int64_t q = 0; q < a.step; q += L) store(map + q, load(map + q) + from_mean);
+      // The index comes from a saved tensor; a foreign one must not make this write elsewhere.
+      const int64_t at = a.max_index[c];
+      if (at >= 0 && at < a.pixels) map[at] += a.grad_max[c];
+    }
   }
 };
 
@@ -324,11 +359,11 @@ struct PixelLanes {
 
 // grads += the gradient of the spatial convolution's weights, (2, k, k); `ordered` and `scratch` are room.
 template <class T>
-void spatial_weight_grad(const ConvShape<T>& map, const T* x, const T* dy, int64_t dy_channel, T* ordered, T* scratch,
+void spatial_weight_grad(const ConvShape<T>& shape, const T* x, const T* dy, int64_t dy_channel, T* ordered, T* scratch,
                          T* grads) {
-  const int64_t taps = int64_t(map.k) * map.k, row = round_up(taps, kLanes<T>);  // one output channel: tiles of one
+  const int64_t taps = shape.taps(), row = round_up(taps, kLanes<T>);  // one output channel: tiles of one
   for (int64_t i = 0; i < 2 * row; ++i) ordered[i] = T(0);
-  weight_grad_direct<T>(map, x, dy, dy_channel, ordered, scratch);
+  weight_grad_direct<T>(shape, x, dy, dy_channel, ordered, scratch);
   for (int64_t i = 0; i < 2; ++i) {
     for (int64_t t = 0; t < taps; ++t) grads[i * taps + t] += ordered[i * row + t];
   }
@@ -362,8 +397,8 @@ struct Attention {
         pixels(a.height * a.width),
         vectors(Lanes::vectors(pixels)),
         step(Lanes::step(pixels)),
-        spatial(Lanes::map(2, 1, a.spatial_k, a.height, a.width)),
-        spatial_back(Lanes::map(1, 2, a.spatial_k, a.height, a.width)) {
+        spatial(Lanes::shape(2, 1, a.spatial_k, a.height, a.width)),
+        spatial_back(Lanes::shape(1, 2, a.spatial_k, a.height, a.width)) {
     constexpr int kValue = Lanes::kValue;
     carver.take(channels * kValue, mean, max, max_index);
     carver.take(round_up(channels * kValue, L), gate);
@@ -456,11 +491,11 @@ struct Attention {
   }
 
   // to = the convolution of `from`, flipped for the data gradient. Returns `from` as a convolution reads it.
-  const T* convolve(const ConvShape<T>& map, bool flipped, const T* from, T* with_borders, T* to) {
-    pack_weights<T>(map, flipped, real(args.spatial_weight), packed);
-    const T* input = Lanes::bordered(map, map.in, from, step, with_borders);
-    convolve_direct<T>(map, input, packed, nullptr, false, Lanes::kGaps ? raw : to);
-    if (Lanes::kGaps) unpad_pixels(map, map.out, raw, to, step);
+  const T* convolve(const ConvShape<T>& shape, bool flipped, const T* from, T* with_borders, T* to) {
+    pack_weights<T>(shape, flipped, real(args.spatial_weight), packed);
+    const T* input = Lanes::bordered(shape, shape.in, from, step, with_borders);
+    convolve_direct<T>(shape, input, packed, nullptr, false, Lanes::kGaps ? raw : to);
+    if (Lanes::kGaps) unpad_pixels(shape, shape.out, raw, to, step);
     return input;
   }
 
@@ -569,8 +604,8 @@ struct Attention {
     }
   }
 
-  // grad holds d loss / d result on entry; d loss / d y after one of the functions below, which are left to the caller,
-  // who may want some channels sooner. Parameter gradients are added to `partials`.
+  // grad holds d loss / d result on entry, and d loss / d y after Lanes::finish_backward(), which is left to the
+  // caller: it may finish some channels at a time. Parameter gradients are added to `partials`.
   void backward(const T* y, T* grad, int64_t image, int images, T* partials) {
     channel_gate();
     Lanes::clear_unused(gate, channels, images);
@@ -586,38 +621,6 @@ struct Attention {
     backward_product(y, grad);
     backward_mlp();
     if (args.need_parameters) add_mlp_gradients(image, images, partials);
-  }
-
-  // The last step of the backward, through the pooling over pixels. Its two forms differ in what they do besides:
-  //
-  // With images in the lanes, channels [begin, end) go to `to`, `to_step` elements apart, with `gap` vectors left out
-  // after every row (in place: grad + begin * step, step, 0), and the lanes beyond the last image are set to zero,
-  // since the weight gradient adds up all lanes.
-  void finish_backward(const T* grad, int64_t begin, int64_t end, int images, T* to, int64_t to_step, int64_t gap) {
-    const IVec<T> valid = Lanes::valid(images);
-    const int64_t rows = gap == 0 ? 1 : args.height, width = pixels / rows;
-    for (int64_t i = begin; i < end; ++i, to += to_step) {
-      const Vec<T> from_mean = load(grad_mean + i * L) / splat(T(pixels)), from_max = load(grad_max + i * L);
-      const IVec<T> at = load_index<T>(max_index + i * L);
-      for (int64_t h = 0; h < rows; ++h) {
-        T* row = to + h * (width + gap) * L;
-        for (int64_t q = h * width; q < (h + 1) * width; ++q, row += L) {
-          const Vec<T> d = load(grad + i * step + q * L) + from_mean + (at == isplat<T>(q) ? from_max : Vec<T>{});
-          store(row, valid ? d : Vec<T>{});
-        }
-      }
-    }
-  }
-  // With pixels in the lanes, it is done in place, and only one pixel of a channel has the maximum.
-  void finish_backward(T* grad) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const Vec<T> from_mean = splat(grad_mean[c] / T(pixels));
-      T* map = grad + c * step;
-      for (int64_t q = 0; q < step; q += L) store(map + q, load(map + q) + from_mean);
-      // The index comes from a saved tensor; a foreign one must not make this write elsewhere.
-      const int64_t at = max_index[c];
-      if (at >= 0 && at < pixels) map[at] += grad_max[c];
-    }
   }
 };
 

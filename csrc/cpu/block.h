@@ -68,8 +68,8 @@ struct BlockArgs {
   int branch_count;
   Branch branches[kMaxBranches];
   const void* bias;       // (out) or null
-  void* packed;           // forward tiles of the weights, written by prepare()
-  void* packed_backward;  // tiles of the flipped weights, written by prepare()
+  void* packed;           // forward tiles of the weights, written by pack()
+  void* packed_backward;  // tiles of the flipped weights, written by pack()
 
   // Attention: absent when hidden is 0. All in the compute type, contiguous.
   int64_t hidden;
@@ -103,8 +103,8 @@ struct Kernels {
   // type that `packed` or `packed_backward` needs.
   int64_t (*choose)(BlockArgs&, bool backward);
   // Packing of weights: how many tasks, and some of them.
-  int64_t (*packed_tiles)(const BlockArgs&, bool backward);
-  void (*prepare)(const BlockArgs&, bool backward, int64_t tile_begin, int64_t tile_end);
+  int64_t (*pack_tasks)(const BlockArgs&, bool backward);
+  void (*pack)(const BlockArgs&, bool backward, int64_t task_begin, int64_t task_end);
   // Sets the places of the weights' gradients and the sizes of the buffers for them; returns the elements that the
   // convolutions need in a slot of partial sums.
   int64_t (*lay_out)(BlockArgs&);

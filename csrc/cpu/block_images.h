@@ -32,8 +32,8 @@ struct BlockImages {
         branch_carver{static_cast<char*>(scratch.branch)},
         attention(a, carver, backward) {
     const BranchExtents most = branch_extents<T>(a, backward);
-    // All channels in every branch need x whole. So does channels_last where a branch is less than two cache lines
-    // of a pixel; else one branch's channels at a time stay nearer.
+    // Branches that read all channels need the whole of x. So does channels_last where a branch has less than two cache
+    // lines of a pixel. Otherwise packing one branch at a time keeps its channels in the cache.
     const int64_t piece = most.channels * element_bytes(a.element);
     branchwise = a.split && (a.staged || !(is_channels_last(a.x) && piece < 128));
     carver.take(a.out * step, y);
@@ -121,7 +121,7 @@ struct BlockImages {
       }
       convolve_direct<T>(shape, input, packed(b, false), bias, false, to);
     }
-    // While the branch's y is still near.
+    // The branch's y is still in the cache.
     if (branchwise) unpack_y<E>(b.out_first, b.out);
     if (args.hidden && b.fft_size) attention.template pool_pixels<true>(y, b.out_first, b.out_first + b.out);
     if (args.hidden && !b.fft_size) attention.template pool_pixels<false>(y, b.out_first, b.out_first + b.out);
@@ -162,7 +162,7 @@ struct BlockImages {
     if (!branchwise) unpack<E>(args.grad_x, 0, args.in, values(x));
   }
 
-  // From the result's gradient to dy, except for finish_dy().
+  // Turns the gradient of the result into dy, in `grad`, except for finish_dy().
   template <class E>
   void backward_attention(T* partials) {
     pack<E>(args.grad_result, 0, args.out, grad);
@@ -172,7 +172,7 @@ struct BlockImages {
       attention.backward(y, grad, image, images, partials);
     }
     if (args.branch_count == 0) {
-      if (args.hidden) attention.finish_backward(grad, 0, args.out, images, grad, step, 0);
+      if (args.hidden) ImageLanes<T>::finish_backward(attention, grad, 0, args.out, images, grad, step, 0);
       if (args.grad_x.data) unpack<E>(args.grad_x, 0, args.in, values(grad));
     }
     if (args.bias && args.need_parameters) add_bias_gradient(args, grad, pixels, step, partials);
@@ -231,13 +231,14 @@ struct BlockImages {
     const ConvShape<T> shape = images_shape<T>(b.out, b.in, b.groups, b.k, args.height, args.width);
     const int64_t end = b.out_first + b.out;
     if (!shape.bordered() || b.by_channels || b.fft_size) {
-      if (args.hidden && first) attention.finish_backward(grad, b.out_first, end, images, branch_dy(b), step, 0);
+      if (args.hidden && first)
+        ImageLanes<T>::finish_backward(attention, grad, b.out_first, end, images, branch_dy(b), step, 0);
       const bool direct = !b.fft_size || (first && args.need_parameters && !b.fft_gradient);
       if (shape.bordered() && direct) pad_images(shape, b.out, branch_dy(b), padded_grad);
     } else if (args.hidden) {
       zero_borders(shape, b.out, padded_grad);
-      attention.finish_backward(grad, b.out_first, end, images, padded_grad + shape.lead, shape.channel,
-                                shape.pitch - shape.width);
+      ImageLanes<T>::finish_backward(attention, grad, b.out_first, end, images, padded_grad + shape.lead, shape.channel,
+                                     shape.pitch - shape.width);
     } else {
       pad_images(shape, b.out, branch_dy(b), padded_grad);
     }

@@ -1,5 +1,5 @@
 // The pixels plan: one image at a time through the whole operator, lanes over neighbouring pixels.
-// For single images, small batches, and maps so large that a block of images leaves the caches.
+// It serves single images, small batches, and maps so large that a block of images leaves the caches.
 #pragma once
 
 #include "cpu/branch.h"
@@ -98,7 +98,7 @@ struct BlockPixels {
     if (!args.split && args.grad_x.data) unpack<E>(args.grad_x, image, 0, args.in, total);
   }
 
-  // From the result's gradient to dy.
+  // Turns the gradient of the result into dy, in `grad`.
   template <class E>
   void backward_attention(int64_t image, T* partials) {
     pack<E>(args.grad_result, image, 0, args.out, grad);
@@ -106,7 +106,7 @@ struct BlockPixels {
       pack<E>(args.y, image, 0, args.out, y);
       attention.restore(image, 1);
       attention.backward(y, grad, image, 1, partials);
-      attention.finish_backward(grad);
+      PixelLanes<T>::finish_backward(attention, grad);
     }
     if (args.branch_count == 0) {
       if (args.grad_x.data) unpack<E>(args.grad_x, image, 0, args.in, grad);
@@ -120,10 +120,10 @@ struct BlockPixels {
     const ConvShape<T> shape = branch_shape<T>(args, b, true);
     pad_pixels(shape, b.out, grad + b.out_first * row, row, padded_grad);
     if (args.need_parameters) {
-      const ConvShape<T> forward_map = branch_shape<T>(args, b, false);
+      const ConvShape<T> forward_shape = branch_shape<T>(args, b, false);
       if (args.split) pack<E>(args.x, image, b.in_first, b.in, x);
-      pad_pixels(forward_map, b.in, x, row, padded);
-      weight_grad_direct<T>(forward_map, padded, padded_grad + shape.lead, shape.channel,
+      pad_pixels(forward_shape, b.in, x, row, padded);
+      weight_grad_direct<T>(forward_shape, padded, padded_grad + shape.lead, shape.channel,
                             partials + args.partial.conv + b.grad_first, sums);
     }
     if (!args.grad_x.data) return;

@@ -38,39 +38,40 @@ int64_t choose(BlockArgs& a, bool backward) {
   });
 }
 
-// f(branch, its shape, begin, end) for the tiles of each branch in [begin, end), which are counted over all branches.
-// Returns the number of all tiles.
+// f(branch, its shape, begin, end) for the packing tasks of each branch in [begin, end), which are counted over all
+// branches. Returns the number of all tasks.
 template <class T, class F>
-MFEF_INLINE int64_t for_tiles(const BlockArgs& a, bool backward, int64_t begin, int64_t end, const F& f) {
+MFEF_INLINE int64_t for_pack_tasks(const BlockArgs& a, bool backward, int64_t begin, int64_t end, const F& f) {
   int64_t first = 0;
   for (int i = 0; i < a.branch_count; ++i) {
     const Branch& b = a.branches[i];
     const auto shape = branch_shape<T>(a, b, backward);
-    const int64_t tiles = b.fft_size ? fft_packed_pieces(shape, b.fft_size) : shape.groups * tiles_per_group(shape);
-    if (first < end && first + tiles > begin) f(b, shape, max<int64_t>(0, begin - first), min(tiles, end - first));
-    first += tiles;
+    const int64_t tasks = b.fft_size ? fft_pack_tasks(shape, b.fft_size) : shape.groups * tiles_per_group(shape);
+    if (first < end && first + tasks > begin) f(b, shape, max<int64_t>(0, begin - first), min(tasks, end - first));
+    first += tasks;
   }
   return first;
 }
 
-int64_t packed_tiles(const BlockArgs& a, bool backward) {
+int64_t pack_tasks(const BlockArgs& a, bool backward) {
   return with_types(a.element, [&](auto, auto t) {
-    return for_tiles<decltype(t)>(a, backward, 0, 0, [](auto&, auto&, int64_t, int64_t) {});
+    return for_pack_tasks<decltype(t)>(a, backward, 0, 0, [](auto&, auto&, int64_t, int64_t) {});
   });
 }
 
-void prepare(const BlockArgs& a, bool backward, int64_t begin, int64_t end) {
+void pack(const BlockArgs& a, bool backward, int64_t begin, int64_t end) {
   with_types(a.element, [&](auto e, auto t) {
     using T = decltype(t);
-    for_tiles<T>(a, backward, begin, end, [&](const Branch& b, const ConvShape<T>& shape, int64_t from, int64_t until) {
-      const WeightView<const decltype(e)> view(shape, backward, b);
-      T* to = static_cast<T*>(backward ? a.packed_backward : a.packed) + b.packed_first;
-      if (b.fft_size) {
-        fft_pack(shape, *fft_table<T>(a.height, b.k), backward, view, to, from, until);
-      } else {
-        pack_weights(shape, view, to, from, until);
-      }
-    });
+    for_pack_tasks<T>(a, backward, begin, end,
+                      [&](const Branch& b, const ConvShape<T>& shape, int64_t from, int64_t until) {
+                        const WeightView<const decltype(e)> view(shape, backward, b);
+                        T* to = static_cast<T*>(backward ? a.packed_backward : a.packed) + b.packed_first;
+                        if (b.fft_size) {
+                          fft_pack(shape, *fft_table<T>(a.height, b.k), backward, view, to, from, until);
+                        } else {
+                          pack_weights(shape, view, to, from, until);
+                        }
+                      });
   });
 }
 
@@ -212,8 +213,8 @@ const Kernels kKernels = {
     .name = MFEF_STRING(MFEF_ISA),
     .vector_bytes = kVectorBytes,
     .choose = choose,
-    .packed_tiles = packed_tiles,
-    .prepare = prepare,
+    .pack_tasks = pack_tasks,
+    .pack = pack,
     .lay_out = lay_out,
     .channel_tasks = channel_tasks,
     .channel_task = channel_task,

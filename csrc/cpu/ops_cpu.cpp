@@ -314,9 +314,9 @@ class Call {
   void pack(const Kernels& k, bool backward, int64_t elements) {
     void* to = allocate(elements);
     (backward ? args.packed_backward : args.packed) = to;
-    constexpr int64_t kMinTiles = 4;  // fewer are not worth a thread
-    torch::stable::parallel_for(0, k.packed_tiles(args, backward), kMinTiles,
-                                [&](int64_t begin, int64_t end) { k.prepare(args, backward, begin, end); });
+    constexpr int64_t kMinTasks = 4;  // fewer are not worth a thread
+    torch::stable::parallel_for(0, k.pack_tasks(args, backward), kMinTasks,
+                                [&](int64_t begin, int64_t end) { k.pack(args, backward, begin, end); });
   }
 
   std::vector<Pool::Piece> memory_;

@@ -13,13 +13,13 @@
 
 namespace mfef::cpu::MFEF_ISA {
 
-// Elements of the packed weights of one direction, and the pieces of work of packing them.
+// Elements of the packed weights of one direction, and the tasks of packing them.
 template <class T>
 MFEF_INLINE int64_t fft_packed_elements(const ConvShape<T>& shape, int64_t n) {
   return shape.groups * (packed_fft_group(shape, n) + guard_elements(shape));
 }
 template <class T>
-MFEF_INLINE int64_t fft_packed_pieces(const ConvShape<T>& shape, int64_t n) {
+MFEF_INLINE int64_t fft_pack_tasks(const ConvShape<T>& shape, int64_t n) {
   return shape.groups + packed_fft_blocks(shape, n);
 }
 template <class T, class E>

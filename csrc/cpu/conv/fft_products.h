@@ -17,12 +17,12 @@ constexpr int kFftTile = kRegisters == 32 ? 8 : 4;
 // Input channels of a chain of additions, two products each.
 constexpr int64_t kFftChain = kChain / 2;
 
-// From this many output channels of a group on, they are the lanes of the weight gradient's products.
+// Groups of at least this many output channels have them in the lanes of the weight gradient's products.
 template <class T>
 constexpr int64_t kLaneOutputs = kLanes<T> * 3 / 4;
 
 MFEF_INLINE int bins_per_tile(int64_t out_group) { return out_group >= kFftTile ? 1 : kFftTile / int(out_group); }
-// As few tiles as fit, as even as possible.
+// Output channels of the next tile: as few tiles as fit, as even as possible.
 MFEF_INLINE int next_fft_out(int64_t remaining) { return int(divide_up(remaining, divide_up(remaining, kFftTile))); }
 
 // Vectors from channel to channel of transforms. They hold the last tile's bins, and their number is odd, so that the
@@ -226,11 +226,12 @@ MFEF_INLINE int64_t weight_blocks(const ConvShape<T>& shape, int64_t groups) {
   return whole + divide_up(groups % at_once * pairs, L);
 }
 
-// Elements of all blocks of sums; where tap 0 of a pair of group g is, the others being kLanes apart.
+// Elements of all blocks of sums.
 template <class T>
 MFEF_INLINE int64_t fft_grad_elements(const ConvShape<T>& shape) {
   return weight_blocks(shape, shape.groups) * shape.k * shape.k * kLanes<T>;
 }
+// Where tap 0 of a pair of channels of group g is; its other taps follow kLanes elements apart.
 template <class T>
 MFEF_INLINE int64_t fft_grad_at(const ConvShape<T>& shape, int64_t g, int64_t o, int64_t i) {
   constexpr int L = kLanes<T>;

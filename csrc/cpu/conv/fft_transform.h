@@ -351,7 +351,7 @@ void fft_map(const T* x, T* bins) {
   fft_columns<T, kN, kSide>(half, bins);
 }
 
-// With a bias, one value, unless it is null. y may be `bins`.
+// Adds a bias, one value, unless it is null. y may be `bins`.
 template <class T, int kN, int kSide>
 void inverse_fft_map(const T* bins, const T* bias, T* y) {
   constexpr int L = kLanes<T>;
