@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -59,9 +58,10 @@ class _Driver:
 
 def _pretend() -> None:
     """Makes the Triton backend take CPU tensors with kernels that are compiled, not interpreted."""
-    from mfef_ext.backends.triton import ops  # noqa: F401 (before the variable is set: compiled)
+    from mfef_ext.backends import triton as backend
+    from mfef_ext.backends.triton import ops  # noqa: F401 (now, while kernels are compiled)
 
-    os.environ["TRITON_INTERPRET"] = "1"
+    backend.interpreted = lambda: True
     nvidia.PyKernelArg = lambda **what: None
     triton.runtime.driver.set_active(_Driver())
 

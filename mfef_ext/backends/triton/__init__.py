@@ -23,7 +23,7 @@ from .. import Backend, Condition
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY = define("mfef_triton")  # without kernels until an operator is first asked for
 LOSSES = ("kd_loss", "kd_losses")
-LEAST_CAPABILITY = (8, 0)  # bfloat16 arithmetic and asynchronous copies
+MIN_CAPABILITY = (8, 0)  # bfloat16 arithmetic and asynchronous copies
 
 
 def interpreted() -> bool:
@@ -59,22 +59,17 @@ def state() -> str:
     return f"{triton.__version__}, {how}{verified}; autotuning {tuning.state()}"
 
 
-def _capability(problem: Problem) -> tuple[int, int] | None:
-    """Of an NVIDIA device; None for any other."""
+def _capability(problem: Problem) -> tuple[int, int]:
+    """Of an NVIDIA device; that of any other is enough."""
     if problem.device.type != "cuda" or torch.version.cuda is None:
-        return None
+        return MIN_CAPABILITY
     return torch.cuda.get_device_capability(problem.device)
-
-
-def _capable(problem: Problem) -> bool:
-    capability = _capability(problem)
-    return capability is None or capability >= LEAST_CAPABILITY
 
 
 def device_of(x: Tensor) -> AbstractContextManager:
     """For launches: Triton launches on the current device, which need not be that of ``x``."""
     if x.is_cuda:
-        # To go to a device and back takes longer than to ask which it is, and mostly it is that.
+        # To ask for the current device, which mostly it is, takes less time than to set it.
         here = x.get_device() == torch.cuda.current_device()
         return nullcontext() if here else torch.cuda.device(x.device)
     if not interpreted():
@@ -144,7 +139,7 @@ BACKEND = Backend(
             lambda p: f"dtype {p.dtype} is not one of float32, bfloat16, float16",
         ),
         Condition(
-            _capable,
+            lambda p: _capability(p) >= MIN_CAPABILITY,
             lambda p: f"{p.device} has compute capability {_capability(p)}, below 8.0",
         ),
         Condition(

@@ -5,7 +5,7 @@ k_i // 2 (mfef_ext/reference.py). All branches run in one launch, whatever their
 
 - ``_convolve``: the forward, and the data gradient, which is the same convolution with the roles
   of its channels swapped and its taps in reverse order (negative weight strides from the last tap
-  on). With split=False the data gradient is a sum over branches: there every program walks all
+  on). With split=False the data gradient is a sum over branches: every program computes all
   branches in their order and keeps the sum in registers.
 - ``_weight_partials`` and ``_weight_sums``: the weight gradient, as sums over slices of the images
   in float32, and then the sum of the slices in their order.
@@ -13,24 +13,19 @@ k_i // 2 (mfef_ext/reference.py). All branches run in one launch, whatever their
 Which program owns what.
 - ``_convolve``: a tile of [pixels, destination channels] with all its products. Its pixels are
   PIXELS consecutive ones of each of IMAGES images, so that maps of 2 x 2 fill a tile too. Programs
-  with consecutive numbers share their pixels. Wide groups (WIDE channels and more): a tile lies in
-  one group, its products are ``tl.dot`` of [pixels, source channels] with [source channels,
-  destination channels], tap by tap; where the source channels of a group do not fill such blocks,
-  taps and channels together make one axis that is cut into blocks. Narrow groups: a tile spans
-  groups, with one multiply-add per tap and source channel in registers (direct taps).
+  with consecutive numbers share their pixels. From MIN_DOT_CHANNELS channels per group on a tile
+  lies in one group, and its products are ``tl.dot`` of [pixels, source channels] with [source
+  channels, destination channels], tap by tap; where the source channels of a group do not fill such
+  blocks, taps and channels together make one axis that is cut into blocks. For narrower groups a
+  tile spans groups, with one multiply-add per tap and source channel in registers (direct taps).
 - ``_weight_partials``: one slice of the images, and a tile of [output channels, taps x input
   channels] of one group (``tl.dot`` over pixels), or for narrow groups without tensor cores TAPS
   taps of one input channel for output channels of any groups.
 - ``_weight_sums``: SUMS weights of one branch.
 
-Bytes (N images, C and D channels in and out, P pixels, b bytes per element, K weights, S slices):
-- forward: reads N C P b (split) and the weights, writes N D P b, and with statistics 12 bytes per
-  image, channel and tile of pixels. A program reads its source pixels once per tap, from L1, and
-  all programs of its pixels read them again, from L2. Data gradient: reads N D P b, writes N C P b.
-- weight gradient: reads N (C + D) P b, from L2 once per tile of a group; writes and reads 4 S K,
-  writes b K.
-Operations: 2 N P K for each of the three, less the taps that are farther than max(H, W) - 1 from
-the centre: they lie outside of every map and are not looped over.
+A program of the convolution reads its source pixels once per tap, from L1, and all programs of its
+pixels read them again, from L2. Taps that are farther than max(H, W) - 1 from the centre lie
+outside of every map and are not looped over.
 
 The order of every sum depends on the shapes of the weights, on H and on W, for the weight gradient
 also on N, and on which tile and warps tuning.py has found fastest, which is settled once for a
@@ -41,18 +36,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, Layout, dense, like, usual
-from .tuning import Tile, about, of_tiles
+from . import interpreted
+from .launch import Launch, Layout, Strides, aligned, contiguous, map_like, meta_like
+from .tuning import Tile, fastest_tile, powers_of_two
 
-WIDE = 8  # channels per group from which tl.dot pays: below, most of its block is padding
-WIDE_GRADIENT = 2  # the same for the weight gradient on tensor cores: its columns are always full
+# Channels per group from which tl.dot pays: below, most of its block is padding. For the weight
+# gradient on tensor cores it pays earlier, since all columns of the block are used.
+MIN_DOT_CHANNELS = 8
+MIN_DOT_CHANNELS_GRADIENT = 2
 LARGE_MAP = 1024  # pixels from which a tile has 128 of them: fewer partial statistics, more reuse
 TAPS = 4  # accumulators of _weight_partials's direct form; written out there
 SUMS = 128  # weights per program of _weight_sums
@@ -66,48 +64,144 @@ class Configuration(NamedTuple):
     64 x 64 floats in four warps) and shared memory, not from timings.
     """
 
-    name: str
     pixels: int  # of a tile
     depth: int  # of a tl.dot (weight gradient: columns of a tile, taps x input channels, at most)
     stages: int
-    # Of which tuning.py takes one; their channels are the destination channels (weight gradient:
-    # output channels) of a tile at most.
+    # tuning.py takes one of these. Their channels are the most destination channels (weight
+    # gradient: output channels) of a tile.
     tiles: tuple[Tile, ...]
 
 
 # "half" is 16-bit floats, "tf32" float32 on tensor cores, "ieee" float32 on the ordinary units:
-# there tl.dot keeps its operands in registers, so blocks are small.
+# there tl.dot keeps its operands in registers, so blocks are small. The flag is for large maps.
 # Twice the warps halve the registers of a thread and the work between two of its loads. Half the
 # channels do so too, with more programs and with pixels that are read once more; they are left out
 # where no group is as wide. In "ieee" there is one choice, since it is rarely asked for and every
 # candidate is compiled at first calls.
 CONVOLUTION = {
-    ("half", False): Configuration("half", 64, 32, 3, (Tile(64, 4), Tile(64, 8), Tile(32, 4))),
-    ("half", True): Configuration("half, large maps", 128, 32, 3, (Tile(32, 4, True), Tile(32, 8))),
-    ("tf32", False): Configuration("tf32", 64, 32, 3, (Tile(32, 4), Tile(32, 8), Tile(64, 8))),
-    ("tf32", True): Configuration("tf32, large maps", 128, 32, 3, (Tile(32, 4), Tile(32, 8))),
-    ("ieee", False): Configuration("ieee", 64, 16, 2, (Tile(32, 4, True),)),
-    ("ieee", True): Configuration("ieee, large maps", 128, 16, 2, (Tile(32, 8),)),
+    ("half", False): Configuration(64, 32, 3, (Tile(64, 4), Tile(64, 8), Tile(32, 4))),
+    ("half", True): Configuration(128, 32, 3, (Tile(32, 4, True), Tile(32, 8))),
+    ("tf32", False): Configuration(64, 32, 3, (Tile(32, 4), Tile(32, 8), Tile(64, 8))),
+    ("tf32", True): Configuration(128, 32, 3, (Tile(32, 4), Tile(32, 8))),
+    ("ieee", False): Configuration(64, 16, 2, (Tile(32, 4, True),)),
+    ("ieee", True): Configuration(128, 16, 2, (Tile(32, 8),)),
 }
 WEIGHT_GRADIENT = {
-    "half": Configuration("half", 64, 64, 3, (Tile(64, 4), Tile(64, 8))),
-    "tf32": Configuration("tf32", 32, 64, 3, (Tile(64, 4, True), Tile(64, 8))),
-    "ieee": Configuration("ieee", 32, 32, 2, (Tile(32, 4),)),
+    "half": Configuration(64, 64, 3, (Tile(64, 4), Tile(64, 8))),
+    "tf32": Configuration(32, 64, 3, (Tile(64, 4, True), Tile(64, 8))),
+    "ieee": Configuration(32, 32, 2, (Tile(32, 4),)),
 }
+
+
+# --- what kernels are given -------------------------------------------------------------------
+#
+# BRANCHES is a tuple with one tuple of integers per branch, all known at compile time; _branch and
+# _gradient give them their names. (Not every Triton keeps names of such arguments.) Offsets to the
+# first image of a tile are 64-bit; those from there on are of the type INDEX, 64-bit only if they
+# have to be.
+
+
+class _Branch(NamedTuple):
+    """A branch for _convolve. Source and destination are those of the data that is convolved."""
+
+    side: int  # taps per axis that can meet the map, k at most
+    sources: int  # channels per group
+    destinations: int  # channels per group
+    groups: int
+    source: int  # first channel
+    destination: int  # first channel
+    dot: bool
+    channels: int  # destination channels of a tile
+    depth: int
+    first_tile: int
+    tiles: int
+    # Offsets of weights, in elements: of the first tap, and from one to the next.
+    base: int
+    by_group: int
+    by_destination: int
+    by_source: int
+    by_row: int
+    by_column: int
+
+
+class _Gradient(NamedTuple):
+    """A branch for the weight gradient."""
+
+    side: int
+    inputs: int  # channels per group
+    outputs: int  # channels per group
+    groups: int
+    input: int  # first channel
+    output: int  # first channel
+    dot: bool
+    rows: int
+    columns: int
+    first_tile: int
+    tiles: int
+    partial: int  # offset in the partial sums of a slice
+    # For _weight_sums.
+    size: int  # k
+    first_program: int
+    programs: int
+    by_output: int
+    by_input: int
+    by_row: int
+    by_column: int
+
+
+@triton.constexpr_function
+def _branch(branches, which):
+    return _Branch(*branches[which])
+
+
+@triton.constexpr_function
+def _gradient(branches, which):
+    return _Gradient(*branches[which])
+
+
+class _Size(NamedTuple):
+    """Of the maps. Made in kernels."""
+
+    N: Any
+    H: Any
+    W: Any
+
+
+class _Pixels(NamedTuple):
+    """Of a tile. Made in kernels."""
+
+    first_image: Any
+    image: Any  # of each pixel, after the first
+    index: Any  # h * W + w
+    h: Any
+    w: Any
+    exist: Any
+
+
+# The interpreter multiplies the bits of bfloat16 as integers: there, operands are widened first,
+# which changes nothing, since products of 16-bit floats are exact in float32.
+INTERPRETED = tl.constexpr(interpreted())
 
 
 # --- kernels ----------------------------------------------------------------------------------
-#
-# BRANCHES is a tuple with one tuple of integers per branch, all known at compile time: see
-# _Branch, _Gradient and _Sum, whose fields are taken here by position. Offsets to the first image
-# of a tile are 64-bit; those from there on are of the type INDEX, 64-bit only if they have to be.
 
 
 @triton.jit
-def _pixels_of(block, N, H, W, IMAGES: tl.constexpr, PIXELS: tl.constexpr):
-    """First image of a tile, and of each of its pixels: image after the first, pixel in (h, w)
-    order, row, column, and whether it exists."""
-    tiles = tl.cdiv(H * W, PIXELS)
+def partial_statistics(statistics, image, tiles, channels):
+    """Pointers to the sums, maxima and int32 indices of the maxima (channels, tiles) of an image.
+
+    statistics (N, 3, channels, tiles) is one float32 tensor for all three, because the host takes
+    longer to allocate a tensor than to plan a call.
+    """
+    section = tl.cast(tiles, tl.int64) * channels  # the image's offset may exceed 2^31
+    sums = statistics + section * 3 * image
+    indices = (sums + section + section).to(tl.pointer_type(tl.int32), bitcast=True)
+    return sums, sums + section, indices
+
+
+@triton.jit
+def _pixels_of(block, size, IMAGES: tl.constexpr, PIXELS: tl.constexpr):
+    tiles = tl.cdiv(size.H * size.W, PIXELS)
     first_image = (block // tiles) * IMAGES
     first = (block % tiles) * PIXELS
     rows = tl.arange(0, IMAGES * PIXELS)
@@ -117,118 +211,124 @@ def _pixels_of(block, N, H, W, IMAGES: tl.constexpr, PIXELS: tl.constexpr):
     else:
         image = rows // PIXELS
         local = rows % PIXELS
-    inside = (image < N - first_image) & (local < H * W - first)
+    exist = (image < size.N - first_image) & (local < size.H * size.W - first)
     pixel = first + local
-    return first_image, image, pixel, pixel // W, pixel % W, inside
+    return _Pixels(first_image, image, pixel, pixel // size.W, pixel % size.W, exist)
 
 
 @triton.jit
-def _offsets(
-    image, pixel, h, w, stride_n, stride_h, stride_w,
-    FLAT: tl.constexpr, IMAGES: tl.constexpr, INDEX: tl.constexpr,
+def _locate(
+    tensor, strides, pixels, FLAT: tl.constexpr, IMAGES: tl.constexpr, INDEX: tl.constexpr
 ):  # fmt: skip
-    """Of pixels in the map of the tile's first image, without the channel.
+    """Pointer to the tile's first image, and offsets of the pixels in there without the channel.
 
     FLAT: the pixels of a channel are consecutive.
     """
-    offsets = pixel.to(INDEX) if FLAT else h.to(INDEX) * stride_h + w.to(INDEX) * stride_w
+    if FLAT:
+        offsets = pixels.index.to(INDEX)
+    else:
+        offsets = pixels.h.to(INDEX) * strides.h + pixels.w.to(INDEX) * strides.w
     if IMAGES > 1:
-        offsets += image.to(INDEX) * stride_n
-    return offsets
+        offsets += pixels.image.to(INDEX) * strides.n
+    return tensor + tl.cast(pixels.first_image, tl.int64) * strides.n, offsets
+
+
+@triton.jit
+def _on_map(exist, h, w, size):
+    return exist & (h >= 0) & (h < size.H) & (w >= 0) & (w < size.W)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _product(a, b, a_mask, b_mask):
+    a = tl.load(a, mask=a_mask, other=0.0).to(tl.float32)
+    return a * tl.load(b, mask=b_mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _add_branch(
-    acc, src, weight, first, offsets, h, w, inside, H, W, stride_c, stride_h, stride_w,
-    BRANCHES: tl.constexpr, WHICH: tl.constexpr, CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    INDEX: tl.constexpr,
+    acc, src, offsets, weight, first, pixels, size, strides,
+    BRANCHES: tl.constexpr, WHICH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """acc [pixels, CHANNELS] plus the products of one branch for its channels from ``first`` on."""
-    BRANCH: tl.constexpr = BRANCHES[WHICH]
-    SIDE: tl.constexpr = BRANCH[0]
-    SOURCES: tl.constexpr = BRANCH[1]
-    DESTINATIONS: tl.constexpr = BRANCH[2]
-    GROUPS: tl.constexpr = BRANCH[3]
-    SOURCE: tl.constexpr = BRANCH[4]
-    IS_WIDE: tl.constexpr = BRANCH[6]
-    DEPTH: tl.constexpr = BRANCH[8]
-    BASE: tl.constexpr = BRANCH[11]
-    BY_GROUP: tl.constexpr = BRANCH[12]
-    BY_DESTINATION: tl.constexpr = BRANCH[13]
-    BY_SOURCE: tl.constexpr = BRANCH[14]
-    BY_ROW: tl.constexpr = BRANCH[15]
-    BY_COLUMN: tl.constexpr = BRANCH[16]
-    HALF: tl.constexpr = SIDE // 2
+    """acc [pixels, channels] plus the products of one branch for its channels from ``first`` on."""
+    BRANCH: tl.constexpr = _branch(BRANCHES, WHICH)
+    SIDE: tl.constexpr = BRANCH.side
+    SOURCES: tl.constexpr = BRANCH.sources
+    DESTINATIONS: tl.constexpr = BRANCH.destinations
+    CHANNELS: tl.constexpr = BRANCH.channels
+    DEPTH: tl.constexpr = BRANCH.depth
     zero = tl.full((), 0, INDEX)
     channel = tl.arange(0, CHANNELS)
-    if IS_WIDE:
+    if BRANCH.dot:  # the tile lies in one group
         group = first // DESTINATIONS + zero
         channel += first % DESTINATIONS
         exists = (channel < DESTINATIONS)[None, :]
-        src += (SOURCE + group * SOURCES) * stride_c
-        weight += BASE + group * BY_GROUP
+        src += (BRANCH.source + group * SOURCES) * strides.c
+        weight += BRANCH.base + group * BRANCH.by_group
         rows = offsets[:, None]
-        columns = (channel[None, :] + zero) * BY_DESTINATION
+        columns = (channel[None, :] + zero) * BRANCH.by_destination
         depth = tl.arange(0, DEPTH)
         if SOURCES % DEPTH == 0:
             BLOCKS: tl.constexpr = SOURCES // DEPTH
-            rows = rows + (depth[None, :] + zero) * stride_c
-            columns = columns + (depth[:, None] + zero) * BY_SOURCE
+            rows = rows + (depth[None, :] + zero) * strides.c
+            columns = columns + (depth[:, None] + zero) * BRANCH.by_source
             for step in range(SIDE * SIDE * BLOCKS):
                 tap = step // BLOCKS
                 source = (step % BLOCKS) * DEPTH + zero
-                dy = tap // SIDE - HALF
-                dx = tap % SIDE - HALF
-                seen = inside & (h + dy >= 0) & (h + dy < H) & (w + dx >= 0) & (w + dx < W)
-                shift = (dy + zero) * stride_h + (dx + zero) * stride_w + source * stride_c
-                a = tl.load(src + shift + rows, mask=seen[:, None], other=0.0)
-                at = (dy + HALF + zero) * BY_ROW + (dx + HALF) * BY_COLUMN + source * BY_SOURCE
+                dy = tap // SIDE - SIDE // 2
+                dx = tap % SIDE - SIDE // 2
+                seen = _on_map(pixels.exist, pixels.h + dy, pixels.w + dx, size)[:, None]
+                shift = (dy + zero) * strides.h + (dx + zero) * strides.w + source * strides.c
+                a = tl.load(src + shift + rows, mask=seen, other=0.0)
+                at = (tap // SIDE + zero) * BRANCH.by_row + (tap % SIDE) * BRANCH.by_column
+                at += source * BRANCH.by_source
                 b = tl.load(weight + at + columns, mask=exists, other=0.0)
-                if WIDEN:
-                    a = a.to(tl.float32)
-                    b = b.to(tl.float32)
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+                acc = _dot(a, b, acc, PRECISION)
         else:
+            h, w, exist = pixels.h[:, None], pixels.w[:, None], pixels.exist[:, None]
             for start in range(0, SIDE * SIDE * SOURCES, DEPTH):
                 tap = (start + depth) // SOURCES
                 source = (start + depth) % SOURCES + zero
-                dy = (tap // SIDE - HALF)[None, :]
-                dx = (tap % SIDE - HALF)[None, :]
-                y = h[:, None] + dy
-                x = w[:, None] + dx
-                seen = inside[:, None] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
                 is_tap = tap < SIDE * SIDE
-                shift = (dy + zero) * stride_h + (dx + zero) * stride_w + source[None, :] * stride_c
-                a = tl.load(src + (rows + shift), mask=seen & is_tap[None, :], other=0.0)
-                at = (tap // SIDE + zero) * BY_ROW + (tap % SIDE) * BY_COLUMN + source * BY_SOURCE
-                mask = exists & is_tap[:, None]
-                b = tl.load(weight + (columns + at[:, None]), mask=mask, other=0.0)
-                if WIDEN:
-                    a = a.to(tl.float32)
-                    b = b.to(tl.float32)
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+                dy = (tap // SIDE - SIDE // 2)[None, :]
+                dx = (tap % SIDE - SIDE // 2)[None, :]
+                seen = _on_map(exist, h + dy, w + dx, size) & is_tap[None, :]
+                shift = (dy + zero) * strides.h + (dx + zero) * strides.w
+                a = tl.load(
+                    src + (rows + (shift + source[None, :] * strides.c)), mask=seen, other=0.0
+                )
+                at = (tap // SIDE + zero) * BRANCH.by_row + (tap % SIDE) * BRANCH.by_column
+                at = columns + (at + source * BRANCH.by_source)[:, None]
+                b = tl.load(weight + at, mask=exists & is_tap[:, None], other=0.0)
+                acc = _dot(a, b, acc, PRECISION)
     else:
         channel += first
-        exists = (channel < GROUPS * DESTINATIONS)[None, :]
+        exists = (channel < BRANCH.groups * DESTINATIONS)[None, :]
         group = (channel // DESTINATIONS)[None, :] + zero
-        rows = offsets[:, None] + (SOURCE + group * SOURCES) * stride_c
-        columns = BASE + group * BY_GROUP + (channel % DESTINATIONS)[None, :] * BY_DESTINATION
+        rows = offsets[:, None] + (BRANCH.source + group * SOURCES) * strides.c
+        columns = BRANCH.base + group * BRANCH.by_group
+        columns += (channel % DESTINATIONS)[None, :] * BRANCH.by_destination
         for tap in range(SIDE * SIDE):
-            dy = tap // SIDE - HALF
-            dx = tap % SIDE - HALF
-            seen = inside & (h + dy >= 0) & (h + dy < H) & (w + dx >= 0) & (w + dx < W)
-            mask = seen[:, None] & exists
-            a_tap = src + ((dy + zero) * stride_h + (dx + zero) * stride_w)
-            b_tap = weight + ((dy + HALF + zero) * BY_ROW + (dx + HALF) * BY_COLUMN)
-            a = tl.load(a_tap + rows, mask=mask, other=0.0)
-            b = tl.load(b_tap + columns, mask=exists, other=0.0)
-            product = a.to(tl.float32) * b.to(tl.float32)
+            dy = tap // SIDE - SIDE // 2
+            dx = tap % SIDE - SIDE // 2
+            seen = _on_map(pixels.exist, pixels.h + dy, pixels.w + dx, size)[:, None] & exists
+            a_tap = src + ((dy + zero) * strides.h + (dx + zero) * strides.w)
+            b_tap = weight + (
+                (tap // SIDE + zero) * BRANCH.by_row + (tap % SIDE) * BRANCH.by_column
+            )
+            product = _product(a_tap + rows, b_tap + columns, seen, exists)
             # Each tap's sum by itself: shorter sums round less.
             for source in range(1, SOURCES):
-                a = tl.load(a_tap + (source + zero) * stride_c + rows, mask=mask, other=0.0)
-                b = tl.load(b_tap + (source + zero) * BY_SOURCE + columns, mask=exists, other=0.0)
-                product += a.to(tl.float32) * b.to(tl.float32)
+                a = a_tap + (source + zero) * strides.c + rows
+                b = b_tap + (source + zero) * BRANCH.by_source + columns
+                product += _product(a, b, seen, exists)
             acc += product
     return acc
 
@@ -248,8 +348,7 @@ def _pool(value, valid, pixel, AXIS: tl.constexpr):
 
 @triton.jit
 def _write(
-    acc, dst, bias, statistics, block, first, end, first_image, pixel, offsets, inside,
-    N, H, W, stride_n, stride_c,
+    acc, dst, to, stride_c, bias, statistics, block, first, end, pixels, size,
     TOTAL: tl.constexpr, OFFSET: tl.constexpr, CHANNELS: tl.constexpr,
     IMAGES: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -263,205 +362,114 @@ def _write(
     channel += OFFSET
     if bias is not None:
         acc += tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
-    to = dst + tl.cast(first_image, tl.int64) * stride_n
-    to += offsets[:, None] + channel.to(INDEX)[None, :] * stride_c
-    tl.store(to, acc.to(dst.dtype.element_ty), mask=inside[:, None] & exists[None, :])
+    at = dst + (to[:, None] + channel.to(INDEX)[None, :] * stride_c)
+    tl.store(at, acc.to(dst.dtype.element_ty), mask=pixels.exist[:, None] & exists[None, :])
     if statistics is not None:
-        tiles = tl.cdiv(H * W, PIXELS)
-        # Offsets to the first image and to its maxima may exceed 2^31; within a third none does.
-        third = tl.cast(tiles, tl.int64) * TOTAL
-        sums = statistics + third * 3 * first_image + block % tiles
-        maxima = sums + third
-        indices = (maxima + third).to(tl.pointer_type(tl.int32), bitcast=True)
+        tiles = tl.cdiv(size.H * size.W, PIXELS)
+        sums, maxima, indices = partial_statistics(statistics, pixels.first_image, tiles, TOTAL)
         if IMAGES == 1:
-            total, largest, index = _pool(acc, inside[:, None], pixel[:, None], 0)
-            where = channel * tiles
+            total, largest, index = _pool(acc, pixels.exist[:, None], pixels.index[:, None], 0)
+            at = channel * tiles + block % tiles
             mask = exists
         else:
             value = tl.reshape(acc, (IMAGES, PIXELS, CHANNELS))
-            valid = tl.reshape(inside, (IMAGES, PIXELS, 1))
-            total, largest, index = _pool(value, valid, tl.reshape(pixel, (IMAGES, PIXELS, 1)), 1)
+            valid = tl.reshape(pixels.exist, (IMAGES, PIXELS, 1))
+            pixel = tl.reshape(pixels.index, (IMAGES, PIXELS, 1))
+            total, largest, index = _pool(value, valid, pixel, 1)
             image = tl.arange(0, IMAGES)[:, None]
-            where = (image * (3 * TOTAL) + channel[None, :]) * tiles
-            mask = (image < N - first_image) & exists[None, :]
-        tl.store(sums + where, total, mask=mask)
-        tl.store(maxima + where, largest, mask=mask)
-        tl.store(indices + where, index, mask=mask)
+            at = (image * (3 * TOTAL) + channel[None, :]) * tiles + block % tiles
+            mask = (image < size.N - pixels.first_image) & exists[None, :]
+        tl.store(sums + at, total, mask=mask)
+        tl.store(maxima + at, largest, mask=mask)
+        tl.store(indices + at, index, mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "H", "W"])
+def _convolve(
+    src, dst, weights, bias, statistics, N, H, W, src_strides, dst_strides,
+    BRANCHES: tl.constexpr, TILES: tl.constexpr, TOTAL: tl.constexpr,
+    SUMMED: tl.constexpr, SRC_FLAT: tl.constexpr, DST_FLAT: tl.constexpr,
+    IMAGES: tl.constexpr, PIXELS: tl.constexpr, MAX_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """dst (N, TOTAL, H, W) from src and the weights; SUMMED: every branch adds to all of dst.
+
+    statistics: see partial_statistics; the tiles are those of pixels.
+    """
+    tile = tl.program_id(0) % TILES
+    block = tl.program_id(0) // TILES
+    size = _Size(N, H, W)
+    pixels = _pixels_of(block, size, IMAGES, PIXELS)
+    src, offsets = _locate(src, src_strides, pixels, SRC_FLAT, IMAGES, INDEX)
+    dst, to = _locate(dst, dst_strides, pixels, DST_FLAT, IMAGES, INDEX)
+    if SUMMED:
+        ALL: tl.constexpr = _branch(BRANCHES, 0).channels
+        acc = tl.zeros((IMAGES * PIXELS, ALL), tl.float32)
+        for i in tl.static_range(len(BRANCHES)):
+            # Each branch by itself, as its output would be: shorter sums round less.
+            acc += _add_branch(
+                tl.zeros((IMAGES * PIXELS, ALL), tl.float32), src, offsets, weights[i],
+                tile * ALL, pixels, size, src_strides, BRANCHES, i, PRECISION, INDEX,
+            )  # fmt: skip
+        _write(
+            acc, dst, to, dst_strides.c, None, None, block, tile * ALL, TOTAL, pixels, size,
+            TOTAL, 0, ALL, IMAGES, PIXELS, INDEX,
+        )  # fmt: skip
+    else:
+        for i in tl.static_range(len(BRANCHES)):
+            own = tile - _branch(BRANCHES, i).first_tile
+            if (own >= 0) & (own < _branch(BRANCHES, i).tiles):
+                _convolve_branch(
+                    src, offsets, dst, to, dst_strides.c, weights[i], bias, statistics, block, own,
+                    pixels, size, src_strides,
+                    BRANCHES, i, TOTAL, IMAGES, PIXELS, MAX_CHANNELS, PRECISION, INDEX,
+                )  # fmt: skip
 
 
 @triton.jit
 def _convolve_branch(
-    src, dst, weight, bias, statistics, block, tile, first_image, pixel, offsets, to,
-    h, w, inside, N, H, W, src_c, src_h, src_w, dst_n, dst_c,
-    BRANCHES: tl.constexpr, WHICH: tl.constexpr, TOTAL: tl.constexpr,
-    IMAGES: tl.constexpr, PIXELS: tl.constexpr, MOST: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, INDEX: tl.constexpr,
+    src, offsets, dst, to, dst_c, weight, bias, statistics, block, tile, pixels, size, src_strides,
+    BRANCHES: tl.constexpr, WHICH: tl.constexpr, TOTAL: tl.constexpr, IMAGES: tl.constexpr,
+    PIXELS: tl.constexpr, MAX_CHANNELS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """A tile of the result of one branch."""
-    BRANCH: tl.constexpr = BRANCHES[WHICH]
-    DESTINATIONS: tl.constexpr = BRANCH[2]
-    CHANNELS: tl.constexpr = BRANCH[7]
-    tl.static_assert(CHANNELS <= MOST)
-    PER_GROUP: tl.constexpr = (BRANCH[2] + BRANCH[7] - 1) // BRANCH[7]
-    IS_WIDE: tl.constexpr = BRANCH[6]
-    if IS_WIDE:
+    BRANCH: tl.constexpr = _branch(BRANCHES, WHICH)
+    DESTINATIONS: tl.constexpr = BRANCH.destinations
+    CHANNELS: tl.constexpr = BRANCH.channels
+    tl.static_assert(CHANNELS <= MAX_CHANNELS)
+    if BRANCH.dot:
+        PER_GROUP: tl.constexpr = (DESTINATIONS + CHANNELS - 1) // CHANNELS
         group = tile // PER_GROUP
         first = group * DESTINATIONS + tile % PER_GROUP * CHANNELS
         end = (group + 1) * DESTINATIONS
     else:
         first = tile * CHANNELS
-        end = BRANCH[2] * BRANCH[3]
-    acc = tl.zeros((IMAGES * PIXELS, CHANNELS), tl.float32)
+        end = DESTINATIONS * BRANCH.groups
     acc = _add_branch(
-        acc, src, weight, first, offsets, h, w, inside, H, W, src_c, src_h, src_w,
-        BRANCHES, WHICH, CHANNELS, PRECISION, WIDEN, INDEX,
+        tl.zeros((IMAGES * PIXELS, CHANNELS), tl.float32), src, offsets, weight, first,
+        pixels, size, src_strides, BRANCHES, WHICH, PRECISION, INDEX,
     )  # fmt: skip
     _write(
-        acc, dst, bias, statistics, block, first, end, first_image, pixel, to, inside,
-        N, H, W, dst_n, dst_c, TOTAL, BRANCH[5], CHANNELS, IMAGES, PIXELS, INDEX,
+        acc, dst, to, dst_c, bias, statistics, block, first, end, pixels, size,
+        TOTAL, BRANCH.destination, CHANNELS, IMAGES, PIXELS, INDEX,
     )  # fmt: skip
 
 
 @triton.jit
-def _convolve_sum(
-    src, dst, weights, block, tile, first_image, pixel, offsets, to,
-    h, w, inside, N, H, W, src_c, src_h, src_w, dst_n, dst_c,
-    BRANCHES: tl.constexpr, CHANNELS: tl.constexpr, COUNT: tl.constexpr, TOTAL: tl.constexpr,
-    IMAGES: tl.constexpr, PIXELS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, INDEX: tl.constexpr,
-):  # fmt: skip
-    """A tile of the sum over all branches."""
-    acc = tl.zeros((IMAGES * PIXELS, CHANNELS), tl.float32)
-    for i in tl.static_range(COUNT):
-        # Each branch by itself, as its output would be: shorter sums round less.
-        acc += _add_branch(
-            tl.zeros((IMAGES * PIXELS, CHANNELS), tl.float32), src, weights[i],
-            tile * CHANNELS, offsets, h, w, inside, H, W, src_c, src_h, src_w,
-            BRANCHES, i, CHANNELS, PRECISION, WIDEN, INDEX,
-        )  # fmt: skip
-    _write(
-        acc, dst, None, None, block, tile * CHANNELS, TOTAL, first_image, pixel, to, inside,
-        N, H, W, dst_n, dst_c, TOTAL, 0, CHANNELS, IMAGES, PIXELS, INDEX,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["N", "H", "W"])
-def _convolve(
-    src, dst, weights, bias, statistics, N, H, W,
-    src_n, src_c, src_h, src_w, dst_n, dst_c, dst_h, dst_w,
-    BRANCHES: tl.constexpr, COUNT: tl.constexpr, TILES: tl.constexpr, TOTAL: tl.constexpr,
-    SUMMED: tl.constexpr, SRC_FLAT: tl.constexpr, DST_FLAT: tl.constexpr,
-    IMAGES: tl.constexpr, PIXELS: tl.constexpr, MOST: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, INDEX: tl.constexpr,
-):  # fmt: skip
-    """dst (N, TOTAL, H, W) from src and the weights; SUMMED: every branch adds to all of dst.
-
-    statistics (N, 3, TOTAL, tiles of pixels per image): sums, maxima, and the bits of the maxima's
-    int32 places. One tensor, because to allocate one takes the host longer than to plan a call.
-    """
-    tile = tl.program_id(0) % TILES
-    block = tl.program_id(0) // TILES
-    first_image, image, pixel, h, w, inside = _pixels_of(block, N, H, W, IMAGES, PIXELS)
-    src += tl.cast(first_image, tl.int64) * src_n
-    offsets = _offsets(image, pixel, h, w, src_n, src_h, src_w, SRC_FLAT, IMAGES, INDEX)
-    to = _offsets(image, pixel, h, w, dst_n, dst_h, dst_w, DST_FLAT, IMAGES, INDEX)
-    if SUMMED:
-        _convolve_sum(
-            src, dst, weights, block, tile, first_image, pixel, offsets, to,
-            h, w, inside, N, H, W, src_c, src_h, src_w, dst_n, dst_c,
-            BRANCHES, BRANCHES[0][7], COUNT, TOTAL, IMAGES, PIXELS, PRECISION, WIDEN, INDEX,
-        )  # fmt: skip
-    else:
-        for i in tl.static_range(COUNT):
-            if (tile >= BRANCHES[i][9]) & (tile < BRANCHES[i][9] + BRANCHES[i][10]):
-                _convolve_branch(
-                    src, dst, weights[i], bias, statistics, block, tile - BRANCHES[i][9],
-                    first_image, pixel, offsets, to, h, w, inside, N, H, W,
-                    src_c, src_h, src_w, dst_n, dst_c,
-                    BRANCHES, i, TOTAL, IMAGES, PIXELS, MOST, PRECISION, WIDEN, INDEX,
-                )  # fmt: skip
-
-
-@triton.jit
-def _gradient_by_dot(
-    grad, x, partial, tile, begin, end, N, H, W,
-    grad_n, grad_c, grad_h, grad_w, x_n, x_c, x_h, x_w,
-    BRANCHES: tl.constexpr, WHICH: tl.constexpr, GRAD_FLAT: tl.constexpr, X_FLAT: tl.constexpr,
-    IMAGES: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    INDEX: tl.constexpr,
-):  # fmt: skip
-    """A tile [output channels, taps x input channels] of one group, over the blocks of a slice."""
-    BRANCH: tl.constexpr = BRANCHES[WHICH]
-    SIDE: tl.constexpr = BRANCH[0]
-    INPUTS: tl.constexpr = BRANCH[1]
-    OUTPUTS: tl.constexpr = BRANCH[2]
-    GROUPS: tl.constexpr = BRANCH[3]
-    INPUT: tl.constexpr = BRANCH[4]
-    OUTPUT: tl.constexpr = BRANCH[5]
-    ROWS: tl.constexpr = BRANCH[7]
-    COLUMNS: tl.constexpr = BRANCH[8]
-    PARTIAL: tl.constexpr = BRANCH[11]
-    HALF: tl.constexpr = SIDE // 2
-    COLUMN_TILES: tl.constexpr = (SIDE * SIDE * INPUTS + COLUMNS - 1) // COLUMNS
-    ROW_TILES: tl.constexpr = (OUTPUTS + ROWS - 1) // ROWS
-    zero = tl.full((), 0, INDEX)
-    group = tile // (COLUMN_TILES * ROW_TILES) + zero
-    output = tile // COLUMN_TILES % ROW_TILES * ROWS + tl.arange(0, ROWS)
-    is_output = output < OUTPUTS
-    column = tile % COLUMN_TILES * COLUMNS + tl.arange(0, COLUMNS)
-    is_tap = column < SIDE * SIDE * INPUTS
-    dy = column // INPUTS // SIDE - HALF
-    dx = column // INPUTS % SIDE - HALF
-    of_row = (OUTPUT + group * OUTPUTS + output) * grad_c
-    of_column = (INPUT + group * INPUTS + column % INPUTS) * x_c
-    of_column += (dy + zero) * x_h + (dx + zero) * x_w
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for block in range(begin, end):
-        first_image, image, pixel, h, w, inside = _pixels_of(block, N, H, W, IMAGES, PIXELS)
-        from_grad = _offsets(image, pixel, h, w, grad_n, grad_h, grad_w, GRAD_FLAT, IMAGES, INDEX)
-        from_x = _offsets(image, pixel, h, w, x_n, x_h, x_w, X_FLAT, IMAGES, INDEX)
-        in_grad = grad + tl.cast(first_image, tl.int64) * grad_n
-        in_x = x + tl.cast(first_image, tl.int64) * x_n
-        a = tl.load(
-            in_grad + (of_row[:, None] + from_grad[None, :]),
-            mask=is_output[:, None] & inside[None, :],
-            other=0.0,
-        )
-        if INPUTS % COLUMNS == 0:  # all columns belong to one tap
-            above = tile % COLUMN_TILES * COLUMNS // INPUTS // SIDE - HALF
-            left = tile % COLUMN_TILES * COLUMNS // INPUTS % SIDE - HALF
-            seen = inside & (h + above >= 0) & (h + above < H) & (w + left >= 0) & (w + left < W)
-            mask = seen[:, None] & is_tap[None, :]
-        else:
-            at_h = h[:, None] + dy[None, :]
-            at_w = w[:, None] + dx[None, :]
-            mask = inside[:, None] & is_tap[None, :]
-            mask = mask & (at_h >= 0) & (at_h < H) & (at_w >= 0) & (at_w < W)
-        b = tl.load(in_x + (of_column[None, :] + from_x[:, None]), mask=mask, other=0.0)
-        if WIDEN:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    to = PARTIAL + column[None, :] * (GROUPS * OUTPUTS) + (group * OUTPUTS + output)[:, None]
-    tl.store(partial + to, acc, mask=is_output[:, None] & is_tap[None, :])
-
-
-@triton.jit
-def _products(grad, x, at, tap, h, w, inside, H, W, x_h, x_w, SIDE: tl.constexpr):
+def _tap_products(grad, x, at, tap, pixels, size, strides, SIDE: tl.constexpr):
     """grad [pixels, channels] times x at a tap; ``at`` are offsets in x of the centre tap."""
     zero = tl.full((), 0, tl.int64)
     dy = tap // SIDE - SIDE // 2
     dx = tap % SIDE - SIDE // 2
-    rows = tl.where(tap < SIDE * SIDE, H, 0)  # none for a tap beyond the last
-    seen = inside & (h + dy >= 0) & (h + dy < rows) & (w + dx >= 0) & (w + dx < W)
-    shift = (dy + zero) * x_h + (dx + zero) * x_w
+    rows = tl.where(tap < SIDE * SIDE, size.H, 0)  # none for a tap beyond the last
+    seen = _on_map(pixels.exist, pixels.h + dy, pixels.w + dx, _Size(size.N, rows, size.W))
+    shift = (dy + zero) * strides.h + (dx + zero) * strides.w
     return grad * tl.load(x + shift + at, mask=seen[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store_tap(
-    partial, acc, tap, channel,
-    SIDE: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
+    partial, acc, tap, channel, SIDE: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr
 ):  # fmt: skip
     """Stores the sums over pixels of acc [pixels, channels]."""
     count = tl.where(tap < SIDE * SIDE, OUTPUTS, 0)
@@ -470,63 +478,91 @@ def _store_tap(
 
 
 @triton.jit
-def _gradient_directly(
-    grad, x, partial, tile, begin, end, N, H, W,
-    grad_n, grad_c, grad_h, grad_w, x_n, x_c, x_h, x_w,
+def _weight_tile(
+    grad, x, partial, tile, begin, end, size, grad_strides, x_strides,
     BRANCHES: tl.constexpr, WHICH: tl.constexpr, GRAD_FLAT: tl.constexpr, X_FLAT: tl.constexpr,
-    IMAGES: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
+    IMAGES: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Four taps of one input channel per group for a tile of output channels of any groups."""
-    BRANCH: tl.constexpr = BRANCHES[WHICH]
-    SIDE: tl.constexpr = BRANCH[0]
-    INPUTS: tl.constexpr = BRANCH[1]
-    OUTPUTS: tl.constexpr = BRANCH[2]
-    GROUPS: tl.constexpr = BRANCH[3]
-    INPUT: tl.constexpr = BRANCH[4]
-    OUTPUT: tl.constexpr = BRANCH[5]
-    CHANNELS: tl.constexpr = BRANCH[7]
-    PARTIAL: tl.constexpr = BRANCH[11]
-    CHANNEL_TILES: tl.constexpr = (GROUPS * OUTPUTS + CHANNELS - 1) // CHANNELS
+    """A tile of one branch's weights, over the blocks of a slice."""
+    BRANCH: tl.constexpr = _gradient(BRANCHES, WHICH)
+    SIDE: tl.constexpr = BRANCH.side
+    INPUTS: tl.constexpr = BRANCH.inputs
+    OUTPUTS: tl.constexpr = BRANCH.outputs
+    ALL: tl.constexpr = BRANCH.groups * OUTPUTS
+    ROWS: tl.constexpr = BRANCH.rows
+    COLUMNS: tl.constexpr = BRANCH.columns
     zero = tl.full((), 0, INDEX)
-    channel = tile % CHANNEL_TILES * CHANNELS + tl.arange(0, CHANNELS)
-    # A channel that does not exist reads the last one: its sums are not stored.
-    real = tl.minimum(channel, GROUPS * OUTPUTS - 1)
-    source = tile // CHANNEL_TILES % INPUTS
-    tap = tile // (CHANNEL_TILES * INPUTS) * 4
-    of_grad = (OUTPUT + real + zero) * grad_c
-    of_x = (INPUT + real // OUTPUTS * INPUTS + source + zero) * x_c
-    acc0 = tl.zeros((IMAGES * PIXELS, CHANNELS), tl.float32)
-    acc1 = tl.zeros((IMAGES * PIXELS, CHANNELS), tl.float32)
-    acc2 = tl.zeros((IMAGES * PIXELS, CHANNELS), tl.float32)
-    acc3 = tl.zeros((IMAGES * PIXELS, CHANNELS), tl.float32)
-    for block in range(begin, end):
-        first_image, image, pixel, h, w, inside = _pixels_of(block, N, H, W, IMAGES, PIXELS)
-        from_grad = _offsets(image, pixel, h, w, grad_n, grad_h, grad_w, GRAD_FLAT, IMAGES, INDEX)
-        from_x = _offsets(image, pixel, h, w, x_n, x_h, x_w, X_FLAT, IMAGES, INDEX)
-        in_grad = grad + tl.cast(first_image, tl.int64) * grad_n
-        in_x = x + tl.cast(first_image, tl.int64) * x_n
-        at = in_grad + (of_grad[None, :] + from_grad[:, None])
-        g = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
-        at = of_x[None, :] + from_x[:, None]
-        acc0 += _products(g, in_x, at, tap, h, w, inside, H, W, x_h, x_w, SIDE)
-        acc1 += _products(g, in_x, at, tap + 1, h, w, inside, H, W, x_h, x_w, SIDE)
-        acc2 += _products(g, in_x, at, tap + 2, h, w, inside, H, W, x_h, x_w, SIDE)
-        acc3 += _products(g, in_x, at, tap + 3, h, w, inside, H, W, x_h, x_w, SIDE)
-    to = partial + PARTIAL + source * (GROUPS * OUTPUTS)
-    _store_tap(to, acc0, tap, channel, SIDE, INPUTS, GROUPS * OUTPUTS)
-    _store_tap(to, acc1, tap + 1, channel, SIDE, INPUTS, GROUPS * OUTPUTS)
-    _store_tap(to, acc2, tap + 2, channel, SIDE, INPUTS, GROUPS * OUTPUTS)
-    _store_tap(to, acc3, tap + 3, channel, SIDE, INPUTS, GROUPS * OUTPUTS)
+    partial += BRANCH.partial
+    if BRANCH.dot:  # [output channels, taps x input channels] of one group
+        COLUMN_TILES: tl.constexpr = (SIDE * SIDE * INPUTS + COLUMNS - 1) // COLUMNS
+        ROW_TILES: tl.constexpr = (OUTPUTS + ROWS - 1) // ROWS
+        group = tile // (COLUMN_TILES * ROW_TILES) + zero
+        output = tile // COLUMN_TILES % ROW_TILES * ROWS + tl.arange(0, ROWS)
+        is_output = output < OUTPUTS
+        column = tile % COLUMN_TILES * COLUMNS + tl.arange(0, COLUMNS)
+        is_tap = column < SIDE * SIDE * INPUTS
+        dy = column // INPUTS // SIDE - SIDE // 2
+        dx = column // INPUTS % SIDE - SIDE // 2
+        of_row = (BRANCH.output + group * OUTPUTS + output) * grad_strides.c
+        of_column = (BRANCH.input + group * INPUTS + column % INPUTS) * x_strides.c
+        of_column += (dy + zero) * x_strides.h + (dx + zero) * x_strides.w
+        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for block in range(begin, end):
+            pixels = _pixels_of(block, size, IMAGES, PIXELS)
+            in_grad, from_grad = _locate(grad, grad_strides, pixels, GRAD_FLAT, IMAGES, INDEX)
+            in_x, from_x = _locate(x, x_strides, pixels, X_FLAT, IMAGES, INDEX)
+            at = in_grad + (of_row[:, None] + from_grad[None, :])
+            a = tl.load(at, mask=is_output[:, None] & pixels.exist[None, :], other=0.0)
+            if INPUTS % COLUMNS == 0:  # all columns belong to one tap
+                above = tile % COLUMN_TILES * COLUMNS // INPUTS // SIDE - SIDE // 2
+                left = tile % COLUMN_TILES * COLUMNS // INPUTS % SIDE - SIDE // 2
+                seen = _on_map(pixels.exist, pixels.h + above, pixels.w + left, size)[:, None]
+            else:
+                at_h = pixels.h[:, None] + dy[None, :]
+                at_w = pixels.w[:, None] + dx[None, :]
+                seen = _on_map(pixels.exist[:, None], at_h, at_w, size)
+            at = in_x + (of_column[None, :] + from_x[:, None])
+            b = tl.load(at, mask=seen & is_tap[None, :], other=0.0)
+            acc = _dot(a, b, acc, PRECISION)
+        to = partial + column[None, :] * ALL + (group * OUTPUTS + output)[:, None]
+        tl.store(to, acc, mask=is_output[:, None] & is_tap[None, :])
+    else:  # TAPS taps of one input channel per group for output channels of any groups
+        CHANNEL_TILES: tl.constexpr = (ALL + ROWS - 1) // ROWS
+        channel = tile % CHANNEL_TILES * ROWS + tl.arange(0, ROWS)
+        # A channel that does not exist reads the last one: its sums are not stored.
+        real = tl.minimum(channel, ALL - 1)
+        source = tile // CHANNEL_TILES % INPUTS
+        tap = tile // (CHANNEL_TILES * INPUTS) * 4
+        of_grad = (BRANCH.output + real + zero) * grad_strides.c
+        of_x = (BRANCH.input + real // OUTPUTS * INPUTS + source + zero) * x_strides.c
+        acc0 = tl.zeros((IMAGES * PIXELS, ROWS), tl.float32)
+        acc1 = tl.zeros((IMAGES * PIXELS, ROWS), tl.float32)
+        acc2 = tl.zeros((IMAGES * PIXELS, ROWS), tl.float32)
+        acc3 = tl.zeros((IMAGES * PIXELS, ROWS), tl.float32)
+        for block in range(begin, end):
+            pixels = _pixels_of(block, size, IMAGES, PIXELS)
+            in_grad, from_grad = _locate(grad, grad_strides, pixels, GRAD_FLAT, IMAGES, INDEX)
+            in_x, from_x = _locate(x, x_strides, pixels, X_FLAT, IMAGES, INDEX)
+            at = in_grad + (of_grad[None, :] + from_grad[:, None])
+            g = tl.load(at, mask=pixels.exist[:, None], other=0.0).to(tl.float32)
+            at = of_x[None, :] + from_x[:, None]
+            acc0 += _tap_products(g, in_x, at, tap, pixels, size, x_strides, SIDE)
+            acc1 += _tap_products(g, in_x, at, tap + 1, pixels, size, x_strides, SIDE)
+            acc2 += _tap_products(g, in_x, at, tap + 2, pixels, size, x_strides, SIDE)
+            acc3 += _tap_products(g, in_x, at, tap + 3, pixels, size, x_strides, SIDE)
+        to = partial + source * ALL
+        _store_tap(to, acc0, tap, channel, SIDE, INPUTS, ALL)
+        _store_tap(to, acc1, tap + 1, channel, SIDE, INPUTS, ALL)
+        _store_tap(to, acc2, tap + 2, channel, SIDE, INPUTS, ALL)
+        _store_tap(to, acc3, tap + 3, channel, SIDE, INPUTS, ALL)
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "blocks", "per_slice"])
 def _weight_partials(
-    grad, x, partial, N, H, W, blocks, per_slice,
-    grad_n, grad_c, grad_h, grad_w, x_n, x_c, x_h, x_w,
-    BRANCHES: tl.constexpr, COUNT: tl.constexpr, TILES: tl.constexpr, TOTAL: tl.constexpr,
+    grad, x, partial, N, H, W, blocks, per_slice, grad_strides, x_strides,
+    BRANCHES: tl.constexpr, TILES: tl.constexpr, TOTAL: tl.constexpr,
     GRAD_FLAT: tl.constexpr, X_FLAT: tl.constexpr,
-    IMAGES: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    INDEX: tl.constexpr,
+    IMAGES: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """partial (slices, TOTAL): per branch (tap that can meet the map, input channel, output)."""
     tile = tl.program_id(0) % TILES
@@ -534,20 +570,14 @@ def _weight_partials(
     begin = part * per_slice
     end = tl.minimum(begin + per_slice, blocks)
     to = partial + part.to(tl.int64) * TOTAL
-    for i in tl.static_range(COUNT):
-        if (tile >= BRANCHES[i][9]) & (tile < BRANCHES[i][9] + BRANCHES[i][10]):
-            if BRANCHES[i][6]:
-                _gradient_by_dot(
-                    grad, x, to, tile - BRANCHES[i][9], begin, end, N, H, W,
-                    grad_n, grad_c, grad_h, grad_w, x_n, x_c, x_h, x_w,
-                    BRANCHES, i, GRAD_FLAT, X_FLAT, IMAGES, PIXELS, PRECISION, WIDEN, INDEX,
-                )  # fmt: skip
-            else:
-                _gradient_directly(
-                    grad, x, to, tile - BRANCHES[i][9], begin, end, N, H, W,
-                    grad_n, grad_c, grad_h, grad_w, x_n, x_c, x_h, x_w,
-                    BRANCHES, i, GRAD_FLAT, X_FLAT, IMAGES, PIXELS, INDEX,
-                )  # fmt: skip
+    size = _Size(N, H, W)
+    for i in tl.static_range(len(BRANCHES)):
+        own = tile - _gradient(BRANCHES, i).first_tile
+        if (own >= 0) & (own < _gradient(BRANCHES, i).tiles):
+            _weight_tile(
+                grad, x, to, own, begin, end, size, grad_strides, x_strides,
+                BRANCHES, i, GRAD_FLAT, X_FLAT, IMAGES, PIXELS, PRECISION, INDEX,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -556,11 +586,11 @@ def _sum_branch(
     BRANCHES: tl.constexpr, WHICH: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements of the gradient of one branch's weight."""
-    BRANCH: tl.constexpr = BRANCHES[WHICH]
-    SIZE: tl.constexpr = BRANCH[2]
-    SIDE: tl.constexpr = BRANCH[3]
-    INPUTS: tl.constexpr = BRANCH[4]
-    OUTPUTS: tl.constexpr = BRANCH[5]
+    BRANCH: tl.constexpr = _gradient(BRANCHES, WHICH)
+    SIZE: tl.constexpr = BRANCH.size
+    SIDE: tl.constexpr = BRANCH.side
+    INPUTS: tl.constexpr = BRANCH.inputs
+    OUTPUTS: tl.constexpr = BRANCH.outputs * BRANCH.groups
     # Output channels fastest, as they lie in the partial sums.
     index = program * BLOCK + tl.arange(0, BLOCK)
     exists = index < SIZE * SIZE * INPUTS * OUTPUTS
@@ -571,26 +601,24 @@ def _sum_branch(
     y = row - (SIZE - SIDE) // 2
     x = column - (SIZE - SIDE) // 2
     meets = exists & (y >= 0) & (y < SIDE) & (x >= 0) & (x < SIDE)
-    at = partial + BRANCH[6] + (((y * SIDE + x) * INPUTS + source) * OUTPUTS + output)
+    at = partial + BRANCH.partial + (((y * SIDE + x) * INPUTS + source) * OUTPUTS + output)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(slices):
         total += tl.load(at + tl.cast(part, tl.int64) * TOTAL, mask=meets, other=0.0)
-    to = grad + output.to(tl.int64) * BRANCH[7] + source.to(tl.int64) * BRANCH[8]
-    to += row.to(tl.int64) * BRANCH[9] + column.to(tl.int64) * BRANCH[10]
+    to = grad + output.to(tl.int64) * BRANCH.by_output + source.to(tl.int64) * BRANCH.by_input
+    to += row.to(tl.int64) * BRANCH.by_row + column.to(tl.int64) * BRANCH.by_column
     tl.store(to, total.to(grad.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["slices"])
 def _weight_sums(
-    partial, grads, slices,
-    BRANCHES: tl.constexpr, COUNT: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
+    partial, grads, slices, BRANCHES: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """grads[i] (Cout, Cin / groups, k, k): the slices' sum, 0 for taps that never meet the map."""
-    program = tl.program_id(0)
-    for i in tl.static_range(COUNT):
-        if (program >= BRANCHES[i][0]) & (program < BRANCHES[i][0] + BRANCHES[i][1]):
-            first = BRANCHES[i][0]
-            _sum_branch(partial, grads[i], program - first, slices, BRANCHES, i, TOTAL, BLOCK)
+    for i in tl.static_range(len(BRANCHES)):
+        own = tl.program_id(0) - _gradient(BRANCHES, i).first_program
+        if (own >= 0) & (own < _gradient(BRANCHES, i).programs):
+            _sum_branch(partial, grads[i], own, slices, BRANCHES, i, TOTAL, BLOCK)
 
 
 # --- plans ------------------------------------------------------------------------------------
@@ -599,60 +627,29 @@ def _weight_sums(
 # computed, and on H and W only where a kernel exceeds the map or the map does not fill a tile.
 
 
-class _Branch(NamedTuple):
-    """A branch for _convolve. Source and destination are those of the data that is convolved."""
+class Weights(NamedTuple):
+    """Of all branches, as operators take them."""
 
-    side: int  # taps per axis that can meet the map, k at most
-    sources: int  # channels per group
-    destinations: int  # channels per group
-    groups: int
-    source: int  # first channel
-    destination: int  # first channel
-    wide: bool
-    channels: int  # destination channels of a tile
-    depth: int
-    first: int  # tile
-    tiles: int
-    # Offsets of weights, in elements: of the first tap, and from one to the next.
-    base: int
-    by_group: int
-    by_destination: int
-    by_source: int
-    by_row: int
-    by_column: int
+    tensors: Sequence[Tensor]
+    groups: Sequence[int]
+    split: bool
+
+    def branches(self) -> Branches:
+        layouts = tuple([(w.shape, w.stride()) for w in self.tensors])
+        return Branches(layouts, tuple(self.groups), self.split)
 
 
-class _Gradient(NamedTuple):
-    """A branch for _weight_partials; fields at the places of those of _Branch."""
+class Branches(NamedTuple):
+    """What plans depend on of the weights."""
 
-    side: int
-    inputs: int
-    outputs: int
-    groups: int
-    input: int
-    output: int
-    wide: bool
-    rows: int
-    columns: int
-    first: int
-    tiles: int
-    partial: int  # offset in the partial sums of a slice
+    weights: tuple[Layout, ...]
+    groups: tuple[int, ...]
+    split: bool
 
-
-class _Sum(NamedTuple):
-    """A branch for _weight_sums."""
-
-    first: int
-    programs: int
-    size: int  # k
-    side: int
-    inputs: int
-    outputs: int  # channels of all groups
-    partial: int
-    by_output: int
-    by_input: int
-    by_row: int
-    by_column: int
+    @property
+    def shapes(self) -> tuple:
+        """What a class of problems knows of them: the layout hardly matters."""
+        return tuple([shape for shape, _ in self.weights]), self.groups, self.split
 
 
 class _Plan(NamedTuple):
@@ -664,12 +661,7 @@ class _Plan(NamedTuple):
     configuration: Configuration
     total: int  # channels of the result; elements of a slice of partial sums
     span: int  # largest offset in a weight, or in a slice of partial sums
-    sums: tuple[tuple, ...] = ()
     programs: int = 0  # of _weight_sums
-
-
-# Shapes and strides of the weights, hashable.
-_Weights = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 
 def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
@@ -677,8 +669,8 @@ def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
     return sum([(size - 1) * stride for size, stride in zip(shape, strides, strict=True)])
 
 
-def _power_of_two(n: int, least: int, most: int) -> int:
-    return min(max(triton.next_power_of_2(n), least), most)
+def _power_of_two(n: int, low: int, high: int) -> int:
+    return min(max(triton.next_power_of_2(n), low), high)
 
 
 def _side(k: int, h: int, w: int) -> int:
@@ -692,207 +684,149 @@ def _block_of_pixels(pixels: int, h: int, w: int) -> tuple[int, int, int]:
     return pixels // own, own, -(-h * w // own)
 
 
+def _taps(k: int, side: int, strides: Sequence[int], transposed: bool) -> tuple[int, int, int]:
+    """Offset of the first tap, and from one to the next along a column and a row."""
+    by_row, by_column = strides[2:]
+    skip = (k - side) // 2
+    if transposed:
+        return (k - 1 - skip) * (by_row + by_column), -by_row, -by_column
+    return skip * (by_row + by_column), by_row, by_column
+
+
 @lru_cache(maxsize=1024)
 def _plan_convolution(
-    weights: _Weights,
-    groups: tuple[int, ...],
-    split: bool,
-    backwards: bool,
-    h: int,
-    w: int,
-    products: str,
-    most: int,
+    branches: Branches, transposed: bool, h: int, w: int, products: str, max_channels: int
 ) -> _Plan:
-    """``most`` are the channels of a tile at most: those of the configuration's."""
+    """``transposed``: the data gradient. ``max_channels``: those of the configuration's tile."""
+    weights, groups, split = branches
     configuration = CONVOLUTION[products, h * w >= LARGE_MAP]
-    images, pixels, maps = _block_of_pixels(configuration.pixels, h, w)
-    summed = backwards and not split
-    widths = [shape[1] for shape, _ in weights]
+    summed = transposed and not split
     # A tile of the sum over branches has to lie in one group of each branch that uses tl.dot; and
     # it keeps two accumulators.
-    all_channels = 16
-    branches, tile, x_channel, y_channel = [], 0, 0, 0
+    narrow = 16
+    planned, first_tile, x_channel, y_channel = [], 0, 0, 0
     for (shape, stride), g in zip(weights, groups, strict=True):
         outputs, inputs, k, _ = shape
         outputs //= g
-        sources, destinations = (outputs, inputs) if backwards else (inputs, outputs)
-        wide = min(sources, destinations) >= WIDE
+        sources, destinations = (outputs, inputs) if transposed else (inputs, outputs)
+        dot = min(sources, destinations) >= MIN_DOT_CHANNELS
         if summed:
-            wide = wide and (g == 1 or destinations % all_channels == 0)
-            channels = all_channels
-            tiles = -(-destinations * g // channels)
-        elif wide:
-            channels = _power_of_two(destinations, 16, most)
+            dot = dot and (g == 1 or destinations % narrow == 0)
+        if dot and not summed:
+            channels = _power_of_two(destinations, 16, max_channels)
             tiles = g * -(-destinations // channels)
         else:
-            channels = 16
+            channels = narrow
             tiles = -(-destinations * g // channels)
         side = _side(k, h, w)
-        skip = (k - side) // 2
-        by_row, by_column = stride[2], stride[3]
-        base = skip * (by_row + by_column)
-        if backwards:
-            base = (k - 1 - skip) * (by_row + by_column)
-            by_row, by_column = -by_row, -by_column
-        branches.append(
-            _Branch(
-                side=side,
-                sources=sources,
-                destinations=destinations,
-                groups=g,
-                source=y_channel if backwards else x_channel,
-                destination=x_channel if backwards else y_channel,
-                wide=wide,
-                channels=channels,
-                depth=16 if sources % 32 else configuration.depth,
-                first=0 if summed else tile,
-                tiles=tiles,
-                base=base,
-                by_group=outputs * stride[0],
-                by_destination=stride[1] if backwards else stride[0],
-                by_source=stride[0] if backwards else stride[1],
-                by_row=by_row,
-                by_column=by_column,
-            )
-        )
-        tile += tiles
+        base, by_row, by_column = _taps(k, side, stride, transposed)
+        branch = _Branch(
+            side, sources, destinations, g,
+            source=y_channel if transposed else x_channel,
+            destination=x_channel if transposed else y_channel,
+            dot=dot, channels=channels, depth=16 if sources % 32 else configuration.depth,
+            first_tile=0 if summed else first_tile, tiles=tiles,
+            base=base, by_group=outputs * stride[0],
+            by_destination=stride[1] if transposed else stride[0],
+            by_source=stride[0] if transposed else stride[1],
+            by_row=by_row, by_column=by_column,
+        )  # fmt: skip
+        planned.append(branch)
+        first_tile += tiles
         x_channel += inputs * g if split else 0
         y_channel += outputs * g
-    total = y_channel
-    if backwards:
-        total = x_channel if split else widths[0] * groups[0]
+    x_channels = x_channel if split else weights[0][0][1] * groups[0]
     return _Plan(
         # Tuples proper: a kernel's compile-time values are compared and printed at every launch.
-        tuple(map(tuple, branches)),
-        branches[0].tiles if summed else tile,
-        images,
-        pixels,
-        maps,
+        tuple(map(tuple, planned)),
+        planned[0].tiles if summed else first_tile,
+        *_block_of_pixels(configuration.pixels, h, w),
         configuration,
-        total,
-        max(_span(shape, stride) for shape, stride in weights),
+        x_channels if transposed else y_channel,
+        max(_span(*weight) for weight in weights),
     )
 
 
 @lru_cache(maxsize=1024)
 def _plan_gradient(
-    weights: _Weights,
-    results: tuple[tuple[int, ...], ...],
-    groups: tuple[int, ...],
-    split: bool,
-    h: int,
-    w: int,
-    products: str,
+    branches: Branches, results: tuple[tuple[int, ...], ...], h: int, w: int, products: str
 ) -> _Plan:
     """``results`` are the strides of the gradients."""
+    weights, groups, split = branches
     configuration = WEIGHT_GRADIENT[products]
-    images, pixels, maps = _block_of_pixels(configuration.pixels, h, w)
-    branches, sums = [], []
-    tile, program, partial, x_channel, y_channel = 0, 0, 0, 0, 0
+    planned, first_tile, first_program, partial, x_channel, y_channel = [], 0, 0, 0, 0, 0
     for (shape, _), stride, g in zip(weights, results, groups, strict=True):
         outputs, inputs, k, _ = shape
         outputs //= g
         side = _side(k, h, w)
-        wide = outputs >= (WIDE if products == "ieee" else WIDE_GRADIENT)
-        if wide:
+        dot = outputs >= (MIN_DOT_CHANNELS if products == "ieee" else MIN_DOT_CHANNELS_GRADIENT)
+        if dot:
             rows = _power_of_two(outputs, 16, configuration.tiles[0].channels)
             columns = _power_of_two(side * side * inputs, 16, configuration.depth)
             tiles = g * -(-outputs // rows) * -(-side * side * inputs // columns)
         else:
             rows, columns = 16, TAPS
             tiles = -(-outputs * g // rows) * inputs * -(-side * side // TAPS)
-        branches.append(
-            _Gradient(
-                side=side,
-                inputs=inputs,
-                outputs=outputs,
-                groups=g,
-                input=x_channel,
-                output=y_channel,
-                wide=wide,
-                rows=rows,
-                columns=columns,
-                first=tile,
-                tiles=tiles,
-                partial=partial,
-            )
-        )
         programs = -(-shape[0] * inputs * k * k // SUMS)
-        sums.append(_Sum(program, programs, k, side, inputs, shape[0], partial, *stride))
-        tile += tiles
-        program += programs
+        branch = _Gradient(
+            side, inputs, outputs, g, input=x_channel, output=y_channel,
+            dot=dot, rows=rows, columns=columns, first_tile=first_tile, tiles=tiles,
+            partial=partial, size=k, first_program=first_program, programs=programs,
+            by_output=stride[0], by_input=stride[1], by_row=stride[2], by_column=stride[3],
+        )  # fmt: skip
+        planned.append(branch)
+        first_tile += tiles
+        first_program += programs
         partial += side * side * inputs * shape[0]
         x_channel += inputs * g if split else 0
         y_channel += shape[0]
     return _Plan(
-        tuple(map(tuple, branches)),
-        tile,
-        images,
-        pixels,
-        maps,
+        tuple(map(tuple, planned)),
+        first_tile,
+        *_block_of_pixels(configuration.pixels, h, w),
         configuration,
         partial,
         partial,
-        tuple(map(tuple, sums)),
-        program,
+        first_program,
     )
 
 
-def _key(weights: Sequence[Tensor]) -> _Weights:
-    return tuple([(w.shape, w.stride()) for w in weights])
-
-
-def _shapes(weights: _Weights) -> tuple[tuple[int, ...], ...]:
-    """What a class of problems knows of the weights: their layout hardly matters."""
-    return tuple([shape for shape, _ in weights])
-
-
-def _arithmetic(dtype: torch.dtype, allow_tf32: bool) -> str:
+def products_of(dtype: torch.dtype, allow_tf32: bool) -> str:
     """How products are computed: see CONVOLUTION."""
     if dtype != torch.float32:
         return "half"
     return "tf32" if allow_tf32 else "ieee"
 
 
-def _precision(products: str) -> str:
-    return "tf32" if products == "tf32" else "ieee"
-
-
-# The interpreter multiplies the bits of bfloat16 as integers: there, operands are widened first,
-# which changes nothing, since products of 16-bit floats are exact in float32.
-_WIDEN = not isinstance(_convolve, triton.JITFunction)
-
-
-def _index(plan: _Plan, one: Tensor, other: Tensor) -> tl.dtype:
+def _index(plan: _Plan, *maps: Layout) -> tl.dtype:
     """The type of offsets from the first image of a tile on."""
-    spans = [_span((plan.images, *t.shape[1:]), t.stride()) for t in (one, other)]
+    spans = [_span((plan.images, *shape[1:]), strides) for shape, strides in maps]
     return tl.int32 if max(plan.span, *spans) < 2**31 else tl.int64
 
 
-def _is_flat(t: Tensor, strides: Sequence[int]) -> bool:
+def _is_flat(map: Layout) -> bool:
     """Whether the pixels of a channel are consecutive in memory."""
-    h, w = t.shape[2], t.shape[3]
+    (_, _, h, w), strides = map
     return (w == 1 or strides[3] == 1) and (h == 1 or strides[2] == w)
 
 
-def _map_like(x: Tensor, channels: int) -> Tensor:
-    """mfef_ext.ops.fakes.map_like, but allocated at once in its layout."""
-    n, _, h, w = x.shape
-    # One channel or one pixel is in both layouts, and there torch prefers the contiguous strides.
-    if (
-        channels > 1
-        and h * w > 1
-        and not x.is_contiguous()
-        and x.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return x.new_empty((n, h, w, channels)).permute(0, 3, 1, 2)
-    return x.new_empty((n, channels, h, w))
+def _constants(plan: _Plan, products: str, *maps: Layout) -> dict[str, Any]:
+    """Of both kernels, for the maps that they read or write."""
+    return {
+        "BRANCHES": plan.branches,
+        "TILES": plan.tiles,
+        "TOTAL": plan.total,
+        "IMAGES": plan.images,
+        "PIXELS": plan.pixels,
+        "PRECISION": "tf32" if products == "tf32" else "ieee",
+        "INDEX": _index(plan, *maps),
+    }
 
 
 # --- calls ------------------------------------------------------------------------------------
 #
-# A call is a plan for given maps: whatever is known before there are pointers, kept by all that
-# compiled code depends on. `reuse` is usual() of the tensors.
+# A call is a plan for given maps: all that is known before there are pointers, cached by all that
+# compiled code depends on. `reuse` is aligned() of the tensors.
 
 
 class _Convolution(NamedTuple):
@@ -912,54 +846,31 @@ class _WeightGradient(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _convolution(
-    src_shape: tuple[int, ...],
-    src_strides: tuple[int, ...],
-    x_shape: tuple[int, ...],
-    x_strides: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-    weights: _Weights,
-    groups: tuple[int, ...],
-    split: bool,
-    backwards: bool,
-    has_bias: bool,
-    has_statistics: bool,
-    products: str,
-    deterministic: bool,
-    reuse: bool,
-) -> _Convolution:
+    src: Layout, x: Layout, device: torch.device, dtype: torch.dtype, branches: Branches,
+    transposed: bool, has_bias: bool, has_statistics: bool, products: str,
+    deterministic: bool, reuse: bool,
+) -> _Convolution:  # fmt: skip
     """``x`` is what the result looks like."""
-    src, x = like(src_shape, src_strides), like(x_shape, x_strides)
-    n, _, h, w = x_shape
+    n, _, h, w = x[0]
     plans: dict[Tile, _Plan] = {}  # of the tiles that do differ
     seen = set()
     for tile in CONVOLUTION[products, h * w >= LARGE_MAP].tiles:
-        plan = _plan_convolution(weights, groups, split, backwards, h, w, products, tile.channels)
+        plan = _plan_convolution(branches, transposed, h, w, products, tile.channels)
         if (plan.branches, tile.warps) not in seen:
             plans[tile] = plan
         seen.add((plan.branches, tile.warps))
-    dst = _map_like(x, plan.total)
-    constants = {
-        "COUNT": len(plan.branches),
-        "TOTAL": plan.total,
-        "SUMMED": backwards and not split,
-        "SRC_FLAT": _is_flat(src, src_strides),
-        "DST_FLAT": _is_flat(dst, dst.stride()),
-        "IMAGES": plan.images,
-        "PIXELS": plan.pixels,
-        "PRECISION": _precision(products),
-        "WIDEN": _WIDEN,
-        "INDEX": _index(plan, src, dst),
-    }
+    dst = map_like(x, plan.total)
+    flat = {"SRC_FLAT": _is_flat(src), "DST_FLAT": _is_flat(dst)}
 
     def launch(tile: Tile) -> Launch:
         plan = plans[tile]
-        own = {"BRANCHES": plan.branches, "TILES": plan.tiles, "MOST": tile.channels}
+        summed = transposed and not branches.split
+        own = {"SUMMED": summed, "MAX_CHANNELS": tile.channels, **flat}
         return Launch(
             _convolve,
             -(-n // plan.images) * plan.maps * plan.tiles,
-            (n, h, w, *src_strides, *dst.stride()),
-            {**constants, **own},
+            (n, h, w, Strides(*src[1]), Strides(*dst[1])),
+            _constants(plan, products, src, dst) | own,
             tile.warps,
             plan.configuration.stages,
             reuse,
@@ -967,11 +878,11 @@ def _convolution(
         )
 
     problem = (
-        dtype, products, _shapes(weights), groups, split, backwards, has_statistics,
-        constants["SRC_FLAT"], constants["DST_FLAT"], *about(n, h * w),
+        dtype, products, branches.shapes, transposed, has_statistics,
+        *flat.values(), *powers_of_two(n, h * w),
     )  # fmt: skip
-    tuned = of_tiles(tuple(plans), launch, problem, device, deterministic)
-    return _Convolution((dst.shape, dst.stride()), dense(n, 3, plan.total, plan.maps), tuned)
+    fastest = fastest_tile(tuple(plans), launch, problem, device, deterministic)
+    return _Convolution(dst, contiguous(n, 3, plan.total, plan.maps), fastest)
 
 
 def _slices(plan: _Plan, blocks: int) -> tuple[int, int]:
@@ -983,44 +894,23 @@ def _slices(plan: _Plan, blocks: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def _weight_gradient(
-    grad_strides: tuple[int, ...],
-    x_shape: tuple[int, ...],
-    x_strides: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-    weights: _Weights,
-    groups: tuple[int, ...],
-    split: bool,
-    products: str,
-    deterministic: bool,
-    reuse: bool,
-) -> _WeightGradient:
-    n, _, h, w = x_shape
-    results = tuple([torch.empty_like(like(*weight)).stride() for weight in weights])
-    plan = _plan_gradient(weights, results, groups, split, h, w, products)
-    outputs = sum(shape[0] for shape, _ in weights)
-    grad, x = like((n, outputs, h, w), grad_strides), like(x_shape, x_strides)
+    grad_strides: tuple[int, ...], x: Layout, device: torch.device, dtype: torch.dtype,
+    branches: Branches, products: str, deterministic: bool, reuse: bool,
+) -> _WeightGradient:  # fmt: skip
+    n, _, h, w = x[0]
+    results = tuple([torch.empty_like(meta_like(weight)).stride() for weight in branches.weights])
+    plan = _plan_gradient(branches, results, h, w, products)
+    grad = (n, sum(shape[0] for shape, _ in branches.weights), h, w), grad_strides
     blocks = -(-n // plan.images) * plan.maps
     slices, per_slice = _slices(plan, blocks)
-    constants = {
-        "BRANCHES": plan.branches,
-        "COUNT": len(plan.branches),
-        "TILES": plan.tiles,
-        "TOTAL": plan.total,
-        "GRAD_FLAT": _is_flat(grad, grad_strides),
-        "X_FLAT": _is_flat(x, x_strides),
-        "IMAGES": plan.images,
-        "PIXELS": plan.pixels,
-        "PRECISION": _precision(products),
-        "WIDEN": _WIDEN,
-        "INDEX": _index(plan, grad, x),
-    }
+    flat = {"GRAD_FLAT": _is_flat(grad), "X_FLAT": _is_flat(x)}
+    constants = _constants(plan, products, grad, x) | flat
 
     def launch(tile: Tile) -> Launch:
         return Launch(
             _weight_partials,
             plan.tiles * slices,
-            (n, h, w, blocks, per_slice, *grad_strides, *x_strides),
+            (n, h, w, blocks, per_slice, Strides(*grad_strides), Strides(*x[1])),
             constants,
             tile.warps,
             plan.configuration.stages,
@@ -1028,32 +918,17 @@ def _weight_gradient(
             tile.registers,
         )
 
-    problem = (
-        dtype, products, _shapes(weights), groups, split,
-        constants["GRAD_FLAT"], constants["X_FLAT"], *about(n, h * w),
-    )  # fmt: skip
-    tuned = of_tiles(plan.configuration.tiles, launch, problem, device, deterministic)
-    of_sums = {
-        "BRANCHES": plan.sums,
-        "COUNT": len(plan.sums),
-        "TOTAL": plan.total,
-        "BLOCK": SUMS,
-    }
-    sums = Launch(_weight_sums, plan.programs, (slices,), of_sums, 4, 3, reuse)
-    return _WeightGradient(dense(slices, plan.total), (tuned, sums))
+    problem = dtype, products, branches.shapes, *flat.values(), *powers_of_two(n, h * w)
+    fastest = fastest_tile(plan.configuration.tiles, launch, problem, device, deterministic)
+    sums = Launch(_weight_sums, plan.programs, (slices,), constants | {"BLOCK": SUMS}, 4, 3, reuse)
+    return _WeightGradient(contiguous(slices, plan.total), (fastest, sums))
 
 
 # --- what operators call ----------------------------------------------------------------------
 
 
 def forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    groups: Sequence[int],
-    split: bool,
-    bias: Tensor | None,
-    allow_tf32: bool,
-    statistics: bool,
+    x: Tensor, weights: Weights, bias: Tensor | None, allow_tf32: bool, statistics: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution, and what global pooling needs to know of its result.
 
@@ -1062,65 +937,51 @@ def forward(
     float32: per image, channel and each of T tiles of pixels the sum, the maximum, and the bits of
     the int32 index h * W + w of the first maximum. They are taken before y is rounded to its dtype.
     """
-    shape, strides, dtype = x.shape, x.stride(), x.dtype
+    source, dtype = (x.shape, x.stride()), x.dtype
     if bias is not None:
         bias = bias.contiguous()
     call = _convolution(
-        shape, strides, shape, strides, x.device, dtype, _key(weights), tuple(groups), split,
-        False, bias is not None, statistics, _arithmetic(dtype, allow_tf32),
-        torch.are_deterministic_algorithms_enabled(), usual(dtype, x, bias, *weights),
+        source, source, x.device, dtype, weights.branches(),
+        False, bias is not None, statistics, products_of(dtype, allow_tf32),
+        torch.are_deterministic_algorithms_enabled(), aligned(dtype, x, bias, *weights.tensors),
     )  # fmt: skip
     return run(call, x, weights, bias, statistics)
 
 
 def run(
-    call: _Convolution, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, statistics: bool
+    call: _Convolution, x: Tensor, weights: Weights, bias: Tensor | None, statistics: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`forward` of a call that is made for its arguments, the bias being contiguous."""
+    """:func:`forward` with the call that is made for its arguments, the bias being contiguous."""
     y = x.new_empty_strided(*call.result)
     per_tile = None
     if statistics:
         per_tile = x.new_empty_strided(*call.statistics, dtype=torch.float32)
-    call.launch(x, y, tuple(weights), bias, per_tile)
+    call.launch(x, y, tuple(weights.tensors), bias, per_tile)
     return y, per_tile
 
 
-def data_gradient(
-    grad: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    groups: Sequence[int],
-    split: bool,
-    allow_tf32: bool,
-) -> Tensor:
+def data_gradient(grad: Tensor, x: Tensor, weights: Weights, allow_tf32: bool) -> Tensor:
     """The gradient with respect to x (N, C, H, W), in its layout; grad: (N, Cout, H, W)."""
     dtype = x.dtype
     call = _convolution(
-        grad.shape, grad.stride(), x.shape, x.stride(), x.device, dtype, _key(weights),
-        tuple(groups), split, True, False, False, _arithmetic(dtype, allow_tf32),
-        torch.are_deterministic_algorithms_enabled(), usual(dtype, grad, *weights),
+        (grad.shape, grad.stride()), (x.shape, x.stride()), x.device, dtype, weights.branches(),
+        True, False, False, products_of(dtype, allow_tf32),
+        torch.are_deterministic_algorithms_enabled(), aligned(dtype, grad, *weights.tensors),
     )  # fmt: skip
     grad_x = x.new_empty_strided(*call.result)
-    call.launch(grad, grad_x, tuple(weights), None, None)
+    call.launch(grad, grad_x, tuple(weights.tensors), None, None)
     return grad_x
 
 
-def weight_gradient(
-    grad: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    groups: Sequence[int],
-    split: bool,
-    allow_tf32: bool,
-) -> list[Tensor]:
+def weight_gradient(grad: Tensor, x: Tensor, weights: Weights, allow_tf32: bool) -> list[Tensor]:
     """The gradients of the weights, in their dtype and strides; grad: (N, Cout, H, W)."""
     dtype = x.dtype
     call = _weight_gradient(
-        grad.stride(), x.shape, x.stride(), x.device, dtype, _key(weights), tuple(groups), split,
-        _arithmetic(dtype, allow_tf32), torch.are_deterministic_algorithms_enabled(),
-        usual(dtype, grad, x, *weights),
+        grad.stride(), (x.shape, x.stride()), x.device, dtype, weights.branches(),
+        products_of(dtype, allow_tf32), torch.are_deterministic_algorithms_enabled(),
+        aligned(dtype, grad, x, *weights.tensors),
     )  # fmt: skip
-    results = [torch.empty_like(w) for w in weights]
+    results = [torch.empty_like(w) for w in weights.tensors]
     partial = x.new_empty_strided(*call.partial, dtype=torch.float32)
     partials, sums = call.launches
     partials(grad, x, partial)

@@ -4,7 +4,7 @@ Loss i is ``T^2 mean_n sum_j p_j (log p_j - log q_j)`` with ``p = softmax(target
 ``q = softmax(student_i / T)`` over the classes j of image n, in float32.
 
 Forward: a program owns one loss and a slice of its images, and walks through it in tiles of
-[images, classes]. Up to ``MOST_TILES`` tiles are one slice, and its sum is the loss; beyond that
+[images, classes]. Up to ``MAX_TILES`` tiles are one slice, and its sum is the loss; beyond that
 the slices' sums are added by one more launch. Backward: a program owns one loss and one tile, and
 writes ``g T / N (q - p)`` for the student and ``g T / N p (log p - log q - loss_n)`` for a target
 that is not detached; it computes the logarithms again, so that nothing is saved but the logits.
@@ -55,8 +55,8 @@ CONFIGURATIONS = (
     Configuration(images=1, classes=1024, whole=False),
 )
 # A tile is one trip to memory and back, a second launch about as long as several of them.
-MOST_TILES = 16
-MOST_SLICES = 128
+MAX_TILES = 16
+MAX_SLICES = 128
 
 
 def configuration(classes: int) -> Configuration:
@@ -67,7 +67,7 @@ def configuration(classes: int) -> Configuration:
 def slices(images: int, tile: int) -> tuple[int, int]:
     """(slices of one loss, images in each but the last), for tiles of ``tile`` images."""
     tiles = triton.cdiv(images, tile)
-    per_slice = tiles if tiles <= MOST_TILES else triton.cdiv(tiles, MOST_SLICES)
+    per_slice = tiles if tiles <= MAX_TILES else triton.cdiv(tiles, MAX_SLICES)
     return triton.cdiv(tiles, per_slice), per_slice * tile
 
 

@@ -7,23 +7,25 @@ stream. This is what Triton's own tutorials do (02-fused-softmax), and all that 
 
 What code is meant depends on types, on integers that are 1 or multiples of 16, and on addresses
 that are multiples of 16. So a :class:`Launch` is made by functions that are cached by dtypes,
-shapes, strides, device and :func:`usual`; it holds numbers, and no tensors.
+shapes, strides, device and :func:`aligned`; it holds numbers, and no tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from ...ops import fakes
+
 # What is said of a tile: constants of kernels, in words.
 TILE = {
     "IMAGES": "images",
     "PIXELS": "pixels",
-    "MOST": "channels at most",
+    "MAX_CHANNELS": "channels at most",
     "BLOCK_C": "channels",
     "BLOCK_P": "pixels",
 }
@@ -31,23 +33,32 @@ REGISTERS = 255  # of a thread: as many as NVIDIA's instructions can name
 ALL_REGISTERS = 65536  # of a multiprocessor, on all architectures
 
 
-def usual(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+def aligned(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     """Whether all tensors have the dtype and begin at multiples of 16 bytes, as torch allocates."""
-    together = 0
+    addresses = 0
     for t in tensors:
         if t is not None:
             if t.dtype != dtype:
                 return False
-            together |= t.data_ptr()
-    return together % 16 == 0
+            addresses |= t.data_ptr()
+    return addresses % 16 == 0
 
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
 
 
-def dense(*shape: int) -> Layout:
-    """Of a contiguous tensor: ``t.new_empty_strided(*dense(...))`` takes two thirds of the time of
-    ``new_empty``, if the strides are at hand."""
+class Strides(NamedTuple):
+    """Of a map, as kernels take them."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+
+
+def contiguous(*shape: int) -> Layout:
+    """``t.new_empty_strided(*contiguous(...))`` takes two thirds of the time of ``new_empty``, if
+    the strides are at hand."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -55,9 +66,14 @@ def dense(*shape: int) -> Layout:
     return shape, tuple(reversed(strides))
 
 
-def like(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """A tensor that says what a real one of that shape and strides would, without its memory."""
-    return torch.empty_strided(shape, strides, device="meta")
+def meta_like(layout: Layout) -> Tensor:
+    """A tensor with that shape and these strides, but without memory."""
+    return torch.empty_strided(*layout, device="meta")
+
+
+def map_like(layout: Layout, channels: int) -> Layout:
+    t = fakes.map_like(meta_like(layout), channels)
+    return t.shape, t.stride()
 
 
 class Launch:
@@ -66,7 +82,7 @@ class Launch:
     Args:
         kernel: a ``triton.jit`` function whose arguments are tensors, numbers, constants.
         programs: size of the grid; 0 launches nothing.
-        numbers: the arguments after the tensors.
+        numbers: the arguments after the tensors; a NamedTuple of numbers is one of them.
         constants: at least all compile-time arguments, which are the last ones, by name.
         warps, stages: of the kernel.
         reuse: whether to remember the compiled code. False if tensors may be at odd addresses.
@@ -78,7 +94,7 @@ class Launch:
         self,
         kernel: Any,
         programs: int,
-        numbers: Sequence[int],
+        numbers: Sequence[Any],
         constants: Mapping[str, Any],
         warps: int,
         stages: int,

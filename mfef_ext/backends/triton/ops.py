@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,50 +16,50 @@ from torch import Tensor
 from ... import ops
 from ...ops.fakes import nothing, saved_by_attention
 from . import LIBRARY, attention, conv, device_of
-from .launch import usual
+from .launch import Layout, aligned
 
 
 def _multi_scale_conv2d(x, weights, groups, split, bias, allow_tf32=False) -> Tensor:
     with device_of(x):
-        return conv.forward(x, weights, groups, split, bias, allow_tf32, False)[0]
+        return conv.forward(x, conv.Weights(weights, groups, split), bias, allow_tf32, False)[0]
 
 
 def _conv_gradients(
-    grad: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    groups: Sequence[int],
-    split: bool,
-    allow_tf32: bool,
-    need_x: bool,
-    need_parameters: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    arguments = grad, x, weights, groups, split, allow_tf32
+    grad: Tensor, x: Tensor, weights: conv.Weights,
+    need_x: bool, need_parameters: bool, allow_tf32: bool = False,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    arguments = grad, x, weights, allow_tf32
     grad_x = conv.data_gradient(*arguments) if need_x else nothing(x)
-    grads = conv.weight_gradient(*arguments) if need_parameters else []
-    return grad_x, grads
+    return grad_x, conv.weight_gradient(*arguments) if need_parameters else []
 
 
 def _multi_scale_conv2d_backward(
-    grad, x, weights, groups, split, bias, need_x, need_parameters, allow_tf32=False
+    grad, x, weights, groups, split, bias, need_x, need_parameters, *tf32
 ):
     with device_of(x):
-        gradients = _conv_gradients(
-            grad, x, weights, groups, split, allow_tf32, need_x, need_parameters
-        )
+        weights = conv.Weights(weights, groups, split)
+        gradients = _conv_gradients(grad, x, weights, need_x, need_parameters, *tf32)
         has_bias = need_parameters and bias is not None
         return (*gradients, conv.bias_gradient(grad) if has_bias else nothing(x))
 
 
 def _dual_attention(y, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight, save):
-    parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight
+    parameters = attention.Parameters(fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
     with device_of(y):
-        return attention.forward(y, *parameters, None, save)
+        return attention.forward(y, parameters, None, save)
+
+
+def _take(kind: Any, arguments: Sequence) -> tuple[Any, Sequence]:
+    """A NamedTuple of the first arguments, and the others: as the schemas have them."""
+    count = len(kind._fields)
+    return kind(*arguments[:count]), arguments[count:]
 
 
 def _dual_attention_backward(grad, y, *rest):
+    parameters, others = _take(attention.Parameters, rest)
+    saved, needs = _take(attention.Saved, others)
     with device_of(y):
-        return attention.backward(grad, y, *rest)
+        return attention.backward(grad, y, parameters, saved, *needs)
 
 
 class _BlockCall(NamedTuple):
@@ -71,14 +71,11 @@ class _BlockCall(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _block_call(
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
+    x: Layout,
     device: torch.device,
     dtype: torch.dtype,
-    weights: conv._Weights,
-    groups: tuple[int, ...],
-    split: bool,
-    parameters: attention._Parameters,
+    branches: conv.Branches,
+    parameters: attention._Key,
     save: bool,
     products: str,
     deterministic: bool,
@@ -89,44 +86,44 @@ def _block_call(
     reuse: of each.
     """
     convolution = conv._convolution(
-        shape, strides, shape, strides, device, dtype, weights, groups, split, False, False, True,
-        products, deterministic, reuse[0],
-    )  # fmt: skip
+        x, x, device, dtype, branches, False, False, True, products, deterministic, reuse[0]
+    )
     *_, tiles = convolution.statistics[0]
     return _BlockCall(
         convolution,
         attention._forward_call(
-            *convolution.result, device, dtype, parameters, tiles, save, deterministic, reuse[1]
+            convolution.result, device, dtype, parameters, tiles, save, deterministic, reuse[1]
         ),
     )
 
 
-def _mfef_block(x, conv_weights, groups, split, w1, b1, w2, b2, ws, save, allow_tf32=False):
-    parameters, dtype = (w1, b1, w2, b2, ws), x.dtype
+def _mfef_block(
+    x, conv_weights, groups, split, fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight,
+    save, allow_tf32=False,
+):  # fmt: skip
+    parameters = attention.Parameters(fc1_weight, fc1_bias, fc2_weight, fc2_bias, spatial_weight)
+    weights, dtype = conv.Weights(conv_weights, groups, split), x.dtype
     with device_of(x):
         call = _block_call(
-            x.shape, x.stride(), x.device, dtype, conv._key(conv_weights), tuple(groups), split,
-            attention._key(*parameters), save, conv._arithmetic(dtype, allow_tf32),
+            (x.shape, x.stride()), x.device, dtype, weights.branches(),
+            attention.key_of(parameters), save, conv.products_of(dtype, allow_tf32),
             torch.are_deterministic_algorithms_enabled(),
-            (usual(dtype, x, *conv_weights), usual(dtype, *parameters)),
+            (aligned(dtype, x, *conv_weights), aligned(dtype, *parameters)),
         )  # fmt: skip
-        y, statistics = conv.run(call.convolution, x, conv_weights, None, True)
-        out, *saved = attention.run(call.attention, y, *parameters, statistics, save)
+        y, statistics = conv.run(call.convolution, x, weights, None, True)
+        out, *saved = attention.run(call.attention, y, parameters, statistics, save)
         return (out, y, *saved) if save else (out,)
 
 
-def _mfef_block_backward(
-    grad, x, conv_weights, groups, split, w1, b1, w2, b2, ws,
-    y, mean, max, max_index, spatial_gate, channel_index, need_x, need_parameters, allow_tf32=False,
-):  # fmt: skip
+def _mfef_block_backward(grad, x, conv_weights, groups, split, *rest):
+    parameters, (y, *others) = _take(attention.Parameters, rest)
+    saved, (need_x, need_parameters, *tf32) = _take(attention.Saved, others)
     with device_of(x):
         grad_y, *grads = attention.backward(
-            grad, y, w1, b1, w2, b2, ws, mean, max, max_index, spatial_gate, channel_index,
-            need_x or need_parameters, need_parameters,
-        )  # fmt: skip
-        gradients = _conv_gradients(
-            grad_y, x, conv_weights, groups, split, allow_tf32, need_x, need_parameters
+            grad, y, parameters, saved, need_x or need_parameters, need_parameters
         )
+        weights = conv.Weights(conv_weights, groups, split)
+        gradients = _conv_gradients(grad_y, x, weights, need_x, need_parameters, *tf32)
         return (*gradients, *grads)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ...problem import Problem
 from . import attention, conv
-from .launch import Launch, like
+from .launch import Launch, Layout
 
 
 def launches(problem: Problem, channels_last: bool) -> dict[str, tuple[Launch, ...]]:
@@ -14,58 +14,46 @@ def launches(problem: Problem, channels_last: bool) -> dict[str, tuple[Launch, .
 
     Of a convolution, a block or an attention; biases in the attention, none in the convolution.
     """
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     n, h, w, device, dtype = (
         problem.batch, problem.height, problem.width, problem.device, problem.dtype,
     )  # fmt: skip
 
-    def strides(channels: int) -> tuple[int, ...]:
-        shape = (n, channels, h, w)
-        return torch.empty(shape, device="meta").contiguous(memory_format=layout).stride()
+    def map_of(channels: int) -> Layout:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        t = torch.empty((n, channels, h, w), device="meta", memory_format=layout)
+        return t.shape, t.stride()
 
-    x_shape, x_strides = (n, problem.channels, h, w), strides(problem.channels)
-    y_shape, y_strides = (n, problem.out_channels, h, w), strides(problem.out_channels)
+    x, y = map_of(problem.channels), map_of(problem.out_channels)
     forward: list[Launch] = []
     backward: list[Launch] = []
     tiles, deterministic = 0, torch.are_deterministic_algorithms_enabled()
     if problem.branches:
         has_statistics = problem.hidden > 0
-        shapes = [
-            (b.out_channels, b.in_channels // b.groups, b.kernel_size, b.kernel_size)
-            for b in problem.branches
-        ]
-        weights = conv._key([torch.empty(shape, device="meta") for shape in shapes])
-        groups = tuple([b.groups for b in problem.branches])
-        mode = conv._arithmetic(dtype, problem.tf32), deterministic
-        x, y = (x_shape, x_strides), (y_shape, y_strides)
-        convolution = conv._convolution(
-            *x, *x, device, dtype, weights, groups, problem.split, False, False, has_statistics,
-            *mode, False,
-        )  # fmt: skip
-        data = conv._convolution(
-            *y, *x, device, dtype, weights, groups, problem.split, True, False, False, *mode,
-            False,
-        )  # fmt: skip
-        gradients = conv._weight_gradient(
-            y_strides, *x, device, dtype, weights, groups, problem.split, *mode, False
+        weights = conv.Weights(
+            [
+                torch.empty(
+                    (b.out_channels, b.in_channels // b.groups, b.kernel_size, b.kernel_size),
+                    device="meta",
+                )
+                for b in problem.branches
+            ],
+            [b.groups for b in problem.branches],
+            problem.split,
         )
+        common = device, dtype, weights.branches()
+        mode = conv.products_of(dtype, problem.tf32), deterministic, False
+        convolution = conv._convolution(x, x, *common, False, False, has_statistics, *mode)
+        data = conv._convolution(y, x, *common, True, False, False, *mode)
         forward.append(convolution.launch)
-        backward += [data.launch, *gradients.launches]
+        backward += [data.launch, *conv._weight_gradient(y[1], x, *common, *mode).launches]
         tiles = convolution.statistics[0][-1] if has_statistics else 0
     if problem.hidden:
         k = problem.spatial_kernel_size
-        taps = like((1, 2, k, k), (2 * k * k, k * k, k, 1)).stride()
-        parameters = attention._Parameters(problem.hidden, True, True, k, taps)
-        common = (device, dtype, parameters)
-        forward += attention._forward_call(
-            y_shape, y_strides, *common, tiles, True, deterministic, False
-        ).launches
-        backward = [
-            *attention._backward_call(
-                y_strides, y_shape, y_strides, *common, True, True, deterministic, False
-            ).launches,
-            *backward,
-        ]
+        key = attention._Key(problem.hidden, True, True, k, (2 * k * k, k * k, k, 1))
+        options = device, dtype, key
+        forward += attention._forward_call(y, *options, tiles, True, deterministic, False).launches
+        call = attention._backward_call(y[1], y, *options, True, True, deterministic, False)
+        backward = [*call.launches, *backward]
     for launch in (*forward, *backward):
         launch.look_up()
     return {"forward": tuple(forward), "backward": tuple(backward)}
@@ -76,5 +64,7 @@ def convolutions(problem: Problem) -> str:
     found = []
     for b in problem.branches:
         width = min(b.in_channels, b.out_channels) // b.groups
-        found.append(f"k={b.kernel_size} {'tl.dot' if width >= conv.WIDE else 'direct taps'}")
+        found.append(
+            f"k={b.kernel_size} {'tl.dot' if width >= conv.MIN_DOT_CHANNELS else 'direct taps'}"
+        )
     return ", ".join(found)

@@ -2,10 +2,9 @@
 
 A plan may offer a short list of launches that take the same tensors: tiles with more or fewer
 channels, more or fewer warps. The first is what shapes alone would choose. The first call of a
-class times them all, on its own tensors, and the fastest is kept for as long as the process lives:
-calls of a class have the same bits, from the first one on. A class is a kernel with its arithmetic,
-weights and layout, on a device, for maps and batches of about one size (:func:`about`), so that no
-last batch of an epoch is timed anew.
+class times them all, on its own tensors, and the fastest is kept for as long as the process lives.
+A class is a kernel with its arithmetic, weights and layout, on a device, for maps and batches of
+about one size (rounded up to powers of two), so that no last batch of an epoch is timed anew.
 
 Where :func:`pinned` names a reason nothing is timed and the first is taken, for good if the class
 is met there for the first time. In deterministic mode it is always the first: the choice, and with
@@ -29,8 +28,8 @@ from .launch import ALL_REGISTERS, REGISTERS, Launch
 SWITCH = "MFEF_TRITON_AUTOTUNE"
 SAMPLES = 5  # of a candidate; their median counts
 CALLS = 10  # launches of a sample, at most: the host is slower than a kernel of small maps
-SAMPLE = 1.0  # milliseconds that a sample takes, about, unless one launch takes longer
-MARGIN = 0.97  # of the first's time; who takes more may be faster by chance
+SAMPLE = 1.0  # milliseconds per sample, about, unless one launch takes longer
+MARGIN = 0.97  # of the first's time: a smaller gain may be chance
 
 
 class Tile(NamedTuple):
@@ -48,17 +47,15 @@ class Tile(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One of a list of launches."""
-
-    place: int
-    why: str
+    which: int
+    reason: str
 
 
 _choices: dict[Hashable, Choice] = {}  # by class
 _lock = threading.Lock()  # a choice is made once
 
 
-def about(*sizes: int) -> tuple[int, ...]:
+def powers_of_two(*sizes: int) -> tuple[int, ...]:
     """Sizes rounded up to powers of two."""
     return tuple([triton.next_power_of_2(size) for size in sizes])
 
@@ -131,7 +128,7 @@ class Tuned(Launch):
     def _take(self, choice: Choice | None) -> None:
         """Becomes the candidate of the choice, with the code that it remembers."""
         # At once, since other threads may be about to launch.
-        self.__dict__.update(vars(self.candidates[choice.place if choice else 0]), choice=choice)
+        self.__dict__.update(vars(self.candidates[choice.which if choice else 0]), choice=choice)
 
     def look_up(self) -> None:
         """Takes what the class has chosen, if it has."""
@@ -166,7 +163,7 @@ class Tuned(Launch):
         return f"of {', '.join(names)}: {why}"
 
 
-def of_tiles(
+def fastest_tile(
     tiles: Sequence[Tile],
     launch: Callable[[Tile], Launch],
     problem: tuple,

@@ -27,60 +27,18 @@ def test_every_kernel_compiles():
     assert ran.returncode == 0, ran.stderr
 
 
-# As compile_for does, and as a launch does.
-SHORT_CUTS = """
-import subprocess
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from mfef_ext.backends.triton import aot
-
-compiled = []
-compile = triton.compile
-
-def keep(*arguments, **options):
-    compiled.append(compile(*arguments, **options))
-    return compiled[-1]
-
-def instructions(code):
-    cubin = Path("code.cubin")
-    cubin.write_bytes(code.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    lines = [line.split("/* 0x")[0] for line in text.splitlines() if "/*" in line]
-    assert len(lines) > 100
-    return lines
-
-one = next(o for o in aot.collect() if (o.name, o.configuration.get("PRECISION")) == WANTED)
-architectures = (100,)
-triton.compile = keep
-aot.compile_for(one, architectures)
-triton.compile = compile
-source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
-for short, a in zip(compiled, architectures, strict=True):
-    usual = compile(source, target=GPUTarget("cuda", a, 32), options=dict(one.options))
-    assert ".loc" in usual.asm["ptx"] and ".loc" not in short.asm["ptx"]
-    assert instructions(usual) == instructions(short), a
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", [("weight_partials", "tf32")])
-def test_short_cuts_of_the_compilation_change_no_instruction(kernel, tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", f"WANTED = {kernel}\n{SHORT_CUTS}"]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert ran.returncode == 0, ran.stderr
-
-
 # In a process of its own, since kernels that are interpreted are not specialised.
 COVERED = """
-import itertools
 from mfef_ext.backends.triton import aot, attention, conv, kd
 
-found = aot.collect()
+kernels = {
+    kernel.__name__.removeprefix("_")
+    for file in (attention, conv, kd)
+    for kernel in vars(file).values()
+    if isinstance(kernel, aot.triton.JITFunction) and kernel.do_not_specialize
+}
+found = list(aot.launches())
+assert {one.name for one in aot.launches(aot.SMOKE)} == kernels
 
 
 def constants(kernel, *names):
@@ -92,37 +50,24 @@ def same(listed, wanted):
     assert listed == wanted, (listed, wanted)
 
 
-def tiles_of(tiles):
-    return [(t.channels, pixels, t.warps) for pixels, several in tiles.values() for t in several]
+def tiles_of(tiles):  # the first of each list: the others are compiled where they are timed
+    return {(t.choices[0].channels, t.pixels, t.choices[0].warps) for t in tiles.values()}
 
 
-kernels = {
-    (file.__name__.rpartition(".")[2], kernel.__name__.removeprefix("_"))
-    for file in (attention, conv, kd)
-    for kernel in vars(file).values()
-    if isinstance(kernel, aot.triton.JITFunction) and kernel.do_not_specialize
-}
-same({(one.file, one.name) for one in found}, kernels)
-whole = {"ieee": "ieee", "half": "ieee", "tf32": "tf32"}
-options = ("num_warps", "num_stages", "PRECISION")
-names = ("IMAGES", "PIXELS", "SRC_FLAT", "MOST", *options)
-tiles = {(images * pixels, *rest) for images, pixels, *rest in constants("convolve", *names)}
-for c in conv.CONVOLUTION.values():
-    for flat, tile in itertools.product((True, False), c.tiles):
-        precision = whole[c.name.split(",")[0]]
-        key = (c.pixels, flat, tile.channels, tile.warps, c.stages, precision)
-        assert key in tiles, key
-for c in conv.WEIGHT_GRADIENT.values():
-    for flat, tile in itertools.product((True, False), c.tiles):
-        key = (flat, tile.warps, c.stages, whole[c.name])
-        assert key in constants("weight_partials", "X_FLAT", *options), key
+sizes = ("MAX_CHANNELS", "num_warps", "num_stages", "PRECISION")
+for (products, _), c in conv.CONVOLUTION.items():
+    precision = "tf32" if products == "tf32" else "ieee"
+    key = (c.tiles[0].channels, c.tiles[0].warps, c.stages, precision)
+    assert key in constants("convolve", *sizes), key
+for products, c in conv.WEIGHT_GRADIENT.items():
+    key = (c.tiles[0].warps, c.stages, "tf32" if products == "tf32" else "ieee")
+    assert key in constants("weight_partials", *sizes[1:]), key
 tile = ("BLOCK_C", "BLOCK_P", "num_warps")
-for kernel in (k for f, k in kernels if f == "attention" and k.startswith("image_")):
-    wanted = {(*t, way) for t in tiles_of(attention.IMAGE_TILES) for way in (1, False)}
-    same(constants(kernel, *tile, "y_c"), wanted)
-for kernel in ("statistics", "pool", "output", "pool_backward", "spatial_backward",
-               "input_gradient"):
-    same(constants(kernel + "_kernel", *tile), set(tiles_of(attention.PIXEL_TILES)))
+for kernel in kernels:
+    if kernel.startswith("image_"):
+        same(constants(kernel, *tile), tiles_of(attention.IMAGE_TILES))
+for kernel in ("pool", "output", "pool_backward", "spatial_backward", "input_gradient"):
+    same(constants(kernel + "_kernel", *tile), tiles_of(attention.PIXEL_TILES))
 mlps = {(*t, way) for t in attention.MLP_TILES.values() for way in (True, False)}
 same(constants("gate_kernel", "BLOCK_H", "BLOCK_M", "BACKWARD"), mlps)
 for kernel in ("forward_kernel", "backward_kernel"):
@@ -131,8 +76,7 @@ for kernel in ("forward_kernel", "backward_kernel"):
 """
 
 
-@pytest.mark.slow
-def test_every_kernel_is_compiled_in_every_configuration():
+def test_the_smoke_test_has_every_kernel_and_the_cases_every_tile():
     command = [sys.executable, "-W", "ignore", "-c", COVERED]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
@@ -158,11 +102,8 @@ def specialisation(constants):
 def test_what_is_compiled_once():
     one = specialisation({(1,): 1, (2,): ((3, 4),), (3,): False})
     assert one.configuration == {"C": 1, "S": False}
-    assert str(one) == "C=1, not S, 2 warps, 1 stage"
-    other_weights = specialisation({(1,): 1, (2,): ((5, 6),), (3,): False})
-    assert one.kind == other_weights.kind
-    for constants in ({(2,): ((3, 4),), (3,): False}, {(1,): 1, (2,): None, (3,): False}):
-        assert specialisation(constants).kind != one.kind
+    assert one.kind == specialisation({(1,): 1, (2,): ((5, 6),), (3,): False}).kind
+    assert one.kind != specialisation({(1,): 2, (2,): ((3, 4),), (3,): False}).kind
 
 
 USAGE = """
@@ -184,18 +125,13 @@ def test_usage_is_read():
 
 def test_spills_and_shared_memory_are_complained_about():
     one = specialisation({(1,): 8, (3,): False})
-    rows = [(one, [aot.Usage(40, 0, 1024), aot.Usage(255, 16, 100 * 1024)])]
-    spills, shared = aot.complaints(rows, (80, 90))
-    what = "some_kernel (a case; C=8, not S, 2 warps, 1 stage) on sm_90"
+    assert aot.complaints(one, 80, aot.Usage(40, 0, 99 * 1024)) == []
+    spills, shared = aot.complaints(one, 90, aot.Usage(255, 16, 100 * 1024))
+    what = "some_kernel (a case; {'C': 8, 'S': False}) on sm_90"
     assert spills == f"{what} spills 16 bytes per thread."
     assert shared == f"{what} takes 102400 bytes of shared memory."
-    assert aot.table(rows, (80, 90)).splitlines()[-1] == (
-        "| some_kernel | a case | C=8, not S, 2 warps, 1 stage | 40 / 255 | 0 / 16 "
-        "| 1024 / 102400 |"
-    )
-    assert aot.complaints([(one, [aot.Usage(40, 0, 99 * 1024)])], (80,)) == []
     options = {"num_warps": 16, "num_stages": 1}
-    wide = aot.Specialisation("a case", KERNEL, {}, {(1,): 8, (3,): False}, {}, options)
-    assert aot.complaints([(wide, [aot.Usage(128, 0, 0)])], (80,)) == []
-    (registers,) = aot.complaints([(wide, [aot.Usage(129, 0, 0)])], (80,))
+    large = aot.Specialisation("a case", KERNEL, {}, {(1,): 8, (3,): False}, {}, options)
+    assert aot.complaints(large, 80, aot.Usage(128, 0, 0)) == []
+    (registers,) = aot.complaints(large, 80, aot.Usage(129, 0, 0))
     assert registers.endswith("needs more registers than there are.")

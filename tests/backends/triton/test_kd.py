@@ -87,15 +87,15 @@ def check(dtype, device, images, classes, temperature=3.0, spread=3.0, seed=0, d
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(DRAWN, max_examples=6)
+@settings(DRAWN, max_examples=4)
 @given(
-    images=st.integers(1, 12),
+    images=st.integers(1, 9),
     classes=st.sampled_from([1, 2, 10, 16, 17, 100, 128, 129, 1000, 1024, 1025, 2100]),
     temperature=st.sampled_from([0.5, 1.0, 3.0, 20.0]),
     seed=st.integers(0, 100),
 )
 def test_random_logits(dtype, device, images, classes, temperature, seed):
-    check(dtype, device, images, classes, temperature, seed=seed)
+    check(dtype, device, images, classes, temperature, seed=seed, draws=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,7 +111,7 @@ def test_logits_of_ten_thousand(dtype, classes, device):
 def test_many_tiles(images, classes, device, kd):
     """More rows than a tile; then more tiles than one program takes."""
     tile = kd.configuration(classes).images
-    assert images > tile and (kd.slices(images, tile)[0] > 1) == (images > kd.MOST_TILES * tile)
+    assert images > tile and (kd.slices(images, tile)[0] > 1) == (images > kd.MAX_TILES * tile)
     check(torch.float32, device, images, classes, draws=2)
 
 
@@ -119,7 +119,7 @@ def test_slices_cover_every_image(kd):
     for tile in (1, 8, 64):
         for images in (*range(1, 300), 10_000, 99_999, 2**31 - 1):
             count, of_slice = kd.slices(images, tile)
-            assert of_slice % tile == 0 and count <= kd.MOST_SLICES
+            assert of_slice % tile == 0 and count <= kd.MAX_SLICES
             assert (count - 1) * of_slice < images <= count * of_slice
 
 
@@ -147,14 +147,17 @@ def test_nan_stays_in_its_row(classes, device):
 INF = float("inf")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("classes", [7, 20, 1030])
-@pytest.mark.parametrize("sides", ["both", "target", "least"])
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [(torch.float32, 7), (torch.bfloat16, 20), (torch.float16, 7), (torch.float32, 1030)],
+    ids=str,
+)
+@pytest.mark.parametrize("sides", ["both", "target", "smallest"])
 def test_masked_classes_as_in_the_specification(sides, classes, dtype, device):
     """Some classes, all but one, and of long rows the whole first tile."""
     student, target = draw_logits(5, classes, dtype, device, 0)
     for z in (student, target) if sides == "both" else (target,):
-        value = torch.finfo(dtype).min if sides == "least" else -INF
+        value = torch.finfo(dtype).min if sides == "smallest" else -INF
         z[:, 1] = z[1, 2:5] = z[2, :-1] = value
         if classes > 1024:
             z[3, :1024] = value
@@ -290,8 +293,14 @@ def one_by_one(students, targets, weights, detach_target):
     return losses, [g for g, _ in grads], [g for _, g in grads]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("stacked", ["neither", "students", "targets", "both"])
+@pytest.mark.parametrize(
+    ("dtype", "stacked"),
+    [
+        *[(torch.float32, stacked) for stacked in ("neither", "students", "targets", "both")],
+        *[(dtype, "neither") for dtype in DTYPES[1:]],
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("detach_target", [True, False])
 def test_several_losses_are_those_of_one_by_one(dtype, stacked, detach_target, device, kd):
     students, targets = step(device, dtype)
@@ -407,9 +416,10 @@ def test_torch_func(device):
         torch.func.grad(lambda s: torch.func.grad(loss)(s).square().sum())(student)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("detach_target", [False, True])
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    ("stacked", "detach_target", "requires_grad"),
+    [(False, False, True), (True, False, True), (True, True, True), (False, True, False)],
+)
 def test_opcheck(stacked, detach_target, requires_grad, device, kd):
     pytest.importorskip("expecttest", reason="opcheck needs it, and a GPU machine may lack it")
 

@@ -32,10 +32,10 @@ def launches(monkeypatch):
 def step(backend):
     """Losses and the gradients of the students' logits and maps, of one step of MFEF."""
     torch.manual_seed(0)
-    shapes = [StudentShape(8, 4, 4), StudentShape(8, 4, 4)]
+    shapes = [StudentShape(4, 2, 2), StudentShape(4, 2, 2)]
     method = MFEF(shapes, 5, temperature=2.5, ramp_epochs=1.0).to(DEVICE)
     logits = [torch.randn(6, 5, device=DEVICE, requires_grad=True) for _ in shapes]
-    maps = [torch.randn(6, 8, 4, 4, device=DEVICE, requires_grad=True) for _ in shapes]
+    maps = [torch.randn(6, 4, 2, 2, device=DEVICE, requires_grad=True) for _ in shapes]
     labels = torch.randint(0, 5, (6,), device=DEVICE)
     method.blocks.requires_grad_(False)
     with mfef_ext.use_backend(backend):

@@ -90,7 +90,7 @@ with torch.no_grad():
     assert names() == IMAGE and again() == []
 
     odd = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
-    assert not launch.usual(x.dtype, odd) and launch.usual(x.dtype, x, None)
+    assert not launch.aligned(x.dtype, odd) and launch.aligned(x.dtype, x, None)
     for _ in range(2):  # the convolution reads it, and is bound anew each time
         block(odd)
         assert names() == IMAGE and again() == ["_convolve"]
@@ -102,16 +102,15 @@ with torch.no_grad():
     block.float()(x)
     assert names() == IMAGE and again() == []
 
-    weights, groups = list(block.conv.weights), list(block.conv.groups)
-    y, _ = conv.forward(x, weights, groups, True, None, False, False)
+    weights = conv.Weights(list(block.conv.weights), list(block.conv.groups), True)
+    y, _ = conv.forward(x, weights, None, False, False)
     assert names() == again() == ["_convolve"]  # no statistics
-    assert not launch.usual(torch.float64, x.double(), *weights)
+    assert not launch.aligned(torch.float64, x.double(), *weights.tensors)
 
     # The same shapes on another device have their own code, which is loaded there.
-    meta = dict(dtype=x.dtype, shape=(2, 8, 4, 4), strides=x.stride())
-    key = (meta["shape"], meta["strides"]) * 2
-    rest = (x.dtype, conv._key(weights), (1,), True, False, False, True, "ieee", True, True)
-    calls = [conv._convolution(*key, torch.device("cuda", i), *rest) for i in (0, 1, 0)]
+    layout = x.shape, x.stride()
+    rest = (x.dtype, weights.branches(), False, False, True, "ieee", True, True)
+    calls = [conv._convolution(layout, layout, torch.device("cuda", i), *rest) for i in (0, 1, 0)]
     assert calls[0] is calls[2] and calls[0].launch is not calls[1].launch
 """
     )

@@ -13,9 +13,6 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[3]
 COMPILE = """
 import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from mfef_ext.backends.triton import aot
 
 name, channels = sys.argv[1:]
@@ -24,9 +21,7 @@ one = next(
     for o in aot.launches()
     if o.name == name and channels in ("any", str(o.configuration["BLOCK_C"]))
 )
-source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
-code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(one.options))
-print(code.asm["ptx"])
+print(aot.compile_for(one, 90).asm["ptx"])
 """
 
 

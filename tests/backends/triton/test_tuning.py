@@ -108,7 +108,7 @@ def launch_of(monkeypatch, tuning):
             return launch.Launch(kernel, programs, (), {}, tile.warps, 1, True, tile.registers)
 
         tiles = [tuning.Tile(32, warps) for warps in (4, 8, 2)]
-        return tuning.of_tiles(tiles, one, problem, device, deterministic)
+        return tuning.fastest_tile(tiles, one, problem, device, deterministic)
 
     return make
 
@@ -209,11 +209,11 @@ def test_tiles_are_named_by_what_they_differ_in(tuning, launch_of):
         return Launch(Kernel(), 1, (), {}, tile.warps, 1, True, tile.registers)
 
     tiles = [tuning.Tile(64, 4), tuning.Tile(64, 8), tuning.Tile(32, 4, bounded=True)]
-    found = tuning.of_tiles(tiles, one, ("a class",), CUDA, False)
+    found = tuning.fastest_tile(tiles, one, ("a class",), CUDA, False)
     assert found.names == ("64 channels, 4 warps", "64 channels, 8 warps", "32 channels, 4 warps")
     assert [launch.options.get("maxnreg") for launch in found.candidates] == [None, None, 255]
     assert tuning.Tile(32, 16, bounded=True).registers == 128
-    assert type(tuning.of_tiles(tiles[:1], one, (), CUDA, False)) is Launch
+    assert type(tuning.fastest_tile(tiles[:1], one, (), CUDA, False)) is Launch
 
 
 def test_only_wide_groups_have_tiles_of_other_channels(tuning):
@@ -222,9 +222,10 @@ def test_only_wide_groups_have_tiles_of_other_channels(tuning):
 
     def names(channels):
         weight = ((channels, channels, 3, 3), (channels * 9, 9, 3, 1))
-        maps = ((2, channels, 8, 8), (channels * 64, 64, 8, 1)) * 2
-        rest = ((weight,), (1,), True, False, False, True, "half", False, True)
-        return conv._convolution(*maps, CUDA, torch.bfloat16, *rest).launch.names
+        x = ((2, channels, 8, 8), (channels * 64, 64, 8, 1))
+        branches = conv.Branches((weight,), (1,), True)
+        rest = (branches, False, False, True, "half", False, True)
+        return conv._convolution(x, x, CUDA, torch.bfloat16, *rest).launch.names
 
     assert names(32) == ("4 warps", "8 warps")
     assert names(64) == ("64 channels, 4 warps", "64 channels, 8 warps", "32 channels, 4 warps")
@@ -268,7 +269,7 @@ MODES = {
     "tf32": (torch.float32, True, torch.contiguous_format),
 }
 # A small image, and on a GPU a large map too, which takes long to interpret.
-SHAPES = {"cpu": [(2, 8, 5, 4)], "cuda": [(2, 8, 5, 4), (3, 64, 8, 8), (2, 64, 33, 31)]}
+SHAPES = {"cpu": [(1, 8, 4, 5)], "cuda": [(2, 8, 5, 4), (3, 64, 8, 8), (2, 64, 33, 31)]}
 
 
 @pytest.mark.slow
@@ -290,7 +291,7 @@ def test_every_candidate_obeys_the_rule(monkeypatch, device, tuning, timed, mode
     for shape in SHAPES[device]:
         check_block(
             dtype, layout, backend="triton", device=device,
-            shape=shape, kernel_sizes=(3, 5), groups=(1, 4), biases=False,
+            shape=shape, kernel_sizes=(3, 1), groups=(1, 4), biases=False, reduction=4,
         )  # fmt: skip
     assert set(kernels) == {
         "_convolve", "_weight_partials", "image_forward_kernel", "image_backward_kernel"
