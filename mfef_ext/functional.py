@@ -13,11 +13,11 @@ from . import backends, problem
 
 __all__ = ["dual_attention", "kd_loss", "kd_losses", "mfef_block", "multi_scale_conv2d"]
 
-# The problems of arguments like those that have passed all checks before. To describe arguments
-# anew takes longer than the forward of one small image. Which backend runs a problem is asked at
-# every call: it may change with what is forced, with the environment and with what is installed.
+# The problems of arguments that have passed all checks, by their signature: to check arguments anew
+# takes longer than the forward of one small image. The backend is chosen at every call, since the
+# choice changes with use_backend, with the environment and with what is installed.
 _described: dict[object, problem.Problem] = {}
-MOST_DESCRIBED = 1024
+MAX_DESCRIBED = 1024
 
 
 def _operator(
@@ -29,20 +29,22 @@ def _operator(
     groups: Sequence[int] = (),
     split: bool = True,
 ) -> Callable:
-    """What runs ``function``; raises if the arguments are wrong or nothing can run them."""
+    """The callable that runs ``function``: the chosen backend's, after the checks of arguments.
+
+    Raises as ``describe``, or RuntimeError where the forced backend cannot run the problem.
+    """
     op, described, key = function.__name__, None, None
-    # A tracer passes here once, with symbols or tensors for sizes; torch.compile would guard on
-    # whatever is looked up.
-    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+    # torch.compile would guard on whatever is looked up; torch.jit.trace has tensors for sizes.
+    if not torch.compiler.is_dynamo_compiling() and not torch.jit.is_tracing():
         signature = problem.signature(tensors, weights, groups, split)
         if signature is not None:
             key = (op, signature)
             try:
                 described = _described.get(key)
-            except TypeError:  # what has no hash is refused below
+            except TypeError:  # a group has no hash: ``describe`` refuses it
                 key = None
         else:
-            # Proxies of torch.fx record the call; subclasses of tensors do as elsewhere.
+            # Proxies of torch.fx record the call; subclasses of tensors override it.
             several = isinstance(weights, (list, tuple))
             relevant = (*tensors, *weights) if several else (*tensors, weights)
             if has_torch_function(relevant):
@@ -50,7 +52,7 @@ def _operator(
     if described is None:
         described = describe()
         if key is not None:
-            if len(_described) >= MOST_DESCRIBED:
+            if len(_described) >= MAX_DESCRIBED:
                 _described.clear()
             _described[key] = described
     return backends.choose(described, backend).operators[op]

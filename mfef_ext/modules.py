@@ -17,7 +17,7 @@ from . import reference
 from .backends import check_backend_name
 from .names import a, shown
 from .ops import dispatch
-from .ops.dispatch import is_redefined, why_called
+from .ops.dispatch import keep_as_defined, why_called
 from .problem import FLOAT_DTYPES, check_dense, check_groups, check_int, check_kernel_size
 
 Mode = Literal["split", "pyramid", "hierarchical"]
@@ -62,13 +62,6 @@ def _divide(channels: int, parts: int) -> list[int]:
 # Whatever is not known to be harmless means that they are called. That is asked of six layers for
 # one block, and may not cost what the forward of one small image does.
 
-_CONV2D_FORWARD = nn.Conv2d.forward
-
-
-def _options(own: dict) -> tuple:
-    """What a branch, whose ``__dict__`` is ``own``, has besides its parameters."""
-    return own["stride"], own["padding"], own["dilation"], own["groups"], own["padding_mode"]
-
 
 def _leaf(x: Any, *layers: nn.Module) -> bool:
     """Whether ``x`` comes from a tracer of torch.fx that wants to see one of ``layers`` called."""
@@ -103,6 +96,7 @@ def _branch_inputs(x: Tensor, channels: int, parts: Sequence[int]) -> Sequence[T
     return x.split(list(parts), dim=1) if sum(parts) == channels else [x] * len(parts)
 
 
+@keep_as_defined
 class MultiScaleConv2d(nn.Module):
     """Convolutions with several kernel sizes side by side, their results concatenated.
 
@@ -200,7 +194,10 @@ class MultiScaleConv2d(nn.Module):
             nn.Conv2d(cin, cout, k, padding=k // 2, groups=g, bias=bias, device=device, dtype=dtype)
             for cin, cout, k, g in zip(in_parts, out_parts, kernel_sizes, groups, strict=True)
         )
-        self._as_made = tuple(_options(branch.__dict__) for branch in self.branches)
+        self._as_made = tuple(
+            (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+            for conv in self.branches
+        )
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, each branch's as ``nn.Conv2d`` does."""
@@ -218,8 +215,8 @@ class MultiScaleConv2d(nn.Module):
             return "this torch does not tell what calling them would do", [], []
         if any(dispatch.HOOKS_OF_ALL_MODULES):
             return "hooks of all modules are registered", [], []
-        if dispatch.is_convolution_redefined(_CONV2D_FORWARD):
-            return "nn.Conv2d is called in another way", [], []
+        if cls := dispatch.redefined():
+            return f"{cls} is called in another way", [], []
         modules: Any = self._modules
         branches, made = modules["branches"]._modules.values(), self._as_made
         if len(branches) != len(made):
@@ -232,7 +229,8 @@ class MultiScaleConv2d(nn.Module):
             if why := why_called(branch, nn.Conv2d):
                 return f"a branch {why}", [], []
             own = branch.__dict__
-            if _options(own) != options:
+            now = own["stride"], own["padding"], own["dilation"], own["groups"], own["padding_mode"]
+            if now != options:
                 return "a branch has other options than it was made with", [], []
             parameters = own["_parameters"]
             try:
@@ -299,10 +297,7 @@ class MultiScaleConv2d(nn.Module):
         )
 
 
-# In the order of mfef_ext.functional.dual_attention.
-_ATTENTION_PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "spatial_weight")
-
-
+@keep_as_defined
 class DualAttention(nn.Module):
     """Channel attention followed by spatial attention (CBAM, Woo 2018). Keeps the shape.
 
@@ -362,12 +357,24 @@ class DualAttention(nn.Module):
                 nn.init.uniform_(bias, -bound, bound)
 
     def _arguments(self) -> list[Any]:
-        """What a forward gives to :func:`mfef_ext.functional.dual_attention` besides its input."""
+        """The parameters in the order of :func:`mfef_ext.functional.dual_attention`."""
         own: dict[str, Any] = self.__dict__.get("_parameters", {})
         try:
-            return [own[name] for name in _ATTENTION_PARAMETERS]
+            return [
+                own["fc1_weight"],
+                own["fc1_bias"],
+                own["fc2_weight"],
+                own["fc2_bias"],
+                own["spatial_weight"],
+            ]
         except KeyError:  # what is computed, as under torch.nn.utils.parametrize, is not in there
-            return [getattr(self, name) for name in _ATTENTION_PARAMETERS]
+            return [
+                self.fc1_weight,
+                self.fc1_bias,
+                self.fc2_weight,
+                self.fc2_bias,
+                self.spatial_weight,
+            ]
 
     def forward(self, y: Tensor) -> Tensor:
         return F.dual_attention(y, *self._arguments(), backend=self.backend)
@@ -480,8 +487,6 @@ class MFEFBlock(nn.Module):
             return f"conv {why}", []
         if why := why_called(attention, DualAttention):
             return f"attention {why}", []
-        if is_redefined(MultiScaleConv2d, _CONV) or is_redefined(DualAttention, _ATTENTION):
-            return "their classes are called in another way", []
         if conv.mode == "hierarchical":
             return "mode='hierarchical' is not fused", []
         if conv.backend != attention.backend:
@@ -521,9 +526,6 @@ class MFEFBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}" + (f", backend={self.backend!r}" if self.backend else "")
-
-
-_CONV, _ATTENTION = MultiScaleConv2d.forward, DualAttention.forward
 
 
 def _concatenated(maps: Sequence[Tensor], in_channels: Sequence[int]) -> Tensor:

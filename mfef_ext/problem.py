@@ -1,8 +1,8 @@
-"""What an operator is asked to do, checked: the one place where arguments are refused.
+"""The checks of arguments, all in this file.
 
-``describe_*`` turns the arguments of an operator into a :class:`Problem` or raises with the
-argument's name, its value and what would do. Backends see nothing but the problem when they are
-asked whether they can solve it.
+``describe_*`` turns the arguments of an operator into a :class:`Problem`, or raises an error that
+says which argument is wrong, its value and what to use instead. A backend that is asked whether it
+can run a call sees the problem and nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .ops.dispatch import PLAIN, allow_tf32, constant_when_compiled, is_any_auto
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-MOST_KERNEL_SIZE = 4095  # what the native kernels address; far beyond any map of use
+MAX_KERNEL_SIZE = 4095  # the native kernels address no larger one
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Problem:
         return str(self.dtype).removeprefix("torch.")
 
     def sizes(self) -> dict[str, Any]:
-        """What the native planners are asked with."""
+        """The argument of the native planners."""
         return {
             "batch": self.batch,
             "channels": self.channels,
@@ -113,7 +113,7 @@ def _check_tensor(name: str, value: object, like: Tensor | None = None) -> Tenso
 
 
 def check_dense(name: str, value: Tensor) -> None:
-    """TypeError for a sparse tensor, or another whose elements do not lie by strides."""
+    """TypeError for a tensor whose layout is not strided, such as a sparse one."""
     if value.layout != torch.strided:
         raise TypeError(f"{name}: layout {value.layout} is not dense; give what .to_dense() makes")
 
@@ -153,18 +153,18 @@ def signature(
     groups: Sequence[int],
     split: bool,
 ) -> object:
-    """All that ``describe_*`` reads: where signatures are equal, so are the problems.
+    """All that ``describe_*`` reads: calls with equal signatures have equal problems.
 
-    ``tensors`` are the operator's input and then the others outside of ``weights``, None where one
-    is not given. Returns something without tensors in it, hashable if the groups are; or None for
-    arguments of wrong types and for subclasses of tensors, which may have sizes of their own kind.
+    ``tensors`` are the input and the other tensors outside of ``weights``, None for one that is not
+    given. The signature holds no tensors and is hashable if the groups are. It is None for
+    arguments of wrong types, and for subclasses of tensors, whose sizes need not be integers.
     """
     if not isinstance(weights, (list, tuple)) or not isinstance(groups, (list, tuple)):
         return None
     if not isinstance(split, bool):
         return None
     x, everything, kinds = tensors[0], (*tensors, *weights), tuple(map(type, groups))
-    # A tensor among the groups may hold another number next time.
+    # A tensor among the groups may hold another number at the next call.
     if x is None or not PLAIN.issuperset(map(type, everything)) or not PLAIN.isdisjoint(kinds):
         return None
     return (
@@ -184,7 +184,7 @@ def _check_shape(name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> 
 
 
 def check_int(name: str, value: object) -> int:
-    """What stands for an integer, such as one of NumPy's, as an int; booleans do not."""
+    """An integer of any kind, NumPy's too, as an int; TypeError for booleans and all else."""
     try:
         if not isinstance(value, bool):
             return operator.index(value)  # type: ignore[arg-type]
@@ -194,14 +194,14 @@ def check_int(name: str, value: object) -> int:
 
 
 def check_bool(name: str, value: object) -> bool:
-    """True or False; TypeError for what is only taken for one of them, such as "no"."""
+    """True or False; TypeError for anything else, such as "no" or 1."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {_kind(value)} {shown(value)}")
     return value
 
 
 def _number(name: str, value: Any) -> float:
-    """What stands for one real number, as a float: see :func:`check_number`."""
+    """A real number of any kind as a float: see :func:`check_number`."""
     if isinstance(value, Tensor):
         check_dense(name, value)
         if value.requires_grad:
@@ -233,11 +233,11 @@ def check_number(
 ) -> float:
     """A number from ``low`` to ``high`` as a float; TypeError or ValueError for others.
 
-    NumPy's numbers will do, fractions, and tensors and arrays of one element; booleans and text
-    will not, nor a tensor that requires a gradient or lies on a GPU. ``must_be`` says in an error
-    what would do.
+    NumPy's numbers, fractions, and tensors and arrays with one element are numbers; booleans, text,
+    and tensors that are sparse, require a gradient or lie on a GPU are not. ``must_be`` is what an
+    error says about the range.
     """
-    # Of these torch.compile may have a symbol, of which it traces little more than comparisons.
+    # torch.compile may have a symbol for these, and can trace little more than comparisons of it.
     number = value if type(value) in (float, int) else _number(name, value)
     if not low <= number <= high:
         raise ValueError(f"{name}={shown(number)} must be {must_be}")
@@ -256,10 +256,10 @@ def check_kernel_size(name: str, k: object) -> int:
     if k < 1 or k % 2 == 0:
         raise ValueError(
             f"{name}={shown(k)} must be odd and positive, so that H and W are kept; "
-            f"use {min(max(k, 0) + 1, MOST_KERNEL_SIZE)}"
+            f"use {min(max(k, 0) + 1, MAX_KERNEL_SIZE)}"
         )
-    if k > MOST_KERNEL_SIZE:
-        raise ValueError(f"{name}={shown(k)} is too large; use at most {MOST_KERNEL_SIZE}")
+    if k > MAX_KERNEL_SIZE:
+        raise ValueError(f"{name}={shown(k)} is too large; use at most {MAX_KERNEL_SIZE}")
     return k
 
 

@@ -99,7 +99,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def order(device_type: str) -> tuple[Backend, ...]:
     """The backends in their order for tensors on ``device_type``: the fastest first."""
-    return tuple([BACKENDS[name] for name in _ORDERS.get(device_type, _ORDERS[""])])
+    return _orders.get(device_type, _orders[""])
 
 
 def by_name(name: str) -> Backend:
@@ -138,15 +138,16 @@ def choose(problem: Problem, backend: str | None = None) -> Backend:
     raise AssertionError("the reference backend supports everything")
 
 
-# Last, since they take what is above from here.
-BACKENDS: dict[str, Backend] = {
-    name: import_module(f".{name}", __name__).BACKEND for name in BACKEND_NAMES
-}
-_ORDERS = {
-    device_type: [
-        name
-        for name, backend in reversed(BACKENDS.items())
-        if backend.device_type in ("", device_type)
-    ]
-    for device_type in {backend.device_type for backend in BACKENDS.values()}
-}
+def register(backend: Backend) -> None:
+    """Adds a backend, or replaces the one of its name."""
+    BACKENDS[backend.name] = backend
+    for device_type in {b.device_type for b in BACKENDS.values()}:
+        _orders[device_type] = tuple(
+            b for b in reversed(BACKENDS.values()) if b.device_type in ("", device_type)
+        )
+
+
+BACKENDS: dict[str, Backend] = {}
+_orders: dict[str, tuple[Backend, ...]] = {}  # by type of device, "" being any other
+for _name in BACKEND_NAMES:  # last, since they take what is above from here
+    register(import_module(f".{_name}", __name__).BACKEND)

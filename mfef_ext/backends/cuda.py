@@ -16,7 +16,7 @@ from ..problem import Branch, Problem
 from . import Backend, Condition
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEAST_CAPABILITY = (8, 0)  # the oldest that is compiled for
+MIN_CAPABILITY = (8, 0)  # the oldest that is compiled for
 # Of Jetson boards, whose machine code is their own: that of another minor version does not run.
 JETSON = ((8, 7), (10, 1))
 
@@ -87,7 +87,7 @@ def _runs_on(
 def _unserved(device: torch.device) -> str:
     """Why the library cannot run on a device whatever the problem; "" if it can."""
     capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
+    if capability < MIN_CAPABILITY:
         return f"{device} has compute capability {capability}, below 8.0"
     built = library()
     keys = ("architectures", "nvcc", "runtime", "driver")

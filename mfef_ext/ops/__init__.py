@@ -61,13 +61,13 @@ def register(namespace: str, kernels: Mapping[str, Callable] | None = None) -> d
             torch.library.register_fake(f"{namespace}::{name}", FAKES[name])
 
     def multi_scale_conv2d(x, weights, groups, split=True, bias=None) -> Tensor:
-        return conv((x, *weights, bias), (list(groups), split, dispatch.allow_tf32()))
+        return conv((x, *weights, bias), (tuple(groups), split, dispatch.allow_tf32()))
 
     def dual_attention(y, *parameters) -> Tensor:
         return attention((y, *parameters))
 
     def mfef_block(x, conv_weights, groups, *attention, split=True) -> Tensor:
-        options = list(groups), split, dispatch.allow_tf32()
+        options = tuple(groups), split, dispatch.allow_tf32()
         return block((x, *conv_weights, *attention), options)
 
     functions: tuple[Callable, ...] = (multi_scale_conv2d, dual_attention, mfef_block)

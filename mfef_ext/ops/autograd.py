@@ -140,7 +140,11 @@ class Operator:
     def __call__(self, row: Row, options: tuple = ()) -> Any:
         """The operator's first result."""
         records = dispatch.records(self.differentiable(row, options))
-        direct = self._is_direct(row, records)
+        # What is below autograd, the dispatcher does for a native kernel in any case.
+        if records or self.in_python:
+            direct = dispatch.is_direct(row)
+        else:
+            direct = not dispatch.is_transformed()
         if direct and records:
             return _Recorded.apply((self, self.kernel, options, []), *row)
         arguments = self.arguments(row, options, *self.save_nothing)
@@ -153,18 +157,16 @@ class Operator:
 
     def call_backward(self, tensors: Row, *args: Any) -> Any:
         """The results of the backward; ``tensors`` are all of those in ``args``."""
-        records = dispatch.records(tensors)  # to refuse it, should that be differentiated
-        if records or not self._is_direct(tensors, records):
+        if dispatch.records(tensors):
+            direct = False  # it is refused, should the results be differentiated
+        elif self.in_python:
+            direct = dispatch.is_direct(tensors)
+        else:
+            direct = not dispatch.is_transformed()
+        if not direct:
             return self.backward(*args)
         with dispatch.below_autograd():
             return self.backward_kernel(*args)
-
-    def _is_direct(self, tensors: Row, records: bool) -> bool:
-        """Whether a call can go below autograd at once, and to a kernel in Python if it is one."""
-        # What is below autograd, the dispatcher does for a native kernel in any case.
-        if records or self.in_python:
-            return dispatch.is_direct(tensors)
-        return not dispatch.is_transformed()
 
     # --- the dispatcher's Autograd key ---
 

@@ -118,8 +118,8 @@ def needs_specification(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch.compile, torch.export or torch.func has to see calls as they are made."""
-    return not OWN_AUTOGRAD or torch.compiler.is_compiling() or _transforms_active()
+    """Whether torch.compile or torch.func has to see calls as they are made."""
+    return not OWN_AUTOGRAD or torch.compiler.is_dynamo_compiling() or _transforms_active()
 
 
 def is_direct(tensors: Sequence[Tensor | None]) -> bool:
@@ -128,7 +128,7 @@ def is_direct(tensors: Sequence[Tensor | None]) -> bool:
     It does more under autocast, transforms, modes, tracing and profiling, and for subclasses and
     lazily negated tensors.
     """
-    if not CAN_SKIP or torch.compiler.is_compiling():
+    if not CAN_SKIP or torch.compiler.is_dynamo_compiling():
         return False
     for t in tensors:
         if type(t) not in PLAIN or (t is not None and t.is_neg()):
@@ -243,27 +243,32 @@ CAN_TELL = None not in HOOKS_OF_ALL_MODULES and set(_IN_MODULES) <= nn.Module().
 _CALL = nn.Module.__call__
 _CALL_IMPL: Any = _private("torch.nn:Module._call_impl")
 _CONV_FORWARD: Any = _private("torch.nn:Conv2d._conv_forward")
+_FORWARDS: dict[type[nn.Module], Callable] = {nn.Conv2d: nn.Conv2d.forward}
 
 
-def is_redefined(cls: type[nn.Module], forward: Callable) -> bool:
-    """Whether calling a layer of class ``cls`` no longer runs ``forward`` and nothing else."""
-    call = cls.__call__
-    if call is not _CALL:
-        # Tracers of torch.fx replace it too, and are to see the operator.
-        owner = getattr(call, "__globals__", {}).get("__name__", "")
-        if not owner.startswith("torch."):
-            return True
-    return cls.forward is not forward
+def keep_as_defined(cls: type[nn.Module]) -> type[nn.Module]:
+    """Has :func:`redefined` look at a class, as it is now."""
+    _FORWARDS[cls] = cls.forward
+    return cls
 
 
-def is_convolution_redefined(forward: Callable) -> bool:
-    """:func:`is_redefined` for nn.Conv2d, with the other methods that it shares or calls."""
+def redefined() -> str:
+    """The class of which calling a layer is no longer what it was; "" if there is none."""
+    for cls, forward in _FORWARDS.items():
+        call = cls.__call__
+        if call is not _CALL:
+            # Tracers of torch.fx replace it too, and are to see the operator.
+            owner = getattr(call, "__globals__", {}).get("__name__", "")
+            if not owner.startswith("torch."):
+                return cls.__name__
+        if cls.forward is not forward:
+            return cls.__name__
     conv: Any = nn.Conv2d
-    return (
-        is_redefined(conv, forward)
-        or (conv._call_impl if _CALL_IMPL else None) is not _CALL_IMPL
-        or (conv._conv_forward if _CONV_FORWARD else None) is not _CONV_FORWARD
-    )
+    if _CALL_IMPL and conv._call_impl is not _CALL_IMPL:
+        return "nn.Module"
+    if _CONV_FORWARD and conv._conv_forward is not _CONV_FORWARD:
+        return "nn.Conv2d"
+    return ""
 
 
 def why_called(layer: nn.Module, cls: type[nn.Module]) -> str:

@@ -233,7 +233,7 @@ def test_a_forced_backend_is_heeded_by_every_call():
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit.trace warns of every size that is checked
 def test_what_is_remembered_is_bounded_and_holds_no_tensor(monkeypatch):
-    monkeypatch.setattr(functional, "MOST_DESCRIBED", 4)
+    monkeypatch.setattr(functional, "MAX_DESCRIBED", 4)
     functional._described.clear()
     for n in range(1, 12):
         x = torch.randn(n, 4, 5, 5)
