@@ -63,6 +63,9 @@ class Saved(NamedTuple):
     channel_index: Tensor | None = None  # int32, of the channel with the maximum of z
 
 
+NOTHING_SAVED = Saved()
+
+
 class Parameters(NamedTuple):
     """Of the attention; biases may be None."""
 
@@ -1211,16 +1214,13 @@ def _backward_call(
 # --- what operators call ----------------------------------------------------------------------
 
 
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    """The kernels take no strides for the MLP's small parameters."""
-    if parameter is None or parameter.is_contiguous():
-        return parameter
-    return parameter.contiguous()
-
-
 def _with_contiguous_mlp(parameters: Parameters) -> Parameters:
+    """The kernels take no strides for the MLP's small parameters."""
     *mlp, spatial_weight = parameters
-    return Parameters._make([*map(_contiguous, mlp), spatial_weight])
+    if all([p is None or p.is_contiguous() for p in mlp]):
+        return parameters
+    mlp = [None if p is None else p.contiguous() for p in mlp]
+    return Parameters._make([*mlp, spatial_weight])
 
 
 def forward(
@@ -1247,7 +1247,7 @@ def run(
     real, integer = torch.float32, torch.int32
     out = y.new_empty_strided(*call.result)
     work = y.new_empty_strided(*call.work, dtype=real)
-    saved = Saved()
+    saved = NOTHING_SAVED
     if save:
         per_channel, per_pixel = call.saved
         saved = Saved(
