@@ -206,7 +206,7 @@ PROBLEMS = {
     "large map": ((1, 12, 11, [(1, 8, 8, 1), (3, 1, 1, 1)]), {}),
     "pyramid": ((2, 3, 3, [(3, 16, 9, 1), (1, 8, 8, 2), (3, 4, 2, 4)]), {"split": False}),
     "pyramid, wide groups": ((1, 2, 3, [(3, 32, 8, 2), (1, 64, 8, 1)]), {"split": False}),
-    "pyramid, odd": ((1, 2, 3, [(3, 33, 2, 1), (1, 11, 9, 3)]), {"split": False}),
+    "pyramid, odd": ((1, 2, 3, [(1, 33, 2, 1), (3, 11, 9, 3)]), {"split": False}),
     "pyramid, large map": ((1, 12, 11, [(1, 4, 2, 1), (3, 1, 1, 4)]), {"split": False}),
 }
 
@@ -236,7 +236,7 @@ def test_the_last_tile_of_each_list(conv, device, mode, monkeypatch):
 
 
 def small(dtype: torch.dtype, device: str, n: int = 3, split: bool = True) -> Case:
-    branches = [(3, 9, 8, 1), (5, 2, 1, 4)] if split else [(3, 16, 8, 1), (3, 4, 2, 4)]
+    branches = [(3, 9, 8, 1), (3, 2, 1, 4)] if split else [(3, 16, 8, 1), (3, 4, 2, 4)]
     return make_case(n, 3, 4, branches, split).to(dtype, device)
 
 
@@ -356,7 +356,7 @@ def test_an_empty_batch(conv, device, split):
 )
 def test_an_image_does_not_depend_on_its_batch(conv, device, sums_in_order, dtype, n, side):
     """Same bits whatever the batch, and twice the same for the weights, whose sum it enters."""
-    case = make_case(n, side, side, [(3, 9, 8, 1), (5, 1, 1, 4)]).to(dtype, device)
+    case = make_case(n, side, side, [(3, 9, 8, 1), (3, 1, 1, 4)]).to(dtype, device)
     y, grad_x, *others = computed(conv, case)
     same_bits(others, computed(conv, case)[2:])
     for part in (slice(0, 1), slice(1, n)):
