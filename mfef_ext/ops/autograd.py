@@ -131,15 +131,15 @@ class Operator:
         """The gradients of a row; ``saved`` is the row and the results after the first."""
         raise NotImplementedError
 
-    def differentiable(self, row: Row, options: tuple) -> Row:
-        """Those of a row that may have gradients."""
-        return row
+    def has_gradient(self, row: Row, options: tuple) -> bool:
+        """Whether a row with tensors that require a gradient has one for them."""
+        return True
 
     # --- calls ---
 
     def __call__(self, row: Row, options: tuple = ()) -> Any:
         """The operator's first result."""
-        records = dispatch.records(self.differentiable(row, options))
+        records = dispatch.records(row) and self.has_gradient(row, options)
         # What is below autograd, the dispatcher does for a native kernel in any case.
         if records or self.in_python:
             direct = dispatch.is_direct(row)
@@ -179,7 +179,7 @@ class Operator:
 
     def _on_autograd(self, *args: Any) -> Any:
         row, options, save = self.row(*args)
-        if dispatch.records(self.differentiable(row, options)):
+        if dispatch.records(row) and self.has_gradient(row, options):
             saved: list[Tensor] = []
             call = self, self.forward, options, saved
             out = dispatch.apply(_Recorded, call, *row)

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import problem
+from ...ops import dispatch
 from ...ops.autograd import Operator
 from ...ops.transforms import register_vmap
 from . import DTYPES, device_of
@@ -405,9 +406,9 @@ class _KdLoss(Operator):
         ]
         return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
-    def differentiable(self, row, options):
+    def has_gradient(self, row, options):
         count, _, detach_target = options
-        return row[:count] if detach_target else row
+        return not detach_target or dispatch.records(row[:count])
 
 
 _operator = _KdLoss("mfef_triton")
