@@ -341,6 +341,10 @@ def compile_all(
             except multiprocessing.TimeoutError:
                 break
             outcome[case, layout] = said
+        else:
+            # Workers that end by themselves release their semaphores; those that are ended do not.
+            pool.close()
+            pool.join()
     return outcome
 
 
@@ -541,6 +545,14 @@ def larger_figures(begin: dict[str, Any], end: dict[str, Any]) -> dict[str, Any]
     }
 
 
+def selected(options: argparse.Namespace) -> list[Case]:
+    """The cases that the options ask for."""
+    cases = suites.select(
+        tuple(options.suite), tuple(options.dtype), tuple(options.direction), options.quick
+    )
+    return [case for case in cases if options.shape is None or case.shape in options.shape]
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that results.json holds."""
     budget = Budget(options.seconds)
@@ -551,9 +563,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     configure_compiler(threads)
     if device == "cuda":
         torch.backends.cudnn.benchmark = True  # the baselines get cuDNN's best algorithm
-    cases = suites.select(
-        tuple(options.suite), tuple(options.dtype), tuple(options.direction), options.quick
-    )
+    cases = selected(options)
     environment = report.environment(device)
     figures = machine_figures(device, options.dtype, options.quick)
     print(report.heading(environment, figures), flush=True)
@@ -582,6 +592,7 @@ def parser() -> argparse.ArgumentParser:
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.RawTextHelpFormatter
     )
     p.add_argument("--suite", nargs="+", choices=SHAPES, default=list(SHAPES))
+    p.add_argument("--shape", nargs="+", metavar="NxCxHxW", help="only these, as 128x64x8x8")
     p.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     p.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -622,12 +633,16 @@ def check_options(options: argparse.Namespace) -> str:
         return "--device cuda: torch sees no CUDA device here; use --device cpu"
     if options.threads is not None and not 1 <= options.threads <= 1024:
         return f"--threads {options.threads} must be from 1 to 1024"
+    if not selected(options):
+        options.shape, asked = None, options.shape
+        there = ", ".join(dict.fromkeys(case.shape for case in selected(options)))
+        return f"--shape {' '.join(asked)} is no case of what is selected; there are {there}"
     if options.seconds is None:
         options.seconds = QUICK_SECONDS if options.quick else DEFAULT_SECONDS
     elif not 1 <= options.seconds < math.inf:
         return f"--seconds {options.seconds} must be at least 1"
     if options.backend is not None:
-        first = suites.select(tuple(options.suite), tuple(options.dtype), quick=True)[0]
+        first = selected(options)[0]
         operands = suites.make_operands(first, options.device)
         why_not = candidates(first, operands, options.backend)[options.backend]
         if why_not:

@@ -517,10 +517,8 @@ def plot(result: Json, path: Path) -> bool:
 
     timed = [row for row in result["cases"] if row.get("ratios")]
     panels: dict[tuple[str, str, str], dict[str, Json]] = {}
-    labels: dict[str, None] = {}
     for row in timed:
         label = f"{row['suite']}  {row['shape']}"
-        labels[label] = None
         for backend in case_candidates(row):
             if f"{backend} contiguous" in row["ratios"]:
                 panel = panels.setdefault((backend, row["dtype"], row["direction"]), {})
@@ -529,24 +527,25 @@ def plot(result: Json, path: Path) -> bool:
         return False
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    names = list(labels)
+    # A line is as high as the panel with the most cases in it.
+    cases = [len(rows) for rows in panels.values()]
+    heights = [max(cases[i : i + columns]) for i in range(0, len(cases), columns)]
     figure, axes = plt.subplots(
         lines,
         columns,
-        figsize=(3 + 5.5 * columns, 1.6 + lines * (0.9 + 0.36 * len(names))),
+        figsize=(3 + 6.5 * columns, 1.6 + 0.9 * lines + 0.36 * sum(heights)),
+        height_ratios=heights,
         sharex=True,
-        sharey=True,
         squeeze=False,
         layout="constrained",
     )
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, ((backend, dtype, direction), rows) in zip(axes.flat, panels.items(), strict=False):
-        draw_panel(axis, rows, names, backend)
+        draw_panel(axis, rows, backend)
         axis.set_title(f"{backend}: {dtype}, {direction}", fontsize=10)
-    for axis in axes[:, 0]:
-        axis.set_yticks(range(len(names)), names, fontsize=8)
-    axes[0, 0].invert_yaxis()
+        axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        axis.invert_yaxis()
     for axis in axes[-1]:
         axis.set_xlabel("times as fast (log axis); whiskers: 20th to 80th percentile", fontsize=8)
     handles, texts = axes[0, 0].get_legend_handles_labels()
@@ -561,15 +560,15 @@ def plot(result: Json, path: Path) -> bool:
     return True
 
 
-def draw_panel(axis: Any, rows: dict[str, Json], names: list[str], backend: str) -> None:
+def draw_panel(axis: Any, rows: dict[str, Json], backend: str) -> None:
     """Two bars per case. They grow from 1, so that slower than the baseline points left."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for offset, (against, label, color) in zip((-0.2, 0.2), AGAINST, strict=True):
         at, middle, low, high = [], [], [], []
-        for name, row in rows.items():
+        for i, row in enumerate(rows.values()):
             ratio = row["ratios"][f"{backend} contiguous"][against]
-            at.append(names.index(name) + offset)
+            at.append(i + offset)
             middle.append(ratio["median"])
             low.append(ratio["median"] - ratio["p20"])
             high.append(ratio["p80"] - ratio["median"])

@@ -22,6 +22,8 @@ SAMPLE_SECONDS = 2e-3
 MAX_CALLS = 50
 # A step that takes this long has warmed everything up in one call.
 WARM_ENOUGH = 0.1
+# Others are warm when so many samples in a row were not faster than the fastest before them.
+SETTLED = 3
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,20 @@ def seconds_per_call(step: Callable[[], Any], calls: int, device: str) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def warm_up(step: Callable[[], Any], device: str) -> int:
+    """Calls a step until its times settle; returns how many calls make a sample."""
+    fastest = seconds_per_call(step, 1, device)
+    if fastest >= WARM_ENOUGH:
+        return 1
+    since = 0
+    while since < SETTLED:
+        calls = max(1, min(MAX_CALLS, round(SAMPLE_SECONDS / max(fastest, 1e-9))))
+        seconds = seconds_per_call(step, calls, device)
+        since = 0 if seconds < fastest else since + 1
+        fastest = min(fastest, seconds)
+    return calls
+
+
 def interleave(
     steps: dict[str, Callable[[], Any]],
     device: str,
@@ -86,13 +102,7 @@ def interleave(
     measured right after the same neighbour. Warm-up first. As many rounds as the budget (seconds)
     allows, between the two bounds.
     """
-    calls = {}
-    for name, step in steps.items():
-        once = seconds_per_call(step, 1, device)
-        if once < WARM_ENOUGH:
-            # The first call may have built something; the second says how long one takes.
-            once = seconds_per_call(step, 1, device)
-        calls[name] = max(1, min(MAX_CALLS, round(SAMPLE_SECONDS / max(once, 1e-9))))
+    calls = {name: warm_up(step, device) for name, step in steps.items()}
     names = list(steps)
     series: dict[str, list[float]] = {name: [] for name in names}
     start = time.monotonic()

@@ -154,6 +154,19 @@ def test_a_disturbed_run_says_so(finished):
     assert "other processes" not in report.text(result) + report.markdown(result)
 
 
+def test_a_panel_shows_the_cases_that_ran(finished, tmp_path, monkeypatch):
+    result = report.read_json(finished[0] / "results.json")
+    forward, both = result["cases"]
+    result["cases"] = [forward, both, forward | {"shape": "another"}]
+    drawn, draw_panel = [], report.draw_panel
+    monkeypatch.setattr(
+        report, "draw_panel", lambda axis, *rest: drawn.append(axis) or draw_panel(axis, *rest)
+    )
+    assert report.plot(result, tmp_path / "plot.png")
+    labels = [[tick.get_text() for tick in axis.get_yticklabels()] for axis in drawn]
+    assert labels == [["edge  1x64x8x8", "edge  another"], ["edge  1x64x8x8"]]
+
+
 def test_without_matplotlib_the_plot_is_left_out_and_said(finished, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = report.write(report.read_json(finished[0] / "results.json"), tmp_path)
@@ -350,6 +363,11 @@ def test_cases_after_the_budget_are_reported():
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--backend", "fpga"], "invalid choice: 'fpga'"),
         (["--threads", "two"], "invalid int value: 'two'"),
+        (["--shape", "9x9x9x9"], "--shape 9x9x9x9 is no case of what is selected; there are "),
+        (
+            ["--suite", "edge", "--shape", "128x64x8x8"],
+            "there are 1x64x8x8, 1x256x14x14, 1x64x56x56",
+        ),
         (["--threads", "0"], "--threads 0 must be from 1 to 1024"),
         (["--seconds", "-3"], "--seconds -3.0 must be at least 1"),
         (["--device", "cpu", "--backend", "cuda"], "--backend cuda cannot run here: "),

@@ -49,6 +49,19 @@ def test_every_round_has_every_step_and_the_order_rotates():
     assert rounds == "abc" + "bca" + "cab" + "abc"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "samples"),
+    [([1.0], 1), ([0.05, 0.04, 0.03, 0.031, 0.03, 0.04], 6), ([0.01, 0.01, 0.01, 0.01], 4)],
+)
+def test_a_step_is_warm_when_its_times_settle(monkeypatch, seconds, samples):
+    taken = []
+    monkeypatch.setattr(
+        timing, "seconds_per_call", lambda *_: taken.append(seconds[len(taken)]) or taken[-1]
+    )
+    assert timing.warm_up(lambda: None, "cpu") == 1
+    assert len(taken) == samples
+
+
 def test_rounds_fill_the_budget_up_to_a_bound():
     series = timing.interleave({"a": lambda: None}, "cpu", budget=5, max_rounds=7)
     assert len(series["a"]) == 7
