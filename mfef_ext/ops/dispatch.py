@@ -1,8 +1,8 @@
 """Private names of PyTorch: the only file of this package that uses them.
 
 Each is looked up once, under a comment that says what it is for. Where a version of PyTorch lacks
-one, a public way is taken, which is slower and has the same results. All of them were tried with
-torch 2.10, 2.11, 2.12, 2.13, 2.14 and 2.15 (docs/torch_versions.md).
+one, a public way is taken, which is slower and has the same results. docs/torch_versions.md says
+with which versions the tests of the operators ran.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """What the tests of all backends share."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -22,13 +24,28 @@ def host_library() -> Host:
 
 
 @pytest.fixture
-def host(host_library, monkeypatch):
+def replace(monkeypatch):
+    """Puts a backend in the place of the one of its name."""
+
+    def in_its_place(backend: backends.Backend) -> None:
+        monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
+        monkeypatch.setattr(backends, "_orders", {})
+        backends.register(backend)
+
+    return in_its_place
+
+
+@pytest.fixture
+def host(host_library, replace):
     """The host's kernels in the place of the CUDA backend."""
     conditions = [
         backends.Condition(lambda p: p.dtype in cuda.DTYPES, lambda p: f"dtype {p.dtype}"),
     ]
-    stand_in = backends.Backend("cuda", tuple(conditions), host_library.operators)
-    monkeypatch.setattr(cuda, "BACKEND", stand_in)
+    replace(
+        dataclasses.replace(
+            cuda.BACKEND, conditions=tuple(conditions), operators=host_library.operators
+        )
+    )
     host_library.set()
     yield host_library
     host_library.set()

@@ -130,15 +130,9 @@ def test_ptx_needs_a_driver_as_new_as_the_compiler(gpu):
         assert cuda.BACKEND.supports(problem(128, 64, 8)) == (True, "")
 
 
-def replace(monkeypatch, backend):
-    monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
-    monkeypatch.setattr(backends, "_orders", {})
-    backends.register(backend)
-
-
-def test_who_is_not_served_is_told_and_the_next_backend_runs(gpu):
+def test_who_is_not_served_is_told_and_the_next_backend_runs(gpu, replace):
     proven = dataclasses.replace(cuda.BACKEND, verified=True)
-    replace(gpu.monkeypatch, proven)
+    replace(proven)
     one = problem(128, 64, 8)
     gpu.monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert backends.choose(one).name == "cuda"
@@ -202,11 +196,11 @@ def adds(x, forced=None, k=3):
 
 
 @pytest.fixture
-def compiled(gpu):
+def compiled(gpu, replace):
     """Compiles without graph breaks and counts the graphs."""
     torch._dynamo.reset()
     proven = dataclasses.replace(cuda.BACKEND, verified=True)
-    replace(gpu.monkeypatch, proven)
+    replace(proven)
     graphs = []
 
     def count(graph, example_inputs):
