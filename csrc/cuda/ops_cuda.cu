@@ -166,6 +166,7 @@ class Call {
 
   void backward(const ParameterGrads& grads) {
     const bool need_parameters = grads.need;
+    args.bias = {};  // which the forward adds, and the data gradient, the same convolution, must not
     if (grads.convolution) outputs(*grads.convolution);
     if (grads.attention) outputs(*grads.attention);
     plan();
