@@ -144,6 +144,7 @@ def _check_about(about: Any, *more: str) -> None:
     classes = about["classes"]
     good = _is_list(classes) and len(classes) > 0 and all(map(_is_name, classes))
     _need(good, "classes are no list of names")
+    _need(len(set(classes)) == len(classes), "two classes have the same name")
     shape = about["input_shape"]
     good = _is_list(shape) and len(shape) == 3 and all(_is_whole(s, 1, 2**16) for s in shape)
     _need(good, "input_shape is no (channels, height, width)")
@@ -152,7 +153,10 @@ def _check_about(about: Any, *more: str) -> None:
         _need(good, f"{name} is no list of numbers")
         fits = len(about[name]) in (1, shape[0])
         _need(fits, f"{name} has {len(about[name])} numbers for {shape[0]} channels")
-    _need(all(value > 0 for value in about["std"]), "std is not positive")
+    # Images are float32, and so is what they are normalised with.
+    mean, std = (torch.tensor(about[name], dtype=torch.float32) for name in ("mean", "std"))
+    _need(bool(mean.isfinite().all()), "mean is beyond float32")
+    _need(bool((std > 0).all() and std.isfinite().all()), "std is not positive")
     scale = about.get("scale", 1)
     _need(_is_number(scale) and scale > 0, "scale is no positive number")
     _need(_is_whole(about.get("epoch", 0), 0, MOST_EPOCHS), "epoch is no number of epochs")
