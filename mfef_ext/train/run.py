@@ -145,27 +145,30 @@ class Run:
         data, CheckpointError if the state is of no such run.
         """
         there, here = state["config"], self.resolved
+        run = f"the run in {path.parent}"
+        otherwise = "name a new --out"
+        if not self.config.resumes_in_place:  # which --out NEW is already
+            otherwise = "leave --resume away for a run of its own"
         begun_with, now = there.get("processes"), here["processes"]
         if begun_with != now:
             raise UsageError(
-                f"the run in {self.path} was begun with {begun_with} processes, not {now}; resume "
-                f"it with torchrun --nproc-per-node {begun_with}, or name a new --out"
+                f"{run} was begun with {begun_with} processes, not {now}; resume "
+                f"it with torchrun --nproc-per-node {begun_with}, or {otherwise}"
             )
         for name in (name for name in here if name not in NOT_OF_THE_RESULT):
             # What was saved has been through JSON's types: tuples are lists.
             if name not in there or _plain(there[name]) != _plain(here[name]):
                 raise UsageError(
-                    f"{typed(name, here[name])} is not what the run in {self.path} was begun with "
-                    f"({typed(name, there.get(name))}); resume it with the same options, or name a "
-                    "new --out"
+                    f"{typed(name, here[name])} is not what {run} was begun with "
+                    f"({typed(name, there.get(name))}); resume it with the same options, or "
+                    f"{otherwise}"
                 )
         self.complaints += compare_data(state.get("data"), self.fingerprint, self.config, path)
         taught_by, teacher = state.get("teacher"), self.teacher
         if taught_by and teacher and taught_by["sha256"] != teacher["sha256"]:
             raise UsageError(
-                f"--teacher={self.config.teacher} is not the network that the run in {self.path} "
-                f"was begun with, whose SHA-256 is {taught_by['sha256']}; give that one, or name a "
-                "new --out"
+                f"--teacher={self.config.teacher} is not the network that {run} was begun with, "
+                f"whose SHA-256 is {taught_by['sha256']}; give that one, or {otherwise}"
             )
         self.changed = changes(there, here)
         if self.changed:

@@ -435,6 +435,12 @@ def test_a_checkpoint_that_nothing_else_is_left_of(stopped, tmp_path):
         ("previous.ckpt", (), 2, "has gone on since .*previous.ckpt, and nothing is ever overwr"),
         ("", ("--out", "elsewhere"), 2, "--out=elsewhere is not the folder that --resume="),
         ("", ("--lr", "0.2"), 2, "--lr=0.2 is not what the run in"),
+        (
+            "previous.ckpt",
+            ("--out", "{folder}.new", "--lr", "0.2"),
+            2,
+            "--lr=0.2 is not what the run in {folder} was begun with .* or leave --resume away",
+        ),
         ("", ("--seeds", "0", "1"), 2, "is one run; with --seeds use --resume auto"),
         ("last.ckpt", ("--out", "{folder}/export"), 2, "is not empty and nothing is ever"),
         ("nothing", (), 4, "nothing cannot be read"),
@@ -449,7 +455,7 @@ def test_a_path_that_cannot_be_gone_on_from(stopped, capsys, path, options, stat
     given = [option.format(folder=stopped) for option in options]
     assert main(["--resume", str(stopped / path), *given]) == status
     error = capsys.readouterr().err
-    assert re.search(words, error) and len(error.splitlines()) == 1
+    assert re.search(words.format(folder=stopped), error) and len(error.splitlines()) == 1
     assert sorted(p.name for p in stopped.iterdir()) == before
 
 
