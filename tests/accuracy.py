@@ -207,7 +207,7 @@ def largest(t: Tensor) -> float:
 
 # What the last draws should be, and eager's errors: the same draw is tried in several layouts.
 _expected: dict[str, tuple[BlockCase, list[Tensor], Eager]] = {}
-MOST_EXPECTED = 12
+MAX_EXPECTED = 12
 
 
 def expected_of(
@@ -219,7 +219,7 @@ def expected_of(
         case = make_case(**arguments, dtype=dtype, seed=seed)
         with specification(dtype):
             wanted = run_block(case.cast(torch.float64), reference.mfef_block)
-        if len(_expected) >= MOST_EXPECTED:
+        if len(_expected) >= MAX_EXPECTED:
             del _expected[next(iter(_expected))]
         _expected[key] = case, wanted, eager_errors(case, dtype, wanted)
     return _expected[key]

@@ -41,7 +41,7 @@ METHOD_OPTIONS = (
 )
 # In these two processes, or a run and what goes on with it, may differ and still compute the same.
 OF_THE_MACHINE = ("threads", "data_dir", "download", "teacher", "tensorboard", "timeout")
-MOST_THREADS = 1024  # far more are a segmentation fault in the thread library
+MAX_THREADS = 1024  # far more are a segmentation fault in the thread library
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch_size": (lambda v: v >= 1, "must be at least 1"),
     "accumulate": (lambda v: v >= 1, "must be at least 1"),
     "ema": (lambda v: 0 <= v < 1, "must be in [0, 1), or None"),
-    "threads": (lambda v: 1 <= v <= MOST_THREADS, f"must be from 1 to {MOST_THREADS}"),
+    "threads": (lambda v: 1 <= v <= MAX_THREADS, f"must be from 1 to {MAX_THREADS}"),
     "device": (
         lambda v: re.fullmatch(r"cpu|cuda(:\d{1,3})?", v) is not None,
         "must be cpu, cuda or cuda:N",

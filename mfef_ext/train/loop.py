@@ -23,7 +23,7 @@ from .processes import Processes
 from .run import Run, parts, prepare
 from .timing import HeadClock
 
-LEAST_SCALE = 1.0  # of float16's loss: what is not finite even so is no overflow
+MIN_SCALE = 1.0  # of float16's loss: what is not finite even so is no overflow
 
 
 def train(
@@ -166,7 +166,7 @@ class Training:
                 if not math.isfinite(value):
                     raise NotFiniteError(f"{where}: the loss term {name} is {value}")
                 sums[name] = sums.get(name, 0.0) + value * size / images
-            if broken and not (run.scaler.is_enabled() and run.scaler.get_scale() > LEAST_SCALE):
+            if broken and not (run.scaler.is_enabled() and run.scaler.get_scale() > MIN_SCALE):
                 named = run.distiller.named_parameters()
                 name = next((n for n, p in named if _broken(p.grad)), "their norm")
                 raise NotFiniteError(f"{where}: the gradient of {name} is not finite")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..names import shown
 
-MOST_CLASSES = 10**6
-MOST_EPOCHS = 10**6
+MAX_CLASSES = 10**6
+MAX_EPOCHS = 10**6
 LONGEST_NAME = 1000
 _REAL = {
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
@@ -28,7 +28,7 @@ def check_checkpoint(state: Any) -> None:
         _need(name in state, f"it has no {name}")
     for name in ("sums", "config", "distiller", "optimizer", "scaler", "average"):
         _need(_is_mapping(state[name]), f"{name} is no dictionary of names")
-    _need(_is_whole(state["epoch"], 0, MOST_EPOCHS), "epoch is no number of epochs")
+    _need(_is_whole(state["epoch"], 0, MAX_EPOCHS), "epoch is no number of epochs")
     _need(_is_whole(state["step"], 0, 2**63), "step is no number of steps")
     epoch, step = state["epoch"], state["step"]
     best = (1 if epoch else 0, epoch)
@@ -46,7 +46,7 @@ def check_checkpoint(state: Any) -> None:
         good = row.get("train_seconds", 0) > 0 and row.get("method_seconds", -1) >= 0
         _need(good, "timings lack seconds")
     length = state["config"].get("epochs")
-    _need(_is_whole(length, epoch + bool(step), MOST_EPOCHS), "config says of fewer epochs")
+    _need(_is_whole(length, epoch + bool(step), MAX_EPOCHS), "config says of fewer epochs")
     _need(_is_mapping(state["config"].get("versions", {})), "versions are no dictionary")
     for name in ("distiller", "average"):
         check_weights(name, state[name])
@@ -112,8 +112,8 @@ def _check_build(build: Any) -> None:
     named = all(_is_name(build[name]) and build[name] for name in ("model", "tap"))
     _need(named, "model or tap is no name")
     _need(_is_whole(build["in_channels"], 1, 1024), "in_channels is not from 1 to 1024")
-    limit = f"num_classes is not from 1 to {MOST_CLASSES}"
-    _need(_is_whole(build["num_classes"], 1, MOST_CLASSES), limit)
+    limit = f"num_classes is not from 1 to {MAX_CLASSES}"
+    _need(_is_whole(build["num_classes"], 1, MAX_CLASSES), limit)
     strides = build["strides"]
     _need(_is_list(strides) and len(strides) in (0, 3), "strides are not three")
     _need(all(_is_whole(s, 1, 8) for s in strides), "strides are not from 1 to 8")
@@ -159,7 +159,7 @@ def _check_about(about: Any, *more: str) -> None:
     _need(bool((std > 0).all() and std.isfinite().all()), "std is not positive")
     scale = about.get("scale", 1)
     _need(_is_number(scale) and scale > 0, "scale is no positive number")
-    _need(_is_whole(about.get("epoch", 0), 0, MOST_EPOCHS), "epoch is no number of epochs")
+    _need(_is_whole(about.get("epoch", 0), 0, MAX_EPOCHS), "epoch is no number of epochs")
     accuracy = about.get("test_accuracy", 0)
     _need(_is_number(accuracy) and 0 <= accuracy <= 100, "test_accuracy is no percentage")
 

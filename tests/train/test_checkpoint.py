@@ -6,10 +6,9 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mfef_ext.train import checkpoint, writing
 from mfef_ext.train.models import StudentSpec
+from tests.children import Child
 
 
 def state(epoch):
@@ -209,6 +209,11 @@ def test_what_changes_while_a_run_goes_on_is_not_kept_as_the_previous_one(tmp_pa
     assert checkpoint.load(folder / "last.ckpt")["epoch"] == 3
 
 
+def state_of(pid):
+    """R for running, S for sleeping, T for stopped: see proc(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_killed_for_real_while_saving(tmp_path):
     """As above, by a signal that nothing can catch, at a moment that nobody chose."""
     folder = two_checkpoints(tmp_path / "run")
@@ -224,17 +229,16 @@ def test_killed_for_real_while_saving(tmp_path):
         "while True:\n"
         "    checkpoint.save(folder / 'last.ckpt', state, folder / 'previous.ckpt')\n"
     )
-    command = [sys.executable, "-c", code, str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = Child("-c", code, str(folder))
     assert process.stdout.readline() == "ready\n"
     for _ in range(3):  # it stands still while it is looked at, as if it were dead
         time.sleep(0.05)
         process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        while state_of(process.pid) != "T":
+            time.sleep(0.001)
         assert checkpoint.newest(folder)[1]["epoch"] == 1
         process.send_signal(signal.SIGCONT)
     process.kill()
-    process.communicate()
     assert checkpoint.newest(folder)[1]["epoch"] == 1
 
 

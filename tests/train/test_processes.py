@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import nn
 from mfef_ext.train import UsageError, checkpoint
 from mfef_ext.train.__main__ import main
 from mfef_ext.train.processes import Processes, synchronise_batch_norm
+from tests.children import Child
 
 # 230 training images: 49 do not divide by two, nor do the last 34 by four.
 QUICK = (
@@ -31,7 +33,7 @@ QUICK = (
     "--lr",
     ".01",
 )
-LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 
 # Runs main() in every process, once per list of options, and leaves each one's exit statuses in a
 # file. PLANT changes something in the process of rank 1 before its third step; there is no resnet14
@@ -81,13 +83,18 @@ def launch(tmp_path, *options, plant="pass"):
     to standard error."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("PLANT", plant))
-    command = [*LAUNCH, "--standalone", str(script), str(tmp_path), json.dumps(options)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-
-    assert done.returncode == 0, done.stderr
-    both = [json.loads((tmp_path / f"status{rank}").read_text()) for rank in (0, 1)]
-    return [list(pair) for pair in zip(*both, strict=True)], done.stderr
+    command = [str(script), str(tmp_path), json.dumps(options)]
+    if plant == "pass":
+        both = [subprocess.run([*LAUNCH, *command], capture_output=True, text=True, timeout=600)]
+        error = both[0].stderr
+    else:  # what torchrun sets
+        meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        ranks = [meet | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        both = [Child(*command, env=os.environ | rank) for rank in ranks]
+        error = "".join([child.wait()[1] for child in both])
+    assert [child.returncode for child in both] == [0] * len(both), error
+    statuses = [json.loads((tmp_path / f"status{rank}").read_text()) for rank in (0, 1)]
+    return [list(pair) for pair in zip(*statuses, strict=True)], error
 
 
 def refuse(*arguments, **options):
@@ -329,14 +336,13 @@ def test_what_is_wrong_here_is_said_even_if_nobody_else_comes(monkeypatch, capsy
 def started(folder, port, *options, rank):
     """A process that looks for another one."""
     variables = {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "mfef_ext.train", *QUICK, *options]
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-    return subprocess.Popen(command, env=os.environ | variables, cwd=folder, **pipes)
+    env = os.environ | variables
+    return Child("-m", "mfef_ext.train", *QUICK, *options, env=env, cwd=folder)
 
 
 def test_a_port_on_which_somebody_else_listens(tmp_path, listener):
     process = started(tmp_path, listener, "--timeout", "1", rank="1")
-    error = process.communicate(timeout=60)[1]
+    _, error = process.wait(timeout=60)
     assert process.returncode == 2 and "says RANK=1 (somebody is there, but says nothing)" in error
 
 
@@ -344,12 +350,12 @@ def test_sigterm_while_waiting_for_another_process(tmp_path):
     port = free_port()
     process = started(tmp_path, port, rank="0")
     while True:  # until it waits
-        assert process.poll() is None
+        assert process.returncode is None
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(port))):
             break
         time.sleep(0.05)
-    process.terminate()
-    error = process.communicate(timeout=60)[1]
+    process.send_signal(signal.SIGTERM)
+    _, error = process.wait(timeout=60)
     assert process.returncode == 75
     assert "mfef: stopped at once by SIGTERM" in error and "Traceback" not in error
 

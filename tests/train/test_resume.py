@@ -7,8 +7,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -18,6 +16,7 @@ from mfef_ext.distill import METHODS
 from mfef_ext.train import checkpoint, data, run_folder
 from mfef_ext.train.__main__ import main
 from mfef_ext.train.display import Display
+from tests.children import Child
 
 # 120 images: five steps an epoch.
 QUICK = ("--dataset", "fake", "--epochs", "3", "--threads", "1", "--batch-size", "24")
@@ -124,19 +123,14 @@ def test_from_outside(straight, tmp_path, number):
     """A process of its own is hit at a random moment, and this one goes on with its run."""
     out = tmp_path / "broken"
     options = [*LONGER, "--out", str(out), "--resume", "auto"]
-    command = [sys.executable, "-m", "mfef_ext.train", *options]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, text=True, **pipes)
-    try:
-        deadline = time.monotonic() + 90
-        while not (out / "metrics.jsonl").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(random.random() / 2)
-        process.send_signal(number)
-        error = process.communicate(timeout=30)[1]
-    finally:
-        process.kill()
+    process = Child("-m", "mfef_ext.train", *options)
+    deadline = time.monotonic() + 90
+    while not (out / "metrics.jsonl").exists():
+        assert process.returncode is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(random.random() / 2)
+    process.send_signal(number)
+    _, error = process.wait(timeout=30)
     assert not list(out.glob("student*"))
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL and error == ""
@@ -290,8 +284,7 @@ def held(folder):
         "print('held', flush=True)\n"
         "sys.stdin.read()\n"
     )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes)
+    process = Child("-c", code, str(folder))
     assert process.stdout.readline() == "held\n"
     return process, f"is in use by process {process.pid} on "
 
@@ -310,7 +303,6 @@ def test_a_folder_is_one_process_s_alone(tmp_path, capsys, options):
         assert sorted(os.listdir(out)) == before
     finally:
         process.kill()
-        process.wait()
     assert main(command) == 0
     assert not (out / ".mfef-lock").exists()
 
@@ -340,7 +332,6 @@ def test_the_run_of_a_seed_is_one_process_s_alone(tmp_path, capsys):
         assert f"seed1 {words}" in capsys.readouterr().err
     finally:
         process.kill()
-        process.wait()
 
 
 def test_of_two_that_begin_together_one_is_refused(tmp_path):
@@ -363,16 +354,14 @@ def test_of_two_that_begin_together_one_is_refused(tmp_path):
         "print(*(place.path.name for place in kept), flush=True)\n"
         "sys.stdin.read()\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    both = [Child("-c", code, str(tmp_path)) for _ in range(2)]
     assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
     for process in both:
         process.stdin.write(f"{time.time() + 0.2}\n")
         process.stdin.flush()
     won = [process.stdout.readline().split() for process in both]
     for process in both:
-        process.communicate("")
+        process.wait()
         assert process.returncode == 0
     assert sorted(won[0] + won[1], key=int) == [str(i) for i in range(50)]
 

@@ -19,7 +19,7 @@ from .augmentation import Augmentation
 # The splits are part of the data set, not of the experiment: every seed is scored on the same
 # test images, so that runs can be compared.
 SPLIT_SEED = 1797
-MOST_LOOKED_AT = 10_000  # files and folders of a level, in search of a data set
+MAX_LOOKED_AT = 10_000  # files and folders of a level, in search of a data set
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _folders_near(folder: Path) -> Iterator[Path]:
     level = [folder]
     for _ in range(3):
         inside = chain.from_iterable(map(_entries, level))
-        level = [path for path in islice(inside, MOST_LOOKED_AT) if is_folder(path)]
+        level = [path for path in islice(inside, MAX_LOOKED_AT) if is_folder(path)]
         yield from level
 
 
