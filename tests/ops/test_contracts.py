@@ -1,8 +1,10 @@
 """Determinism, empty batches, tiny and huge maps, ties, NaN and infinity."""
 
+import ctypes
 import dataclasses
+import gc
+import mmap
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.utils import parametrize
@@ -235,29 +237,54 @@ def test_extreme_logits_saturate(engine):
         torch.testing.assert_close(got, reference.dual_attention(y, *parameters))
 
 
+@pytest.fixture
+def kept_memory():
+    """What is freed stays with this process: several GB of fresh pages take a minute."""
+    libc = ctypes.CDLL(None)
+    trim, mappings = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    assert libc.mallopt(mappings, 0) and libc.mallopt(trim, -1)
+    yield
+    assert libc.mallopt(mappings, 65536) and libc.mallopt(trim, 2**17)
+    gc.collect()
+    libc.malloc_trim(0)
+
+
 @pytest.mark.slow
-def test_more_than_2_31_elements(plan, much_memory):
+def test_more_than_2_31_elements(plan, much_memory, kept_memory):
     """Offsets are 64 bits wide: the last images of 2^31 + elements come out right."""
     channels, height, width = 64, 8, 8
-    n = 2**31 // (channels * height * width) + 40
-    # numpy's zeros are pages that nobody has touched; torch writes its own.
-    zeros = np.zeros((n, channels, height, width), dtype=np.int16)
-    x = torch.from_numpy(zeros).view(torch.bfloat16)
-    assert x.numel() > 2**31
+    image = channels * height * width
+    n = 2**31 // image + 40
     torch.manual_seed(0)
-    x[-20:] = torch.randn(20, channels, height, width)
     weights = [torch.randn(channels, 1, 1, 1, dtype=torch.bfloat16)]
-    out = functional.multi_scale_conv2d(x, weights, [channels], backend="cpu")
-    last = functional.multi_scale_conv2d(x[-20:], weights, [channels], backend="cpu")
-    assert torch.equal(out[-20:], last)
-    assert not out[: n // 2 : 4099].any()
-    grad = out
-    grad_x, grads, _ = torch.ops.mfef.multi_scale_conv2d_backward(
-        grad, x, weights, [channels], True, None, True, False
+    last = torch.randn(20, channels, height, width, dtype=torch.bfloat16)
+
+    # An input of 20 images far from each other, in memory that is reserved and hardly touched.
+    reserved = mmap.mmap(-1, 2 * (2**31 + 19 + image))
+    apart = torch.frombuffer(reserved, dtype=torch.bfloat16).as_strided(
+        last.shape, (-(-(2**31) // 19), height * width, width, 1)
     )
-    assert grads == []
-    expected = reference.multi_scale_conv2d(last.float(), [weights[0].float()], [channels])
-    torch.testing.assert_close(grad_x[-20:].float(), expected, rtol=2e-2, atol=2e-2)
+    apart.copy_(last)
+    assert 19 * apart.stride(0) >= 2**31
+
+    def backward(grad):
+        arguments = (weights, [channels], True, None, True, False)
+        return torch.ops.mfef.multi_scale_conv2d_backward(grad, grad, *arguments)[0]
+
+    def forward(x):
+        return functional.multi_scale_conv2d(x, weights, [channels], backend="cpu")
+
+    wanted = reference.multi_scale_conv2d(last, weights, [channels])
+    for f in (forward, backward):
+        expected = f(last)
+        torch.testing.assert_close(expected, wanted, rtol=2e-2, atol=2e-2)
+        assert torch.equal(f(apart), expected)
+        # An output of n images, all of one that has no memory of its own.
+        out = f(last[:1].expand(n, -1, -1, -1))
+        assert out.numel() > 2**31 and out.is_contiguous()
+        for i in (0, 1, n // 2, n - 18, n - 1):
+            assert torch.equal(out[i], expected[0]), i
+        del out
 
 
 def test_forcing_what_is_not_there_says_what_is():
