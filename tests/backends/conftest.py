@@ -8,6 +8,7 @@ import torch
 from mfef_ext import backends
 from mfef_ext.backends import cuda
 from tests.backends.cuda.host import Host, build
+from tests.backends.interpreter import interpret
 
 
 @pytest.fixture
@@ -16,6 +17,11 @@ def untuned(monkeypatch):
     which takes too much of it here."""
     monkeypatch.setenv("MFEF_TRITON_AUTOTUNE", "0")
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    interpret(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -43,25 +43,25 @@ def places(*devices):
     return found
 
 
-def prepare(request, monkeypatch):
+def prepare(request):
     place = request.param
     if place.device == "cpu" and place.backend == "triton":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        request.getfixturevalue("interpreted")
     elif place.device == "cpu":
         request.getfixturevalue("host")
     return place
 
 
 @pytest.fixture(params=places("cuda"))
-def gpu(request, monkeypatch):
+def gpu(request):
     """A GPU."""
-    return prepare(request, monkeypatch)
+    return prepare(request)
 
 
 @pytest.fixture(params=places("cpu", "cuda"))
-def place(request, monkeypatch):
+def place(request):
     """A GPU, or what stands for one."""
-    return prepare(request, monkeypatch)
+    return prepare(request)
 
 
 def block_on(place, dtype=torch.float32, channels=None):

@@ -2,7 +2,6 @@
 
 import importlib
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,30 +21,9 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(monkeypatch):
-    """``tl.sum`` adds halves to halves, as the lanes of a GPU do. Triton's interpreter leaves it to
-    numpy, which adds along all axes but the last one element after another: its rounding errors
-    are twice as large as those of any GPU, or of eager PyTorch, which the tests compare with."""
-    if CUDA:
-        return
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-
-    def tree_sum(self, input):
-        data = input.handle.data
-        axis = self.axis
-        if axis is None:
-            data, axis = data.reshape(-1), 0
-        total = np.moveaxis(data, axis, 0)  # a power of two of elements, as in all blocks
-        while len(total) > 1:
-            half = len(total) // 2
-            total = total[:half] + total[half:]
-        if self.keep_dims:
-            shape = [1 if self.axis in (None, i) else s for i, s in enumerate(input.shape)]
-            return self.to_tensor(total.reshape(shape), input.dtype)
-        return self.to_tensor(total[0], input.dtype)
-
-    monkeypatch.setattr(interpreter.ReduceOps, "sum", tree_sum)
+def _interpreted(request):
+    if not CUDA:
+        request.getfixturevalue("interpreted")
 
 
 @pytest.fixture
