@@ -15,6 +15,9 @@
 #endif
 
 #define MFEF_INLINE inline __attribute__((always_inline))
+// For functions in which static_for() unrolls much: the compiler leaves lambdas of large functions as calls, and
+// vectors then go through memory.
+#define MFEF_FLATTEN __attribute__((flatten))
 
 namespace mfef::cpu::MFEF_ISA {
 

@@ -79,17 +79,9 @@ constexpr int kToleranceUnits = 16;
 // The root mean square of the output map of a group in which it is largest.
 template <class T>
 Vec<T> largest_rms(int64_t channels, int64_t n, const T* transforms) {
-  const int64_t count = 2 * fft_bins(n);
   Vec<T> largest{};
-  for (int64_t c = 0; c < channels; ++c, transforms += fft_vectors(n) * kLanes<T>) {
-    Vec<T> sums[2] = {};
-    for (int64_t at = 0; at < count; at += 2) {
-      static_for<2>([&]<int i>() {
-        const Vec<T> v = load(transforms + (at + i) * kLanes<T>);
-        sums[i] += v * v;
-      });
-    }
-    const Vec<T> sum = sums[0] + sums[1];
+  for (int64_t c = 0; c < channels; ++c) {
+    const Vec<T> sum = sum_of_squares(transforms + c * fft_vectors(n) * kLanes<T>, 2 * fft_bins(n));
     largest = sum > largest ? sum : largest;
   }
   for (int i = 0; i < kLanes<T>; ++i) largest[i] = std::sqrt(2 * largest[i]);  // bins are half of a transform

@@ -19,7 +19,7 @@ constexpr T kMinSquare = std::numeric_limits<T>::min() * T(1e6);
 template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// The sum of f over the pixels of one channel, in four chains.
+// The sum of f over the pixels, or bins, of one channel, in four chains.
 template <class T, class F>
 MFEF_INLINE Vec<T> sum_over_pixels(const T* x, int64_t pixels, const F& f) {
   constexpr int L = kLanes<T>;
@@ -238,26 +238,32 @@ struct NeedsDirect {
 template <class T>
 void sum_clipped(const ConvShape<T>& shape, const T* x, const T* scale, Vec<T> limit, T* sums) {
   constexpr int L = kLanes<T>;
-  auto add = [&]<int kCount>(int64_t i, Index<kCount>) {
+  const int64_t pixels = shape.height * shape.width;
+  auto add = [&]<int kCount, bool kFirst>(int64_t i) {
     Vec<T> factor[kCount], clip[kCount];
     static_for<kCount>([&]<int j>() {
       factor[j] = splat(scale[i + j]);
       clip[j] = limit / factor[j];
     });
-    for (int64_t p = 0; p < shape.height * shape.width; ++p) {
-      Vec<T> sum = i ? load(sums + p * L) : Vec<T>{};
+    auto pixel = [&](int64_t p) {
+      Vec<T> sum = kFirst ? Vec<T>{} : load(sums + p * L);
       static_for<kCount>([&]<int j>() {
         const Vec<T> size = absolute<T>(load(x + (i + j) * shape.channel + p * L));
         sum += (size < clip[j] ? size : clip[j]) * factor[j];
       });
       store(sums + p * L, sum);
-    }
+    };
+    int64_t p = 0;
+    for (; p + 4 <= pixels; p += 4) static_for<4>([&]<int j>() { pixel(p + j); });
+    for (; p < pixels; ++p) pixel(p);
   };
   const int64_t in = shape.in_group();
-  int64_t i = 0;
-  for (; i + 4 <= in; i += 4) add(i, Index<4>{});
-  for (; i + 2 <= in; i += 2) add(i, Index<2>{});
-  if (i < in) add(i, Index<1>{});
+  if (in == 1) return add.template operator()<1, true>(0);
+  int64_t i = 2;
+  add.template operator()<2, true>(0);
+  for (; i + 4 <= in; i += 4) add.template operator()<4, false>(i);
+  for (; i + 2 <= in; i += 2) add.template operator()<2, false>(i);
+  if (i < in) add.template operator()<1, false>(i);
 }
 
 // x: the channels of the group; guard: what weigh_inputs() wrote for it.

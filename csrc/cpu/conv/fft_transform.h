@@ -344,7 +344,7 @@ MFEF_INLINE void inverse_fft_row(const T* half, Vec<T> (&x)[kN]) {
 // origin, tap (r, r) on it, so that products of transforms need no shift.
 
 template <class T, int kN, int kSide>
-void fft_map(const T* x, T* bins) {
+MFEF_FLATTEN void fft_map(const T* x, T* bins) {
   constexpr int L = kLanes<T>;
   alignas(64) T half[kSide * kN * L];
   for (int64_t h = 0; h < kSide; ++h) fft_row<T, kN, kSide>(x + h * kSide * L, half + h * kN * L);
@@ -353,7 +353,7 @@ void fft_map(const T* x, T* bins) {
 
 // Adds a bias, one value, unless it is null. y may be `bins`.
 template <class T, int kN, int kSide>
-void inverse_fft_map(const T* bins, const T* bias, T* y) {
+MFEF_FLATTEN void inverse_fft_map(const T* bins, const T* bias, T* y) {
   constexpr int L = kLanes<T>;
   alignas(64) T half[kSide * kN * L];
   inverse_fft_columns<T, kN, kSide>(bins, half);
