@@ -92,6 +92,12 @@ def newest(folder: Path) -> Found | None:
     None if no run was begun there; CheckpointError if none of its checkpoints is intact.
     """
     complaints: list[str] = []
+    for name in (LAST, PREVIOUS, BEST):
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise CheckpointError(
+                f"{folder / name} is a folder, and the next checkpoint would take its place; move "
+                "it away"
+            )
     for name in (LAST, PREVIOUS):
         path = folder / name
         if os.path.lexists(path):

@@ -183,6 +183,18 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, tmp_path, cap
     assert contents(tmp_path / "straight") == contents(stopped)
 
 
+@pytest.mark.parametrize("name", ["last.ckpt", "previous.ckpt", "best.ckpt"])
+def test_a_folder_in_the_place_of_a_checkpoint(stopped, capsys, name):
+    """It is said before an epoch is trained that could not be saved."""
+    (stopped / name).unlink()
+    (stopped / name).mkdir()
+    capsys.readouterr()
+    assert resume(stopped) == 4
+    said = capsys.readouterr()
+    assert f"{stopped / name} is a folder" in said.err and len(said.err.splitlines()) == 1
+    assert "epoch" not in said.out
+
+
 @pytest.mark.parametrize("damage", ["emptied", "replaced", "cut", "removed"])
 def test_no_checkpoint_is_intact(stopped, capsys, damage):
     for name in ("last.ckpt", "previous.ckpt"):
