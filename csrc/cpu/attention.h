@@ -34,12 +34,15 @@ MFEF_INLINE IVec<T> beats(Vec<T> v, Vec<T> m) {
   return ~(v <= m) & (m == m);
 }
 
-// A running maximum and the place of its first occurrence.
+// What is kept of the place of a maximum: nothing where no gradient will ask for it.
 //
 // kTolerant: sums that are equal come out of an FFT with different rounding, so values that differ by no more than both
 // their tolerances count as equal. The place moves only to a value that is greater than the one there by more than
 // that, and so ends at the first of those that are equal to the maximum.
-template <class T, bool kTolerant>
+enum class Argmax { kNone, kFirst, kTolerant };
+
+// A running maximum, which is the same for all of these, and the place of its first occurrence.
+template <class T, Argmax kArgmax>
 struct Maximum {
   Vec<T> value, edge;  // edge: the value at the place, plus its tolerance
   IVec<T> place;
@@ -51,14 +54,14 @@ struct Maximum {
   }
   // allowed: the lanes in which v counts.
   void meet(Vec<T> v, IVec<T> at, Vec<T> tolerance, IVec<T> allowed) {
-    const IVec<T> better = beats<T>(v, kTolerant ? edge + tolerance : value) & allowed;
-    place = better ? at : place;
-    if constexpr (kTolerant) {
+    const IVec<T> greater = beats<T>(v, value) & allowed;
+    if constexpr (kArgmax == Argmax::kFirst) place = greater ? at : place;
+    if constexpr (kArgmax == Argmax::kTolerant) {
+      const IVec<T> better = beats<T>(v, edge + tolerance) & allowed;
+      place = better ? at : place;
       edge = better ? v + tolerance : edge;
-      value = beats<T>(v, value) ? v : value;
-    } else {
-      value = better ? v : value;
     }
+    value = greater ? v : value;
   }
 };
 
@@ -139,10 +142,10 @@ struct ImageLanes {
   // The places of the pixels of a vector, and the lanes that hold a pixel.
   MFEF_INLINE static IVec<T> places(int64_t vector) { return isplat<T>(vector); }
   MFEF_INLINE static IVec<T> inside(IVec<T>, int64_t) { return ~IVec<T>{}; }
-  template <bool kTolerant>
-  static void set_max(const Maximum<T, kTolerant>& found, int64_t /*pixels*/, int64_t c, T* max, Int* max_index) {
+  template <Argmax kArgmax>
+  static void set_max(const Maximum<T, kArgmax>& found, int64_t /*pixels*/, int64_t c, T* max, Int* max_index) {
     store(max + c * L, found.value);
-    store_index<T>(max_index + c * L, found.place);
+    if (kArgmax != Argmax::kNone) store_index<T>(max_index + c * L, found.place);
   }
 
   static IVec<T> valid(int images) { return lane_numbers<T>() < isplat<T>(images); }
@@ -283,8 +286,8 @@ struct PixelLanes {
   MFEF_INLINE static IVec<T> places(int64_t vector) { return lane_numbers<T>() + isplat<T>(vector * L); }
   MFEF_INLINE static IVec<T> inside(IVec<T> places, int64_t pixels) { return places < isplat<T>(pixels); }
   // The maximum of the lanes, and of equal ones the place that comes first.
-  template <bool kTolerant>
-  static void set_max(const Maximum<T, kTolerant>& found, int64_t pixels, int64_t c, T* max, Int* max_index) {
+  template <Argmax kArgmax>
+  static void set_max(const Maximum<T, kArgmax>& found, int64_t pixels, int64_t c, T* max, Int* max_index) {
     T values[L];
     Int places[L];
     store(values, found.value);
@@ -422,18 +425,27 @@ struct Attention {
 
   static const T* real(const void* p) { return static_cast<const T*>(p); }
 
-  // Mean, maximum and the place of its first occurrence over the pixels of channels [begin, end). kTolerant: the
+  // Whether a gradient will ask for the places of maxima. Across the lanes of PixelLanes they decide between zeros of
+  // either sign.
+  bool needs_argmax() const { return args.save || Lanes::kValue == 1; }
+
+  // Mean, maximum and the place of its first occurrence over the pixels of channels [begin, end). tolerant: the
   // tolerance of these channels has been set; otherwise it is set to zero.
-  template <bool kTolerant>
+  void pool_pixels(const T* y, int64_t begin, int64_t end, bool tolerant) {
+    if (!needs_argmax()) return pool_pixels<Argmax::kNone>(y, begin, end);
+    if (Lanes::kValue > 1 && tolerant) return pool_pixels<Argmax::kTolerant>(y, begin, end);
+    for (int64_t c = begin; c < end; ++c) store(tolerance + c * L, Vec<T>{});
+    pool_pixels<Argmax::kFirst>(y, begin, end);
+  }
+  template <Argmax kArgmax>
   void pool_pixels(const T* y, int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end && !kTolerant; ++c) store(tolerance + c * L, Vec<T>{});
     in_fours(begin, end, [&]<int kCount>(int64_t c, Index<kCount>) {
       Vec<T> sum[kCount] = {}, gap[kCount];
-      Maximum<T, kTolerant> found[kCount];
+      Maximum<T, kArgmax> found[kCount];
       const T* map[kCount];
       static_for<kCount>([&]<int j>() {
         map[j] = y + (c + j) * step;
-        gap[j] = load(tolerance + (c + j) * L);
+        gap[j] = kArgmax == Argmax::kTolerant ? load(tolerance + (c + j) * L) : Vec<T>{};
         found[j].begin(load(map[j]), Lanes::places(0), gap[j]);
       });
       sum_in_runs<T>(vectors, sum, [&](int64_t p, Vec<T>(&run)[kCount]) {
@@ -466,14 +478,14 @@ struct Attention {
   }
 
   // Maximum (and its lowest channel) and mean over channels of z = y * gate, for each pixel.
-  template <bool kTolerant>
+  template <Argmax kArgmax>
   void pool_channels(const T* y) {
+    constexpr bool kTolerant = kArgmax == Argmax::kTolerant;
     in_fours(0, vectors, [&]<int kCount>(int64_t p, Index<kCount>) {
       Vec<T> sum[kCount] = {};
-      Maximum<T, kTolerant> found[kCount];
-      const Vec<T> first = Lanes::spread(gate, 0);
-      static_for<kCount>(
-          [&]<int j>() { found[j].begin(load(y + (p + j) * L) * first, IVec<T>{}, load(tolerance) * first); });
+      Maximum<T, kArgmax> found[kCount];
+      const Vec<T> first = Lanes::spread(gate, 0), first_gap = kTolerant ? load(tolerance) * first : Vec<T>{};
+      static_for<kCount>([&]<int j>() { found[j].begin(load(y + (p + j) * L) * first, IVec<T>{}, first_gap); });
       sum_in_runs<T>(channels, sum, [&](int64_t c, Vec<T>(&run)[kCount]) {
         const Vec<T> g = Lanes::spread(gate, c), gap = kTolerant ? load(tolerance + c * L) * g : Vec<T>{};
         static_for<kCount>([&]<int j>() {
@@ -485,7 +497,7 @@ struct Attention {
       static_for<kCount>([&]<int j>() {
         store(pooled + (p + j) * L, found[j].value);
         store(pooled + step + (p + j) * L, sum[j] / splat(T(channels)));
-        store_index<T>(channel_index + (p + j) * L, found[j].place);
+        if (kArgmax != Argmax::kNone) store_index<T>(channel_index + (p + j) * L, found[j].place);
       });
     });
   }
@@ -502,10 +514,12 @@ struct Attention {
   // After pool_pixels() of all channels. tolerant: some of them have a tolerance.
   void forward(const T* y, bool tolerant) {
     channel_gate();
-    if (Lanes::kValue > 1 && tolerant) {
-      pool_channels<true>(y);
+    if (!needs_argmax()) {
+      pool_channels<Argmax::kNone>(y);
+    } else if (Lanes::kValue > 1 && tolerant) {
+      pool_channels<Argmax::kTolerant>(y);
     } else {
-      pool_channels<false>(y);
+      pool_channels<Argmax::kFirst>(y);
     }
     convolve(spatial, false, pooled, padded, spatial_gate);
     for (int64_t i = 0; i < vectors * L; i += L) store(spatial_gate + i, sigmoid<T>(load(spatial_gate + i)));

@@ -94,7 +94,7 @@ struct BlockImages {
     if (at_step != kWhole && at_step != kAttention) return;
     if (!branchwise) unpack_y<E>(0, args.out);
     if (!args.hidden) return;
-    if (args.branch_count == 0) attention.template pool_pixels<false>(y, 0, args.out);
+    if (args.branch_count == 0) attention.pool_pixels(y, 0, args.out, false);
     attention.forward(y, any_fft);
     if (args.save) attention.save(image, images);
     unpack<E>(args.result, 0, args.out, [&](int64_t c, int64_t p) {
@@ -110,7 +110,7 @@ struct BlockImages {
     if (bias) bias += b.out_first;
     T* to = y + b.out_first * step;
     if (b.fft_size) {
-      T* tolerance = args.hidden ? attention.tolerance + b.out_first * L : nullptr;
+      T* tolerance = args.hidden && attention.needs_argmax() ? attention.tolerance + b.out_first * L : nullptr;
       fft<E>(b, false).run(input, bias, false, to, tolerance, sums);
     } else {
       if constexpr (sizeof(T) == sizeof(float)) {
@@ -123,8 +123,7 @@ struct BlockImages {
     }
     // The branch's y is still in the cache.
     if (branchwise) unpack_y<E>(b.out_first, b.out);
-    if (args.hidden && b.fft_size) attention.template pool_pixels<true>(y, b.out_first, b.out_first + b.out);
-    if (args.hidden && !b.fft_size) attention.template pool_pixels<false>(y, b.out_first, b.out_first + b.out);
+    if (args.hidden) attention.pool_pixels(y, b.out_first, b.out_first + b.out, b.fft_size != 0);
   }
 
   // The convolution's output to where it is wanted: saved for the backward, or the result itself.

@@ -61,7 +61,7 @@ struct BlockPixels {
     if (step != kWhole && step != kAttention) return;
     if (args.y.data) unpack<E>(args.y, image, 0, args.out, y);
     if (args.hidden) {
-      if (args.branch_count == 0) attention.template pool_pixels<false>(y, 0, args.out);
+      if (args.branch_count == 0) attention.pool_pixels(y, 0, args.out, false);
       attention.forward(y, false);
       if (args.save) attention.save(image, 1);
       for (int64_t c = 0; c < args.out; ++c) {
@@ -84,7 +84,7 @@ struct BlockPixels {
     convolve_direct<T>(shape, padded, static_cast<const T*>(args.packed) + b.packed_first,
                        bias ? bias + b.out_first : nullptr, false, raw);
     unpad_pixels(shape, b.out, raw, y + b.out_first * row, row);
-    if (args.hidden) attention.template pool_pixels<false>(y, b.out_first, b.out_first + b.out);
+    if (args.hidden) attention.pool_pixels(y, b.out_first, b.out_first + b.out, false);
   }
 
   template <class E>
