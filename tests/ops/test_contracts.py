@@ -237,6 +237,27 @@ def test_extreme_logits_saturate(engine):
         torch.testing.assert_close(got, reference.dual_attention(y, *parameters))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(18, 64, 8, 8), (3, 24, 19, 21), (9, 24, 7, 7)])
+def test_inference_gives_the_bits_of_training(engine, dtype, shape):
+    """Though it keeps no places of maxima: ties, zeros of either sign, NaN and infinity too."""
+    case = make_case(shape, dtype=dtype).cast(dtype)
+    plain = case.x.detach().clone()
+    odd = plain.round()
+    odd[0] = -0.0
+    odd[1, :, 1::2] = torch.inf
+    odd[2, 3, 2, 2] = torch.nan
+    for x in (plain, odd):
+        x.requires_grad_()
+        arguments = (case.weights, case.groups, *case.attention)
+        trained = functional.mfef_block(x, *arguments, backend="cpu")
+        with torch.no_grad():
+            used = functional.mfef_block(x, *arguments, backend="cpu")
+        assert trained.requires_grad and not used.requires_grad
+        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[used.element_size()]
+        assert torch.equal(trained.detach().view(integers), used.view(integers))
+
+
 @pytest.fixture
 def kept_memory():
     """What is freed stays with this process: several GB of fresh pages take a minute."""
