@@ -84,7 +84,7 @@ test-processors: $(PROCESSORS:%=test-processor-%)
 bench: build
 	$(BIN)/python benchmarks/bench_fusion.py
 
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc tests/ptx -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 lint: build
 	$(BIN)/ruff check .

@@ -53,7 +53,8 @@ def run(body, source, result, grid=1, block=32, shared=0, backwards=False):
         ("setp.lt.s32 %p1, %r5, 0; selp.b32 %r6, 1, 2, %p1;", lambda x: np.where(x < 0, 1, 2)),
         ("cvt.rn.f32.s32 %f1, %r5; cvt.rzi.s32.f32 %r6, %f1;", lambda x: x),
         (
-            "setp.lt.s32 %p1, %r5, 0; @%p1 bra L; mov.b32 %r6, 5; bra.uni E; L: neg.s32 %r6, %r5; E:",
+            "setp.lt.s32 %p1, %r5, 0; @%p1 bra L; mov.b32 %r6, 5; bra.uni E;"
+            " L: neg.s32 %r6, %r5; E:",
             lambda x: np.where(x < 0, -x, 5),
         ),
     ],
@@ -76,7 +77,9 @@ def test_conversions_of_halves(name, dtype):
     assert torch.equal(y, x.to(dtype).float())
 
 
-@pytest.mark.parametrize("kind, k", [("tf32", 4), ("tf32", 8), ("bf16", 8), ("bf16", 16), ("f16", 16)])
+@pytest.mark.parametrize(
+    "kind, k", [("tf32", 4), ("tf32", 8), ("bf16", 8), ("bf16", 16), ("f16", 16)]
+)
 def test_mma(kind, k):
     """Lane 4 r + q holds rows r and r + 8 of A, column r of B, columns 2 q and 2 q + 1 of C."""
     generator = np.random.default_rng(0)
@@ -99,9 +102,7 @@ def test_mma(kind, k):
     source = np.ascontiguousarray(np.stack(registers))
     of_a = 2 * k // (4 * per)
     names = [f"%r{10 + n}" for n in range(len(registers))]
-    body = "".join(
-        f"ld.global.b32 {name}, [%rd4+{128 * n}];\n" for n, name in enumerate(names)
-    )
+    body = "".join(f"ld.global.b32 {name}, [%rd4+{128 * n}];\n" for n, name in enumerate(names))
     c = "{%f1, %f2, %f3, %f4}"
     body += "".join(f"mov.f32 %f{n}, 0f3F800000;\n" for n in range(1, 5))
     body += f"mma.sync.aligned.m16n8k{k}.row.col.f32.{kind}.{kind}.f32 {c}, "

@@ -12,9 +12,52 @@
 namespace ptx {
 
 enum class Op {
-  add, sub, mul, mad, fma, div, rem, min, max, neg, abs, and_, or_, xor_, not_, shl, shr, bfe, lop3, prmt, popc, clz,
-  mov, selp, setp, cvt, cvta, ex2, rcp, sqrt, rsqrt, ld, st, bra, ret, bar, bar_warp, shfl, vote, activemask, cp_async,
-  cp_commit, cp_wait, ldmatrix, mma, fence
+  add,
+  sub,
+  mul,
+  mad,
+  fma,
+  div,
+  rem,
+  min,
+  max,
+  neg,
+  abs,
+  and_,
+  or_,
+  xor_,
+  not_,
+  shl,
+  shr,
+  bfe,
+  lop3,
+  prmt,
+  popc,
+  clz,
+  mov,
+  selp,
+  setp,
+  cvt,
+  cvta,
+  ex2,
+  rcp,
+  sqrt,
+  rsqrt,
+  ld,
+  st,
+  bra,
+  ret,
+  bar,
+  bar_warp,
+  shfl,
+  vote,
+  activemask,
+  cp_async,
+  cp_commit,
+  cp_wait,
+  ldmatrix,
+  mma,
+  fence
 };
 
 enum class Space { generic, global, shared, param };
@@ -33,17 +76,18 @@ struct Instruction {
   Type type, from;  // from: of the source, where it differs (cvt, mma)
   Space space = Space::generic, to_space = Space::generic;
   Compare compare{};
-  char mode = ' ';   // l, h, w: lo, hi, wide; of shfl b, i, u, d; of vote a, y (any), b; of cvt the rounding n, z, i, m, p, a
+  char mode =
+      ' ';  // l, h, w: lo, hi, wide; of shfl b, i, u, d; of vote a, y (any), b; of cvt the rounding n, z, i, m, p, a
   char combine = ' ';  // a, o, x: setp.and, .or, .xor
   bool saturate = false, ftz = false, trans = false, to = false;
   int vector = 1, k = 0;
   int guard = -1;
   bool guard_not = false;
   int target = -1;
-  int64_t offset = 0;                       // of the address
-  std::vector<int> out, in;                 // slots; -1: none (the sink _)
-  std::vector<bool> in_not;                 // !%p
-  std::vector<std::array<int, 2>> groups;   // of in: where each operand begins, how many slots it has
+  int64_t offset = 0;                      // of the address
+  std::vector<int> out, in;                // slots; -1: none (the sink _)
+  std::vector<bool> in_not;                // !%p
+  std::vector<std::array<int, 2>> groups;  // of in: where each operand begins, how many slots it has
   int line = 0;
 };
 

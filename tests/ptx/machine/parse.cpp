@@ -51,17 +51,52 @@ bool read_type(const std::string& word, Type& type) {
   return true;
 }
 
-const std::map<std::string, Op> kOps = {
-    {"add", Op::add},   {"sub", Op::sub},     {"mul", Op::mul},     {"mad", Op::mad},    {"fma", Op::fma},
-    {"div", Op::div},   {"rem", Op::rem},     {"min", Op::min},     {"max", Op::max},    {"neg", Op::neg},
-    {"abs", Op::abs},   {"and", Op::and_},    {"or", Op::or_},      {"xor", Op::xor_},   {"not", Op::not_},
-    {"shl", Op::shl},   {"shr", Op::shr},     {"bfe", Op::bfe},     {"lop3", Op::lop3},  {"prmt", Op::prmt},
-    {"popc", Op::popc}, {"clz", Op::clz},     {"mov", Op::mov},     {"selp", Op::selp},  {"setp", Op::setp},
-    {"cvt", Op::cvt},   {"cvta", Op::cvta},   {"ex2", Op::ex2},     {"rcp", Op::rcp},    {"sqrt", Op::sqrt},
-    {"rsqrt", Op::rsqrt}, {"ld", Op::ld},     {"st", Op::st},       {"bra", Op::bra},    {"ret", Op::ret},
-    {"exit", Op::ret},  {"bar", Op::bar},     {"barrier", Op::bar}, {"shfl", Op::shfl},  {"vote", Op::vote},
-    {"activemask", Op::activemask}, {"cp", Op::cp_async}, {"ldmatrix", Op::ldmatrix}, {"mma", Op::mma},
-    {"fence", Op::fence}, {"membar", Op::fence}};
+const std::map<std::string, Op> kOps = {{"add", Op::add},
+                                        {"sub", Op::sub},
+                                        {"mul", Op::mul},
+                                        {"mad", Op::mad},
+                                        {"fma", Op::fma},
+                                        {"div", Op::div},
+                                        {"rem", Op::rem},
+                                        {"min", Op::min},
+                                        {"max", Op::max},
+                                        {"neg", Op::neg},
+                                        {"abs", Op::abs},
+                                        {"and", Op::and_},
+                                        {"or", Op::or_},
+                                        {"xor", Op::xor_},
+                                        {"not", Op::not_},
+                                        {"shl", Op::shl},
+                                        {"shr", Op::shr},
+                                        {"bfe", Op::bfe},
+                                        {"lop3", Op::lop3},
+                                        {"prmt", Op::prmt},
+                                        {"popc", Op::popc},
+                                        {"clz", Op::clz},
+                                        {"mov", Op::mov},
+                                        {"selp", Op::selp},
+                                        {"setp", Op::setp},
+                                        {"cvt", Op::cvt},
+                                        {"cvta", Op::cvta},
+                                        {"ex2", Op::ex2},
+                                        {"rcp", Op::rcp},
+                                        {"sqrt", Op::sqrt},
+                                        {"rsqrt", Op::rsqrt},
+                                        {"ld", Op::ld},
+                                        {"st", Op::st},
+                                        {"bra", Op::bra},
+                                        {"ret", Op::ret},
+                                        {"exit", Op::ret},
+                                        {"bar", Op::bar},
+                                        {"barrier", Op::bar},
+                                        {"shfl", Op::shfl},
+                                        {"vote", Op::vote},
+                                        {"activemask", Op::activemask},
+                                        {"cp", Op::cp_async},
+                                        {"ldmatrix", Op::ldmatrix},
+                                        {"mma", Op::mma},
+                                        {"fence", Op::fence},
+                                        {"membar", Op::fence}};
 
 const std::map<std::string, Compare> kCompare = {
     {"eq", Compare::eq},   {"ne", Compare::ne},   {"lt", Compare::lt},   {"le", Compare::le},   {"gt", Compare::gt},
@@ -89,8 +124,9 @@ class Parser {
     bool comment = false;
     for (size_t i = 0; i < module_.lines.size(); ++i) {
       line_ = int(i) + 1;
-      std::string text = module_.lines[i];
-      for (size_t at = 0; at < text.size(); ++at) {  // without comments
+      const std::string& text = module_.lines[i];
+      if (!kernel_ && text.find(".section") != std::string::npos) break;  // debugging information comes last
+      for (size_t at = 0; at < text.size(); ++at) {                       // without comments
         if (comment) {
           if (text.compare(at, 2, "*/") == 0) comment = false, ++at;
           continue;
@@ -102,6 +138,10 @@ class Parser {
           continue;
         }
         const char c = text[at];
+        if (c != '{' && c != '}' && c != ';' && c != ':') {
+          statement += c;
+          continue;
+        }
         const std::string so_far = strip(statement);
         if (c == '{' && (!kernel_ || so_far.empty())) {
           if (!kernel_ || depth_ == 0) begin(so_far);
@@ -170,6 +210,7 @@ class Parser {
     kernel_ = &module_.kernels[name];
     kernel_->name = name;
     slots_.clear();
+    constants_.clear();
     labels_.clear();
     jumps_.clear();
     names_ = shared_;
@@ -225,19 +266,18 @@ class Parser {
 
   int constant(Constant::Kind kind, uint64_t value) {
     auto& all = kernel_->constants;
-    for (size_t i = 0; i < all.size(); ++i) {
-      if (all[i].kind == kind && all[i].value == value) return -2 - int(i);
-    }
-    all.push_back({kind, value});
-    return -1 - int(all.size());
+    const auto [found, fresh] = constants_.try_emplace({int(kind), value}, -2 - int(all.size()));
+    if (fresh) all.push_back({kind, value});
+    return found->second;
   }
 
   int slot(const std::string& text) {
     if (text == "_") return -1;
     if (text[0] == '%') {
       static const std::map<std::string, Constant::Kind> special = {
-          {"%tid", Constant::Kind::tid},       {"%ntid", Constant::Kind::ntid},     {"%ctaid", Constant::Kind::ctaid},
-          {"%nctaid", Constant::Kind::nctaid}, {"%laneid", Constant::Kind::laneid}, {"%warpid", Constant::Kind::warpid}};
+          {"%tid", Constant::Kind::tid},       {"%ntid", Constant::Kind::ntid},
+          {"%ctaid", Constant::Kind::ctaid},   {"%nctaid", Constant::Kind::nctaid},
+          {"%laneid", Constant::Kind::laneid}, {"%warpid", Constant::Kind::warpid}};
       const size_t dot = text.find('.');
       if (auto found = special.find(text.substr(0, dot)); found != special.end()) {
         return constant(found->second, dot == std::string::npos ? 0 : uint64_t(text[dot + 1] - 'x'));
@@ -266,7 +306,7 @@ class Parser {
     if (text[0] == '.') {
       const bool shared = text.find(".shared") != std::string::npos;
       if (shared) declare_shared(text);
-      if (shared || text.rfind(".reg", 0) == 0) return;
+      if (shared || text.rfind(".reg", 0) == 0 || text.rfind(".pragma", 0) == 0) return;
       fail("unknown directive " + text);
     }
     if (!kernel_) fail("an instruction outside of a kernel: " + text);
@@ -292,11 +332,11 @@ class Parser {
 
   void modifiers(Instruction& i, const Strings& words, const std::string& name) {
     static const std::map<std::string, char> modes = {
-        {"lo", 'l'},  {"hi", 'h'},  {"wide", 'w'}, {"bfly", 'b'}, {"idx", 'i'},  {"up", 'u'},   {"down", 'd'},
-        {"all", 'a'}, {"any", 'y'}, {"ballot", 'b'}, {"rn", 'n'}, {"rz", 'z'},   {"rna", 'a'},  {"rni", 'N'},
-        {"rzi", 'Z'}, {"rmi", 'M'}, {"rpi", 'P'},  {"rp", 'p'},   {"rm", 'm'}};
-    static const std::map<std::string, Space> spaces = {{"global", Space::global}, {"shared", Space::shared},
-                                                        {"shared::cta", Space::shared}, {"param", Space::param}};
+        {"lo", 'l'},  {"hi", 'h'},  {"wide", 'w'},   {"bfly", 'b'}, {"idx", 'i'}, {"up", 'u'},  {"down", 'd'},
+        {"all", 'a'}, {"any", 'y'}, {"ballot", 'b'}, {"rn", 'n'},   {"rz", 'z'},  {"rna", 'a'}, {"rni", 'N'},
+        {"rzi", 'Z'}, {"rmi", 'M'}, {"rpi", 'P'},    {"rp", 'p'},   {"rm", 'm'}};
+    static const std::map<std::string, Space> spaces = {
+        {"global", Space::global}, {"shared", Space::shared}, {"shared::cta", Space::shared}, {"param", Space::param}};
     std::vector<Type> types;
     for (size_t w = 1; w < words.size(); ++w) {
       const std::string& word = words[w];
@@ -388,6 +428,7 @@ class Parser {
   int line_ = 0, depth_ = 0;
   int64_t shared_end_ = 0, module_shared_ = 0;
   std::map<std::string, int> slots_, labels_;
+  std::map<std::pair<int, uint64_t>, int> constants_;
   std::map<std::string, uint64_t> names_, shared_;
   std::vector<std::pair<int, std::string>> jumps_;
 };

@@ -82,8 +82,7 @@ class Launch {
  private:
   void run_block(int64_t number, bool backwards) {
     number_ = number;
-    ctaid_ = {uint32_t(number % grid_.x), uint32_t(number / grid_.x % grid_.y),
-              uint32_t(number / grid_.x / grid_.y)};
+    ctaid_ = {uint32_t(number % grid_.x), uint32_t(number / grid_.x % grid_.y), uint32_t(number / grid_.x / grid_.y)};
     std::fill(shadow_.begin(), shadow_.end(), SharedByte{});
     std::fill(shared_.begin(), shared_.end(), uint8_t(0xff));  // NaN, if it is read
     epoch_ = 1;
@@ -271,8 +270,7 @@ bool Launch::shared(const Instruction& i, int lane, uint64_t address, int bytes,
     early |= byte.pending;
     if (writes) {
       race |= unordered(byte.reader, byte.read_epoch, byte.read_warp_epoch) ||
-              (byte.several && byte.read_epoch == epoch_ &&
-               (byte.other_warp || byte.read_warp_epoch == warp_->epoch));
+              (byte.several && byte.read_epoch == epoch_ && (byte.other_warp || byte.read_warp_epoch == warp_->epoch));
       byte.written = true;
       byte.writer = thread;
       byte.write_epoch = epoch_;
@@ -330,21 +328,35 @@ void Launch::store(const Instruction& i, int lane, Space space, uint64_t address
 template <class T>
 T arithmetic(Op op, T a, T b, T c) {
   switch (op) {
-    case Op::add: return a + b;
-    case Op::sub: return a - b;
-    case Op::mul: return a * b;
-    case Op::div: return a / b;
+    case Op::add:
+      return a + b;
+    case Op::sub:
+      return a - b;
+    case Op::mul:
+      return a * b;
+    case Op::div:
+      return a / b;
     case Op::fma:
-    case Op::mad: return std::fma(a, b, c);
-    case Op::min: return std::fmin(a, b);
-    case Op::max: return std::fmax(a, b);
-    case Op::neg: return -a;
-    case Op::abs: return std::fabs(a);
-    case Op::ex2: return std::exp2(a);
-    case Op::rcp: return T(1) / a;
-    case Op::sqrt: return std::sqrt(a);
-    case Op::rsqrt: return T(1) / std::sqrt(a);
-    default: throw std::runtime_error("no arithmetic of floating-point numbers");
+    case Op::mad:
+      return std::fma(a, b, c);
+    case Op::min:
+      return std::fmin(a, b);
+    case Op::max:
+      return std::fmax(a, b);
+    case Op::neg:
+      return -a;
+    case Op::abs:
+      return std::fabs(a);
+    case Op::ex2:
+      return std::exp2(a);
+    case Op::rcp:
+      return T(1) / a;
+    case Op::sqrt:
+      return std::sqrt(a);
+    case Op::rsqrt:
+      return T(1) / std::sqrt(a);
+    default:
+      throw std::runtime_error("no arithmetic of floating-point numbers");
   }
 }
 
@@ -358,8 +370,7 @@ uint64_t Launch::compute(const Instruction& i, uint64_t a, uint64_t b, uint64_t 
   }
   if (i.type.kind == 'f') {
     using D = double;
-    return std::bit_cast<uint64_t>(
-        arithmetic(i.op, std::bit_cast<D>(a), std::bit_cast<D>(b), std::bit_cast<D>(c)));
+    return std::bit_cast<uint64_t>(arithmetic(i.op, std::bit_cast<D>(a), std::bit_cast<D>(b), std::bit_cast<D>(c)));
   }
   if (i.type.kind == 'h') {
     uint64_t result = 0;
@@ -377,29 +388,42 @@ uint64_t Launch::compute(const Instruction& i, uint64_t a, uint64_t b, uint64_t 
     if (i.mode == 'w') return is_signed ? uint64_t(sa * sb) : ua * ub;
     if (i.mode != 'h') return ua * ub;
     if (is_signed) return uint64_t(__int128(sa) * sb >> bits);
-    return uint64_t((unsigned __int128)(ua) * ub >> bits);
+    return uint64_t((unsigned __int128)(ua)*ub >> bits);
   };
   const int width = i.mode == 'w' ? 2 * bits : bits;
   switch (i.op) {
-    case Op::add: return cut(a + b, width);
-    case Op::sub: return cut(a - b, width);
-    case Op::mul: return cut(product(), width);
-    case Op::mad: return cut(product() + c, width);
+    case Op::add:
+      return cut(a + b, width);
+    case Op::sub:
+      return cut(a - b, width);
+    case Op::mul:
+      return cut(product(), width);
+    case Op::mad:
+      return cut(product() + c, width);
     case Op::div:
       if (ub == 0) return cut(~uint64_t(0), bits);
       return is_signed ? cut(uint64_t(sb == -1 ? -sa : sa / sb), bits) : ua / ub;
     case Op::rem:
       if (ub == 0) return ua;
       return is_signed ? cut(uint64_t(sb == -1 ? 0 : sa % sb), bits) : ua % ub;
-    case Op::min: return is_signed ? cut(uint64_t(std::min(sa, sb)), bits) : std::min(ua, ub);
-    case Op::max: return is_signed ? cut(uint64_t(std::max(sa, sb)), bits) : std::max(ua, ub);
-    case Op::neg: return cut(-a, bits);
-    case Op::abs: return cut(uint64_t(sa < 0 ? -sa : sa), bits);
-    case Op::and_: return a & b;
-    case Op::or_: return a | b;
-    case Op::xor_: return a ^ b;
-    case Op::not_: return i.type.kind == 'p' ? a == 0 : cut(~a, bits);
-    case Op::shl: return cut(b, 32) >= uint64_t(bits) ? 0 : cut(a << cut(b, 32), bits);
+    case Op::min:
+      return is_signed ? cut(uint64_t(std::min(sa, sb)), bits) : std::min(ua, ub);
+    case Op::max:
+      return is_signed ? cut(uint64_t(std::max(sa, sb)), bits) : std::max(ua, ub);
+    case Op::neg:
+      return cut(-a, bits);
+    case Op::abs:
+      return cut(uint64_t(sa < 0 ? -sa : sa), bits);
+    case Op::and_:
+      return a & b;
+    case Op::or_:
+      return a | b;
+    case Op::xor_:
+      return a ^ b;
+    case Op::not_:
+      return i.type.kind == 'p' ? a == 0 : cut(~a, bits);
+    case Op::shl:
+      return cut(b, 32) >= uint64_t(bits) ? 0 : cut(a << cut(b, 32), bits);
     case Op::shr: {
       const uint64_t by = std::min<uint64_t>(cut(b, 32), 63);
       return is_signed ? cut(uint64_t(sa >> by), bits) : by >= uint64_t(bits) ? 0 : ua >> by;
@@ -422,9 +446,12 @@ uint64_t Launch::compute(const Instruction& i, uint64_t a, uint64_t b, uint64_t 
       }
       return result;
     }
-    case Op::popc: return uint64_t(std::popcount(ua));
-    case Op::clz: return uint64_t(std::countl_zero(ua) - (64 - bits));
-    default: throw std::runtime_error("unknown integer instruction: " + module_.lines[size_t(i.line) - 1]);
+    case Op::popc:
+      return uint64_t(std::popcount(ua));
+    case Op::clz:
+      return uint64_t(std::countl_zero(ua) - (64 - bits));
+    default:
+      throw std::runtime_error("unknown integer instruction: " + module_.lines[size_t(i.line) - 1]);
   }
 }
 
@@ -432,20 +459,34 @@ bool Launch::holds(const Instruction& i, uint64_t ia, uint64_t ib) {
   auto test = [&](auto a, auto b) {
     const bool unordered = a != a || b != b;
     switch (i.compare) {
-      case Compare::eq: return a == b;
-      case Compare::ne: return a != b && !unordered;
-      case Compare::lt: return a < b;
-      case Compare::le: return a <= b;
-      case Compare::gt: return a > b;
-      case Compare::ge: return a >= b;
-      case Compare::equ: return a == b || unordered;
-      case Compare::neu: return a != b;
-      case Compare::ltu: return !(a >= b);
-      case Compare::leu: return !(a > b);
-      case Compare::gtu: return !(a <= b);
-      case Compare::geu: return !(a < b);
-      case Compare::num: return !unordered;
-      case Compare::nan: return unordered;
+      case Compare::eq:
+        return a == b;
+      case Compare::ne:
+        return a != b && !unordered;
+      case Compare::lt:
+        return a < b;
+      case Compare::le:
+        return a <= b;
+      case Compare::gt:
+        return a > b;
+      case Compare::ge:
+        return a >= b;
+      case Compare::equ:
+        return a == b || unordered;
+      case Compare::neu:
+        return a != b;
+      case Compare::ltu:
+        return !(a >= b);
+      case Compare::leu:
+        return !(a > b);
+      case Compare::gtu:
+        return !(a <= b);
+      case Compare::geu:
+        return !(a < b);
+      case Compare::num:
+        return !unordered;
+      case Compare::nan:
+        return unordered;
     }
     return false;
   };
@@ -584,9 +625,7 @@ void Launch::execute(Warp& warp, const Instruction& i, uint32_t mask) {
       });
       break;
     case Op::cvta: {
-      const uint64_t window = i.space == Space::shared  ? kSharedWindow
-                              : i.space == Space::param ? kParamWindow
-                                                        : 0;
+      const uint64_t window = i.space == Space::shared ? kSharedWindow : i.space == Space::param ? kParamWindow : 0;
       each([&](int lane) { put(0, lane, get(warp, i, 0, lane) + (i.to ? -window : window)); });
       break;
     }
@@ -719,8 +758,9 @@ void Launch::execute(Warp& warp, const Instruction& i, uint32_t mask) {
       break;
     default:
       each([&](int lane) {
-        put(0, lane, compute(i, get(warp, i, 0, lane), i.in.size() > 1 ? get(warp, i, 1, lane) : 0,
-                             i.in.size() > 2 ? get(warp, i, 2, lane) : 0));
+        put(0, lane,
+            compute(i, get(warp, i, 0, lane), i.in.size() > 1 ? get(warp, i, 1, lane) : 0,
+                    i.in.size() > 2 ? get(warp, i, 2, lane) : 0));
       });
   }
 }
