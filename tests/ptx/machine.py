@@ -20,8 +20,14 @@ SOURCES = sorted((Path(__file__).parent / "machine").iterdir())
 def library() -> ctypes.CDLL:
     """The machine, compiled anew where a source has changed."""
     command = [
-        *(os.environ.get("CXX", "c++"), "-std=c++20", "-O2", "-ffp-contract=off", "-shared"),
-        *("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
+        *(
+            os.environ.get("CXX", "c++"),
+            "-std=c++20",
+            "-O2",
+            "-ffp-contract=off",
+            "-frounding-math",
+        ),
+        *("-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
         *(str(path) for path in SOURCES if path.suffix == ".cpp"),
     ]
     content = b"".join(path.read_bytes() for path in SOURCES) + " ".join(command).encode()

@@ -115,6 +115,17 @@ def test_mma(kind, k):
         np.testing.assert_array_equal(result[n], expected[row + n // 2 * 8, 2 * quarter + n % 2])
 
 
+@pytest.mark.parametrize(
+    "rounding, expected", [("rn", 1.0), ("rm", 1.0 - 2.0**-24), ("rz", 1.0 - 2.0**-24)]
+)
+def test_rounding_of_fma(rounding, expected):
+    y = np.zeros(32, np.float32)
+    body = "mov.f32 %f1, 0f3F800000; mov.f32 %f2, 0fB0000000;"  # 1 and -2**-31
+    body += f" fma.{rounding}.f32 %f3, %f1, %f1, %f2; st.global.f32 [%rd5], %f3;"
+    assert not run(body, np.zeros(1), y).reports
+    assert (y == np.float32(expected)).all()
+
+
 STORE = "st.shared.b32 [%r4], %r1; "
 LOAD = "xor.b32 %r5, %r3, 4; add.s32 %r5, %r2, %r5; ld.shared.b32 %r6, [%r5]; "
 FAR = "xor.b32 %r5, %r3, 128; add.s32 %r5, %r2, %r5; ld.shared.b32 %r6, [%r5]; "

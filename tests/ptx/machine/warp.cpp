@@ -1,6 +1,7 @@
 // Thread blocks of a launch, one after the other: warps of 32 lanes, memory and what is watched in it.
 #include <algorithm>
 #include <bit>
+#include <cfenv>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -363,7 +364,13 @@ T arithmetic(Op op, T a, T b, T c) {
 uint64_t Launch::compute(const Instruction& i, uint64_t a, uint64_t b, uint64_t c) {
   const int bits = i.type.bits;
   if (i.type.kind == 'f' && bits == 32) {
+    const bool directed = i.mode == 'm' || i.mode == 'p' || i.mode == 'z';
+    if (directed && i.op != Op::fma) {
+      throw std::runtime_error("rounding is not known: " + module_.lines[size_t(i.line) - 1]);
+    }
+    if (directed) std::fesetround(i.mode == 'm' ? FE_DOWNWARD : i.mode == 'p' ? FE_UPWARD : FE_TOWARDZERO);
     float value = arithmetic(i.op, as_float(a), as_float(b), as_float(c));
+    if (directed) std::fesetround(FE_TONEAREST);
     if (i.saturate) value = std::isnan(value) ? 0 : std::clamp(value, 0.0f, 1.0f);
     if (i.ftz && std::fabs(value) < 0x1p-126f) value = std::copysign(0.0f, value);
     return of_float(value);
