@@ -1,4 +1,9 @@
-"""Kernels of compiled PTX, executed and watched: tests/ptx/machine, built and loaded."""
+"""Kernels of compiled PTX, executed and watched: tests/ptx/machine, built and loaded.
+
+The instructions that test_machine.py executes are known to be right, others are not yet; parameters
+are pointers, grids have one dimension. The kernels of csrc/cuda do not run here yet: their tests
+use tests/backends/cuda/host.cpp.
+"""
 
 import ctypes
 import fcntl
