@@ -24,20 +24,22 @@ using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline std::string shape_of(const Tensor& t) {
+inline std::string text_of(const std::vector<int64_t>& shape) {
   std::string s = "(";
-  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
   return s + ")";
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < t.dim(); ++i) shape.push_back(t.size(i));
+  return text_of(shape);
 }
 
 inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& shape) {
   bool same = t.dim() == int64_t(shape.size());
-  std::string wanted = "(";
-  for (size_t i = 0; i < shape.size(); ++i) {
-    same = same && t.size(int64_t(i)) == shape[i];
-    wanted += (i ? ", " : "") + std::to_string(shape[i]);
-  }
-  STD_TORCH_CHECK(same, "mfef: ", name, " has shape ", shape_of(t), ", expected ", wanted, ")");
+  for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(int64_t(i)) == shape[i];
+  STD_TORCH_CHECK(same, "mfef: ", name, " has shape ", shape_of(t), ", expected ", text_of(shape));
 }
 
 inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
@@ -204,11 +206,13 @@ inline bool is_channels_last(const Tensor& x) {
 inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype,
                             const Tensor& like) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  const auto error =
       aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.device().type())),
-                               like.device().index(), &handle));
+                               like.device().index(), &handle);
+  // Under torch 2.10 the error that the function hides has no message.
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "mfef: torch has no memory for a tensor of shape ", text_of(sizes));
   return Tensor(handle);
 }
 
