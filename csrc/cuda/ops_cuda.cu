@@ -18,6 +18,14 @@ namespace mfef::cuda {
 
 // --- the device -------------------------------------------------------------------------------
 
+#ifdef MFEF_CUDA_NAMESPACE  // of a test that executes the kernels' PTX on CPU tensors (tests/ptx)
+struct TestSettings {
+  int64_t most_partials, scratch_bytes;
+  bool one_slice;  // a weight gradient of a launch of its own sums all of the batch in one chain
+};
+extern TestSettings test_settings;
+#endif
+
 #ifdef __CUDACC__
 
 // The device of a tensor is the current one while this lives, and `stream` its current stream.
@@ -32,7 +40,11 @@ struct Device {
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     return bytes;
   }
+#ifdef MFEF_CUDA_NAMESPACE
+  static int64_t most_partials() { return test_settings.most_partials; }
+#else
   static constexpr int64_t most_partials() { return kMostPartials; }
+#endif
   void* stream = nullptr;
 
  private:
@@ -112,7 +124,11 @@ class Call {
     args.x = map_of(x);
   }
 
-#ifndef __CUDACC__
+#ifdef MFEF_CUDA_NAMESPACE
+  ~Call() {
+    for (const Tensor& t : memory_) test_settings.scratch_bytes += t.numel() * int64_t(t.element_size());
+  }
+#elif !defined(__CUDACC__)
   ~Call() {
     for (const Tensor& t : memory_) host_scratch_bytes += t.numel() * int64_t(t.element_size());
   }
@@ -242,6 +258,13 @@ class Call {
     args.pass_images = plan_.pass_images;
     args.matrix_tiles = plan_.matrix_tiles;
     args.matrix_images = plan_.matrix_images;
+#ifdef MFEF_CUDA_NAMESPACE
+    if (test_settings.one_slice && !args.weights_in_backward) {
+      args.slice_images *= args.slices;
+      args.large.matrix_slice *= args.slices;
+      args.slices = 1;
+    }
+#endif
   }
 
   // The convolution from `source` to `dest`, where there is one; with statistics where there is room for them.
@@ -375,7 +398,9 @@ std::string cuda_build_info() {
 }  // namespace
 }  // namespace mfef::cuda
 
-#ifdef __CUDACC__
+#ifdef MFEF_CUDA_NAMESPACE  // of a test that executes the kernels' PTX (tests/ptx)
+STABLE_TORCH_LIBRARY_IMPL(MFEF_CUDA_NAMESPACE, CPU, m) {
+#elif defined(__CUDACC__)
 STABLE_TORCH_LIBRARY_IMPL(mfef, CompositeExplicitAutograd, m) {
   m.impl("cuda_build_info", TORCH_BOX(&mfef::cuda::cuda_build_info));
 }

@@ -547,6 +547,42 @@ uint64_t Launch::convert(const Instruction& i, uint64_t a, uint64_t b) {
   return to.bits == 32 ? of_float(float(value)) : std::bit_cast<uint64_t>(value);
 }
 
+// How tensor cores add products; nothing about it is specified. kAligned is what measurements found of an A100 (Fasi et
+// al. 2021, Khattak and Mikaitis 2025): the sum and 8 products, 4 in TF32, are cut towards zero one place below the last
+// of the largest of them, added, and cut to float32. kTruncated cuts after every product, which is worse than any
+// hardware known.
+enum class Adding : int { kNearest = 0, kAligned = 1, kTruncated = 2 };
+Adding adding = Adding::kNearest;
+
+float cut_to_float(double value) {
+  const float nearest = float(value);
+  return std::fabs(double(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+// sum + a b, of which tensor cores add `group` products at once. Products are exact in double.
+float dot(const float* a, const float* b, int k, int stride_b, int group, float sum) {
+  if (adding == Adding::kNearest) {
+    double all = sum;
+    for (int at = 0; at < k; ++at) all += double(a[at]) * b[at * stride_b];
+    return float(all);
+  }
+  const bool align = adding == Adding::kAligned;
+  const int step = align ? group : 1;
+  for (int first = 0; first < k; first += step) {
+    double exponent = std::logb(sum);  // the largest; infinite where all are zero or one is infinite
+    for (int at = first; at < first + step; ++at) {
+      exponent = std::fmax(exponent, std::logb(a[at]) + std::logb(b[at * stride_b]));
+    }
+    const bool cut = align && std::isfinite(exponent);
+    const double unit = cut ? std::ldexp(1.0, int(exponent) - 24) : 0.0;  // the last place of a float32 is 23 behind
+    auto aligned = [&](double term) { return cut ? std::trunc(term / unit) * unit : term; };
+    double all = aligned(sum);
+    for (int at = first; at < first + step; ++at) all += aligned(double(a[at]) * double(b[at * stride_b]));
+    sum = cut_to_float(all);
+  }
+  return sum;
+}
+
 // The fragments are those of the PTX manual: lane 4 r + q holds rows r and r + 8 of A and of C, and column r of B.
 void Launch::multiply(Warp& warp, const Instruction& i) {
   const bool halves = i.from.kind == 'h';
@@ -574,9 +610,9 @@ void Launch::multiply(Warp& warp, const Instruction& i) {
   for (int lane = 0; lane < kLanes; ++lane) {
     for (int n = 0; n < 4; ++n) {
       const int row = lane / 4 + n / 2 * 8, column = lane % 4 * 2 + n % 2;
-      double sum = as_float(get(warp, i, size_t(i.groups[2][0] + n), lane));
-      for (int at = 0; at < k; ++at) sum += double(a[size_t(row * k + at)]) * b[size_t(at * 8 + column)];
-      warp.registers[size_t(i.out[size_t(n)])][size_t(lane)] = of_float(float(sum));
+      const float before = as_float(get(warp, i, size_t(i.groups[2][0] + n), lane));
+      const float sum = dot(&a[size_t(row * k)], &b[size_t(column)], k, 8, halves ? 8 : 4, before);
+      warp.registers[size_t(i.out[size_t(n)])][size_t(lane)] = of_float(sum);
     }
   }
 }
@@ -797,6 +833,18 @@ PTX_EXPORT void* ptx_parse(const char* text) {
 PTX_EXPORT void ptx_free(void* module) { delete static_cast<ptx::Module*>(module); }
 
 PTX_EXPORT const char* ptx_answer() { return ptx::answer().c_str(); }
+
+// 0: to the nearest, 1: as an A100, 2: every product cut.
+PTX_EXPORT void ptx_set_adding(int adding) { ptx::adding = static_cast<ptx::Adding>(adding); }
+
+// Bytes of a kernel's parameters, or -1.
+PTX_EXPORT int64_t ptx_param_bytes(const void* module, const char* name) {
+  const auto& kernels = static_cast<const ptx::Module*>(module)->kernels;
+  const auto found = kernels.find(name);
+  if (found != kernels.end()) return found->second.param_bytes;
+  ptx::answer() = std::string("no kernel ") + name;
+  return -1;
+}
 
 // The instructions executed, or -1; ptx_answer() has the reports, one a line. ranges: begins and ends of the memory
 // that the kernel may use. dims: grid, then block.
