@@ -7,8 +7,8 @@ import torch
 
 from mfef_ext import backends
 from mfef_ext.backends import cuda
-from tests.backends.cuda.host import Host, build
 from tests.backends.interpreter import interpret
+from tests.ptx.cuda import Device, build, nvcc
 
 
 @pytest.fixture
@@ -25,8 +25,10 @@ def interpreted(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def host_library() -> Host:
-    return Host(build())
+def host_library() -> Device:
+    if nvcc() is None:
+        pytest.skip("no nvcc: the CUDA kernels cannot be compiled")
+    return Device(build())
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def replace(monkeypatch):
 
 @pytest.fixture
 def host(host_library, replace):
-    """The host's kernels in the place of the CUDA backend."""
+    """The CUDA kernels on the PTX machine in the place of the CUDA backend."""
     conditions = [
         backends.Condition(lambda p: p.dtype in cuda.DTYPES, lambda p: f"dtype {p.dtype}"),
     ]

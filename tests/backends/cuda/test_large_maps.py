@@ -19,7 +19,7 @@ from tests.accuracy import (
     make_case,
     run_block,
 )
-from tests.backends.cuda.host import ALIGNED, H200, NEAREST
+from tests.ptx.cuda import ALIGNED, H200, NEAREST
 from tests.backends.cuda.test_plan import problem
 from tests.backends.cuda.tf32 import on_tf32_operands, rounded
 from tests.backends.triton.test_attention import draw_case, expected

@@ -9,7 +9,7 @@ import torch
 from mfef_ext import _C, functional, reference
 from mfef_ext.problem import describe_multi_scale_conv2d
 from tests.accuracy import Errors, largest, make_case
-from tests.backends.cuda.host import ALIGNED, H200, NEAREST, TRUNCATED
+from tests.ptx.cuda import ALIGNED, H200, NEAREST, TRUNCATED
 from tests.backends.cuda.test_plan import problem
 from tests.backends.cuda.tf32 import rounded
 
@@ -67,7 +67,7 @@ def test_pieces_in_turn(host, dtype, shape, groups, buffers):
     for layout, backwards in itertools.product(LAYOUTS, (False, True)):
         host.set(backwards=backwards, one_slice=True)
         maps = (t.contiguous(memory_format=layout) for t in (grad, x))
-        _, (got,), _ = torch.ops.mfef_cuda_host.multi_scale_conv2d_backward(
+        _, (got,), _ = torch.ops.mfef_ptx.multi_scale_conv2d_backward(
             *maps, [weight], [groups], True, None, False, True, True
         )
         assert torch.equal(got, wanted)
@@ -85,7 +85,7 @@ def test_pieces_of_wide_kernels(host):
     plan = _C.cuda_plan(described.sizes(), tf32=True, shared_limit=H200)
     assert plan["weight_gradient_buffers"] == 1
     assert 74 * 1024 < plan["weight_gradient_shared_bytes"] < 80 * 1024
-    _, (got,), _ = torch.ops.mfef_cuda_host.multi_scale_conv2d_backward(
+    _, (got,), _ = torch.ops.mfef_ptx.multi_scale_conv2d_backward(
         grad, x, [weight], groups, True, None, False, True, True
     )
     assert torch.equal(got, wanted)
@@ -144,7 +144,7 @@ def weight_gradients(f, case, dtype, layout=torch.contiguous_format):
 def test_tf32(device, layout, shape, options, branches):
     """Sums in float32 of products of rounded operands, no worse than eager's of the same; where
     tensor cores have no part, of operands as they are."""
-    namespace = torch.ops.mfef if device == "cuda" else torch.ops.mfef_cuda_host
+    namespace = torch.ops.mfef if device == "cuda" else torch.ops.mfef_ptx
     errors = Errors(torch.float32)
     for seed in range(3):
         case = make_case(shape, dtype=torch.float32, seed=seed, **options)
@@ -189,7 +189,7 @@ def test_long_sums_in_tf32(host, adding):
 
     wanted = exact(x, grad)
     host.set(adding=adding, one_slice=True)
-    _, (got,), _ = torch.ops.mfef_cuda_host.multi_scale_conv2d_backward(
+    _, (got,), _ = torch.ops.mfef_ptx.multi_scale_conv2d_backward(
         grad, x, [weight], [1], True, None, False, True, True
     )
     host.set()

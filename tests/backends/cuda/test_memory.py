@@ -12,9 +12,9 @@ from mfef_ext.problem import (
     describe_multi_scale_conv2d,
 )
 from tests.accuracy import make_case
-from tests.backends.cuda.host import H200
+from tests.ptx.cuda import H200
 
-OPS = torch.ops.mfef_cuda_host
+OPS = torch.ops.mfef_ptx
 YES_NO = (False, True)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.backends.cuda.host import ALIGNED, NEAREST, TRUNCATED
+from tests.ptx.cuda import ALIGNED, NEAREST, TRUNCATED
 from tests.backends.cuda.tf32 import tf32
 
 WORDS, MATRICES, TRANSPOSED = range(3)  # how operands are read, as in host.cpp

@@ -18,7 +18,7 @@ from tests.accuracy import (
     run_block,
     unit_in_the_last_place,
 )
-from tests.backends.cuda.host import ALIGNED, H200, NEAREST
+from tests.ptx.cuda import ALIGNED, H200, NEAREST
 from tests.backends.cuda.test_plan import problem
 from tests.backends.cuda.tf32 import on_tf32_operands
 from tests.drawing import DRAWN, blocks
@@ -216,7 +216,7 @@ def test_threads_of_a_phase_do_not_depend_on_one_another(host, shape, kind, spli
         out = run_block(case, functional.mfef_block, backend="cuda")
         arguments = (case.x.detach(), weights, case.groups, split, bias)
         out.append(functional.multi_scale_conv2d(*arguments, backend="cuda"))
-        backward = torch.ops.mfef_cuda_host.multi_scale_conv2d_backward
+        backward = torch.ops.mfef_ptx.multi_scale_conv2d_backward
         grad_x, grads, grad_bias = backward(case.grad, *arguments, True, True, tf32)
         return [*out, grad_x, *grads, grad_bias]
 
@@ -429,7 +429,7 @@ def test_saved_tensors_are_those_of_the_cpu(device, repeats):
     """Shapes, dtypes and layouts as in csrc/schemas.cpp; indices are the first of their ties."""
     y, parameters = tied_case(torch.float32)
     y, *parameters = (t.detach().to(device) for t in (y.repeat(1, 1, 1, repeats), *parameters))
-    namespace = torch.ops.mfef if device == "cuda" else torch.ops.mfef_cuda_host
+    namespace = torch.ops.mfef if device == "cuda" else torch.ops.mfef_ptx
     ours = namespace.dual_attention(y, *parameters, True)
     cpu = torch.ops.mfef.dual_attention(y.cpu(), *(p.cpu() for p in parameters), True)
     for a, b in zip(ours, cpu, strict=True):
@@ -495,7 +495,7 @@ def test_opcheck(device, layout):
     block = MFEFBlock(8, kernel_sizes=(3, 5), groups="auto").to(device)
     a = block.attention
     x = torch.randn(2, 8, 4, 5, device=device).contiguous(memory_format=layout).requires_grad_()
-    namespace = torch.ops.mfef if device == "cuda" else torch.ops.mfef_cuda_host
+    namespace = torch.ops.mfef if device == "cuda" else torch.ops.mfef_ptx
     torch.library.opcheck(
         namespace.mfef_block.default,
         (
@@ -533,9 +533,9 @@ def test_wrong_indices_of_a_direct_call_stay_in_the_map(host, wrong, repeats):
     y, parameters = tied_case(torch.float32)
     y = y.repeat(1, 1, 1, repeats)
     arguments = [y.detach(), *(p.detach() for p in parameters)]
-    _, *saved = torch.ops.mfef_cuda_host.dual_attention(*arguments, True)
+    _, *saved = torch.ops.mfef_ptx.dual_attention(*arguments, True)
     saved[2].fill_(wrong)
     saved[4].fill_(wrong)
-    backward = torch.ops.mfef_cuda_host.dual_attention_backward
+    backward = torch.ops.mfef_ptx.dual_attention_backward
     for grad in backward(torch.ones_like(y), *arguments, *saved, True, True):
         assert grad.isfinite().all()

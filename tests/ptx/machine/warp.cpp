@@ -562,9 +562,8 @@ float cut_to_float(double value) {
 // sum + a b, of which tensor cores add `group` products at once. Products are exact in double.
 float dot(const float* a, const float* b, int k, int stride_b, int group, float sum) {
   if (adding == Adding::kNearest) {
-    double all = sum;
-    for (int at = 0; at < k; ++at) all += double(a[at]) * b[at * stride_b];
-    return float(all);
+    for (int at = 0; at < k; ++at) sum = std::fma(a[at], b[at * stride_b], sum);
+    return sum;
   }
   const bool align = adding == Adding::kAligned;
   const int step = align ? group : 1;
