@@ -28,7 +28,8 @@ def library() -> ctypes.CDLL:
         *(
             os.environ.get("CXX", "c++"),
             "-std=c++20",
-            "-O2",
+            "-O3",
+            "-march=native",
             "-ffp-contract=off",
             "-frounding-math",
         ),
@@ -36,6 +37,7 @@ def library() -> ctypes.CDLL:
         *(str(path) for path in SOURCES if path.suffix == ".cpp"),
     ]
     content = b"".join(path.read_bytes() for path in SOURCES) + " ".join(command).encode()
+    content += Path("/proc/cpuinfo").read_bytes().split(b"flags")[1].split(b"\n")[0]
     folder = ROOT / "build" / "ptx_machine"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.so"
@@ -53,11 +55,28 @@ def library() -> ctypes.CDLL:
     loaded.ptx_parse.argtypes = [ctypes.c_char_p]
     loaded.ptx_free.argtypes = [ctypes.c_void_p]
     loaded.ptx_answer.restype = ctypes.c_char_p
+    loaded.ptx_memory.restype = ctypes.c_void_p
+    loaded.ptx_memory_free.argtypes = [ctypes.c_void_p]
+    loaded.ptx_memory_add.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64]
+    loaded.ptx_memory_add.argtypes += [ctypes.c_bool]
+    loaded.ptx_params.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     loaded.ptx_launch.restype = ctypes.c_int64
     loaded.ptx_launch.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    loaded.ptx_launch.argtypes += [ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64]
-    loaded.ptx_launch.argtypes += [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    loaded.ptx_launch.argtypes += [ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_bool]
     return loaded
+
+
+@dataclass
+class Range:
+    """Memory that a kernel may use; ``fresh``: that nobody has written yet."""
+
+    address: int
+    end: int
+    fresh: bool = False
+
+    @staticmethod
+    def of(array: np.ndarray, fresh: bool = False) -> "Range":
+        return Range(array.ctypes.data, array.ctypes.data + array.nbytes, fresh)
 
 
 @dataclass
@@ -83,23 +102,41 @@ class Module:
     def launch(
         self,
         name: str,
-        grid: int,
-        block: int,
-        arguments: Sequence[np.ndarray],
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence[np.generic | int],
+        memory: Sequence[Range],
         shared: int = 0,
         backwards: bool = False,
     ) -> Run:
-        """Run a kernel whose parameters are pointers to these arrays. ``backwards``: the last
-        block and the last warp come first."""
-        params = np.array([array.ctypes.data for array in arguments], np.uint64)
-        ranges = [(array.ctypes.data, array.ctypes.data + array.nbytes) for array in arguments]
-        memory = np.array(ranges, np.uint64)
-        dims = np.array([grid, 1, 1, block, 1, 1], np.uint32)
-        count = library().ptx_launch(
-            *(self._handle, name.encode(), dims.ctypes.data, shared, params.tobytes()),
-            *(params.nbytes, memory.ctypes.data, len(ranges), backwards),
-        )
-        answer = library().ptx_answer().decode()
+        """Run a kernel. ``arguments``: its parameters, of the sizes that they have there, addresses
+        as integers. ``memory``: what it may use. ``backwards``: the last block and the last warp
+        come first."""
+        engine = library()
+        count = engine.ptx_params(self._handle, name.encode(), None)
+        if count < 0:
+            raise ValueError(engine.ptx_answer().decode())
+        places = np.zeros((max(count, 1), 2), np.int64)
+        engine.ptx_params(self._handle, name.encode(), places.ctypes.data)
+        params = bytearray(int(places[-1].sum()))
+        if count != len(arguments):
+            raise ValueError(f"{name} has {count} parameters, not {len(arguments)}")
+        for (offset, size), argument in zip(places, arguments, strict=False):
+            value = argument if isinstance(argument, np.generic) else np.uint64(argument)
+            assert value.nbytes == size, f"{size} bytes for {value!r}"
+            params[offset : offset + size] = value.tobytes()
+        allowed = engine.ptx_memory()
+        try:
+            for range_ in memory:
+                engine.ptx_memory_add(allowed, range_.address, range_.end, range_.fresh)
+            dims = np.array([*grid, *block], np.uint32)
+            count = engine.ptx_launch(
+                *(self._handle, name.encode(), dims.ctypes.data, shared, bytes(params)),
+                *(allowed, backwards),
+            )
+        finally:
+            engine.ptx_memory_free(allowed)
+        answer = engine.ptx_answer().decode()
         if count < 0:
             raise ValueError(answer)
         return Run(count, answer.splitlines())

@@ -22,14 +22,17 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// The machine; see machine/launch.cpp.
+// The machine; see machine/warp.cpp.
 extern "C" {
 void* ptx_parse(const char* text);
 const char* ptx_answer();
 void ptx_set_adding(int adding);
-int64_t ptx_param_bytes(const void* module, const char* name);
+void* ptx_memory();
+void ptx_memory_add(void* memory, uint64_t begin, uint64_t end, bool fresh);
+void ptx_memory_free(void* memory);
+int ptx_params(const void* module, const char* name, int64_t* offsets);
 int64_t ptx_launch(const void* module, const char* name, const uint32_t* dims, int64_t shared, const uint8_t* params,
-                   int64_t param_bytes, const uint64_t* ranges, int count, int backwards);
+                   void* memory, bool backwards);
 }
 
 // What ops_cuda.cu asks tests.
@@ -71,7 +74,7 @@ struct Settings {
 
 struct Runtime {
   std::map<const void*, Function> functions;
-  std::map<uint64_t, uint64_t> memory;  // begin and end of storages of the current call
+  void* memory = ptx_memory();  // of the current call
   std::vector<Configuration> configurations;
   Settings settings;
   std::string message = "no error", log;
@@ -138,6 +141,17 @@ std::string ptx_of(const void* fatbin) {
   throw std::runtime_error("a fat binary without PTX");
 }
 
+// The storage of a tensor may be used from now on, until the next operator.
+void allow(AtenTensorHandle tensor, const void* data, bool fresh) {
+  int64_t bytes = 0, offset = 0;
+  int32_t dtype = 0;
+  aoti_torch_get_storage_size(tensor, &bytes);
+  aoti_torch_get_storage_offset(tensor, &offset);
+  aoti_torch_get_dtype(tensor, &dtype);
+  const uint64_t begin = reinterpret_cast<uint64_t>(data) - uint64_t(offset) * aoti_torch_dtype_element_size(dtype);
+  if (bytes) ptx_memory_add(runtime().memory, begin, begin + uint64_t(bytes), fresh);
+}
+
 std::string readable(const std::string& name) {
   int status = 0;
   char* text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
@@ -172,14 +186,18 @@ cudaError_t launch(const void* host_function, dim3 grid, const dim3& block, void
   Module& module = *function.module;
   if (!module.parsed) module.parsed = ptx_parse(module.text.c_str());
   if (!module.parsed) return fail(ptx_answer());
-  const int64_t bytes = ptx_param_bytes(module.parsed, function.name.c_str());
-  if (bytes < 0) return fail(ptx_answer());
-  std::vector<uint64_t> ranges;
-  for (const auto& [begin, end] : r.memory) ranges.insert(ranges.end(), {begin, end});
+  const char* name = function.name.c_str();
+  const int count_of_params = ptx_params(module.parsed, name, nullptr);
+  if (count_of_params < 0) return fail(ptx_answer());
+  std::vector<int64_t> places(size_t(2 * count_of_params));
+  ptx_params(module.parsed, name, places.data());
+  std::vector<uint8_t> params(places.empty() ? 0 : size_t(places[places.size() - 2] + places.back()));
+  for (size_t n = 0; n < places.size(); n += 2) {
+    std::memcpy(&params[size_t(places[n])], arguments[n / 2], size_t(places[n + 1]));
+  }
   const uint32_t dims[6] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
-  const int64_t count = ptx_launch(module.parsed, function.name.c_str(), dims, int64_t(shared),
-                                   static_cast<const uint8_t*>(arguments[0]), bytes, ranges.data(),
-                                   int(ranges.size() / 2), r.settings.backwards);
+  const int64_t count =
+      ptx_launch(module.parsed, name, dims, int64_t(shared), params.data(), r.memory, r.settings.backwards);
   const std::string answer = ptx_answer();
   if (count < 0 || !answer.empty()) return fail(answer.substr(0, answer.find('\n')));
   r.log += std::to_string(count) + "\t" + std::to_string(grid.x) + "\t" + std::to_string(block.x) + "\t" +
@@ -267,7 +285,7 @@ const char* cudaGetErrorName(cudaError_t) { return "the PTX machine"; }
 
 // The first that an operator asks for: what belonged to the call before is out of bounds.
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
-  runtime().memory.clear();
+  ptx_memory_free(std::exchange(runtime().memory, ptx_memory()));
   *guard = nullptr;
   return AOTI_TORCH_SUCCESS;
 }
@@ -284,17 +302,21 @@ AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char*, const char*,
 void torch_c10_cuda_free_error_msg(char* message) { std::free(message); }
 
 AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** data) {
-  static auto* const get = next(&aoti_torch_get_data_ptr, "aoti_torch_get_data_ptr");
-  int64_t bytes = 0, offset = 0, element = 0;
-  if (auto error = get(tensor, data); error != AOTI_TORCH_SUCCESS) return error;
-  if (auto error = aoti_torch_get_storage_size(tensor, &bytes); error != AOTI_TORCH_SUCCESS) return error;
-  if (auto error = aoti_torch_get_storage_offset(tensor, &offset); error != AOTI_TORCH_SUCCESS) return error;
-  int32_t dtype = 0;
-  if (auto error = aoti_torch_get_dtype(tensor, &dtype); error != AOTI_TORCH_SUCCESS) return error;
-  element = int64_t(aoti_torch_dtype_element_size(dtype));
-  const uint64_t begin = uint64_t(*data) - uint64_t(offset * element);
-  if (bytes) runtime().memory[begin] = begin + uint64_t(bytes);
-  return AOTI_TORCH_SUCCESS;
+  const AOTITorchError error = next(&aoti_torch_get_data_ptr, "aoti_torch_get_data_ptr")(tensor, data);
+  if (error == AOTI_TORCH_SUCCESS) allow(tensor, *data, false);
+  return error;
+}
+
+AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                        int32_t device_type, int32_t device_index, AtenTensorHandle* tensor) {
+  const AOTITorchError error = next(&aoti_torch_empty_strided, "aoti_torch_empty_strided")(
+      dims, sizes, strides, dtype, device_type, device_index, tensor);
+  void* data = nullptr;
+  if (error == AOTI_TORCH_SUCCESS) {
+    next(&aoti_torch_get_data_ptr, "aoti_torch_get_data_ptr")(*tensor, &data);
+    allow(*tensor, data, true);
+  }
+  return error;
 }
 
 }  // extern "C"
@@ -311,7 +333,9 @@ EXPORT void mfef_ptx_settings(int64_t shared_limit, int64_t max_blocks, bool bac
 }
 
 // One more range that kernels may use, until an operator is called.
-EXPORT void mfef_ptx_allow(uint64_t begin, uint64_t bytes) { runtime().memory[begin] = begin + bytes; }
+EXPORT void mfef_ptx_allow(uint64_t begin, uint64_t bytes) {
+  ptx_memory_add(runtime().memory, begin, begin + bytes, false);
+}
 
 // Bytes that the calls since the last question had beside their tensors.
 EXPORT int64_t mfef_ptx_scratch() { return std::exchange(mfef::cuda::test_settings.scratch_bytes, 0); }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from .machine import Module
+from .machine import Module, Range
 
 # %rd1 and %rd2: the arguments. %r1: the thread; %rd3: four times it.
 START = """
@@ -34,7 +34,8 @@ START = """
 
 def run(body, source, result, grid=1, block=32, shared=0, backwards=False):
     module = Module(f"{START}{body}\n  ret;\n}}\n")
-    return module.launch("k", grid, block, [source, result], shared, backwards)
+    arguments, memory = zip(*[(a.ctypes.data, Range.of(a)) for a in (source, result)], strict=True)
+    return module.launch("k", (grid, 1, 1), (block, 1, 1), arguments, memory, shared, backwards)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,8 @@ const std::map<std::string, Op> kOps = {{"add", Op::add},
                                         {"rsqrt", Op::rsqrt},
                                         {"ld", Op::ld},
                                         {"st", Op::st},
+                                        {"atom", Op::atom},
+                                        {"red", Op::red},
                                         {"bra", Op::bra},
                                         {"ret", Op::ret},
                                         {"exit", Op::ret},
@@ -228,6 +230,7 @@ class Parser {
       const int64_t align = param.find(".ptr") == std::string::npos ? alignment(param) : 8;
       end = (end + align - 1) / align * align;
       names_[param_name] = uint64_t(end);
+      kernel_->params.push_back({end, bytes});
       end += bytes;
     }
   }
@@ -251,6 +254,7 @@ class Parser {
       if (i.guard != -1) place(i.guard);
     }
     kernel_->slots = constants + int(slots_.size());
+    decode(*kernel_, module_.lines);
     kernel_ = nullptr;
   }
 
@@ -307,6 +311,8 @@ class Parser {
       const bool shared = text.find(".shared") != std::string::npos;
       if (shared) declare_shared(text);
       if (shared || text.rfind(".reg", 0) == 0 || text.rfind(".pragma", 0) == 0) return;
+      // Variables of a module, which no kernel reads: an instruction that names one is an error.
+      if (!kernel_ && (text.rfind(".global", 0) == 0 || text.rfind(".visible .global", 0) == 0)) return;
       fail("unknown directive " + text);
     }
     if (!kernel_) fail("an instruction outside of a kernel: " + text);
@@ -337,10 +343,35 @@ class Parser {
         {"rzi", 'Z'}, {"rmi", 'M'}, {"rpi", 'P'},    {"rp", 'p'},   {"rm", 'm'}};
     static const std::map<std::string, Space> spaces = {
         {"global", Space::global}, {"shared", Space::shared}, {"shared::cta", Space::shared}, {"param", Space::param}};
+    // What changes nothing here: all memory is coherent, approximations are rounded correctly.
+    static const std::map<Op, std::string> plain = {
+        {Op::div, "full approx"},
+        {Op::ex2, "approx"},
+        {Op::rcp, "approx"},
+        {Op::sqrt, "approx"},
+        {Op::rsqrt, "approx"},
+        {Op::ld, "nc volatile relaxed gpu cta sys"},
+        {Op::st, "volatile relaxed gpu cta sys"},
+        {Op::atom, "relaxed gpu sys cta"},
+        {Op::red, "relaxed gpu sys cta"},
+        {Op::bra, "uni"},
+        {Op::ret, "uni"},
+        {Op::bar, "sync aligned cta"},
+        {Op::bar_warp, "sync"},
+        {Op::shfl, "sync"},
+        {Op::vote, "sync"},
+        {Op::cp_async, "async ca cg"},
+        {Op::cp_commit, "async"},
+        {Op::cp_wait, "async"},
+        {Op::ldmatrix, "sync aligned m8n8"},
+        {Op::mma, "sync aligned row col"},
+        {Op::fence, "sc acq_rel gl gpu sys cta"}};
     std::vector<Type> types;
     for (size_t w = 1; w < words.size(); ++w) {
       const std::string& word = words[w];
       Type type;
+      const bool atomic = i.op == Op::atom || i.op == Op::red;
+      const auto ignored = plain.find(i.op);
       if (read_type(word, type)) {
         types.push_back(type);
       } else if (auto space = spaces.find(word); space != spaces.end()) {
@@ -349,6 +380,13 @@ class Parser {
         i.compare = kCompare.at(word);
       } else if (i.op == Op::setp && (word == "and" || word == "or" || word == "xor")) {
         i.combine = word[0];
+      } else if (atomic && (word == "acquire" || word == "release" || word == "acq_rel")) {
+        i.acquire = word != "release";
+        i.release = word != "acquire";
+      } else if (ignored != plain.end() && (" " + ignored->second + " ").find(" " + word + " ") != std::string::npos) {
+        continue;
+      } else if (atomic && i.atomic.empty()) {
+        i.atomic = word;
       } else if (auto mode = modes.find(word); mode != modes.end()) {
         i.mode = mode->second;
       } else if (word == "v2" || word == "v4" || word == "x1" || word == "x2" || word == "x4") {
@@ -357,23 +395,20 @@ class Parser {
         i.saturate = true;
       } else if (word == "ftz") {
         i.ftz = true;
-      } else if (word == "to") {
+      } else if (i.op == Op::cvta && word == "to") {
         i.to = true;
-      } else if (word == "trans") {
+      } else if (i.op == Op::ldmatrix && word == "trans") {
         i.trans = true;
-      } else if (word.rfind("m16n8k", 0) == 0) {
+      } else if (i.op == Op::mma && word.rfind("m16n8k", 0) == 0) {
         i.k = std::stoi(word.substr(6));
-      } else if (word == "warp") {
+      } else if (i.op == Op::bar && word == "warp") {
         i.op = Op::bar_warp;
-      } else if (word == "commit_group") {
+      } else if (i.op == Op::cp_async && word == "commit_group") {
         i.op = Op::cp_commit;
-      } else if (word == "wait_group" || word == "wait_all") {
+      } else if (i.op == Op::cp_async && (word == "wait_group" || word == "wait_all")) {
         i.op = Op::cp_wait;
         i.mode = word[5];
-      } else if (word != "sync" && word != "aligned" && word != "uni" && word != "approx" && word != "full" &&
-                 word != "nc" && word != "async" && word != "ca" && word != "cg" && word != "row" && word != "col" &&
-                 word != "m8n8" && word != "volatile" && word.rfind("L2::", 0) != 0 && word.rfind("L1::", 0) != 0 &&
-                 i.op != Op::fence) {
+      } else if (word.rfind("L2::", 0) != 0 && word.rfind("L1::", 0) != 0) {
         fail("unknown modifier ." + word + " of " + name);
       }
     }
@@ -389,7 +424,7 @@ class Parser {
       return;
     }
     const bool no_result = i.op == Op::st || i.op == Op::bar || i.op == Op::bar_warp || i.op == Op::cp_async ||
-                           i.op == Op::cp_wait || i.op == Op::cp_commit || i.op == Op::fence;
+                           i.op == Op::cp_wait || i.op == Op::cp_commit || i.op == Op::fence || i.op == Op::red;
     for (size_t t = 0; t < texts.size(); ++t) {
       std::string text = texts[t];
       const bool result = t == 0 && !no_result;
@@ -398,14 +433,14 @@ class Parser {
         for (const auto& part : split(bare, text[0] == '{' ? ',' : '|')) i.out.push_back(slot(part));
         continue;
       }
-      const int first = int(i.in.size());
+      const int first = i.in.size();
       if (text[0] == '[') {
         text = strip(text.substr(1, text.size() - 2));
         const size_t plus = text.find('+');
         if (plus != std::string::npos) {
           const int64_t offset = std::stoll(strip(text.substr(plus + 1)));
           if (i.op == Op::cp_async && t == 1) {
-            i.target = int(offset);  // of the source
+            i.from_offset = offset;
           } else {
             i.offset = offset;
           }
@@ -414,13 +449,13 @@ class Parser {
       }
       const bool vector = text[0] == '{';
       for (auto part : split(vector ? text.substr(1, text.size() - 2) : text, ',')) {
-        i.in_not.push_back(part[0] == '!');
+        i.in_not |= uint32_t(part[0] == '!') << i.in.size();
         i.in.push_back(slot(part[0] == '!' ? strip(part.substr(1)) : part));
       }
-      i.groups.push_back({first, int(i.in.size()) - first});
+      i.operands.push_back({first, i.in.size() - first});
     }
-    if (i.op == Op::cp_async && i.target < 0) i.target = 0;
-    (void)name;
+    if (i.op == Op::bar && (texts.size() != 1 || texts[0] != "0")) fail("a barrier other than 0 of all threads");
+    if (i.op == Op::bra && texts.size() != 1) fail("unknown instruction " + name);
   }
 
   Module module_;
