@@ -51,7 +51,7 @@ def build(architecture: str = "80") -> Path:
     code = f"-gencode=arch=compute_{architecture},code=compute_{architecture}"
     defines = ["USE_CUDA", "TORCH_TARGET_VERSION=0x020a000000000000", "NDEBUG"]
     defines += [f'MFEF_CUDA_ARCHS="{architecture}"', f"MFEF_CUDA_NAMESPACE={NAMESPACE}"]
-    command = [compiler, "-std=c++20", "-O3", "--no-compress", code, *includes]
+    command = [compiler, "-std=c++20", "-O3", "-lineinfo", "--no-compress", code, *includes]
     command += [f"-D{define}" for define in defines]
     command += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-c"]
     shared = b"".join(path.read_bytes() for path in HEADERS) + torch.__version__.encode()

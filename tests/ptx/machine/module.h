@@ -134,7 +134,7 @@ struct Instruction {
   uint32_t in_not = 0;                  // bits: !%p
   Few<Operand, 5> operands;
   std::string atomic;
-  int line = 0;
+  int line = 0, place = -1;  // of the text; of the source in Module::places
 };
 
 // Slots 0..constants.size()-1 hold constants and special registers, the others registers.
@@ -153,9 +153,16 @@ struct Kernel {
   bool narrow_shared = false;                  // whether elements of less than 4 bytes are accessed in shared memory
 };
 
+// Where in the sources (-lineinfo) something is, and the call that it was inlined for, or -1.
+struct Place {
+  int file, line, caller;
+};
+
 struct Module {
   std::map<std::string, Kernel> kernels;
   std::vector<std::string> lines;
+  std::vector<Place> places;
+  std::map<int, std::string> files;
 };
 
 constexpr uint64_t kSharedWindow = uint64_t(1) << 60, kParamWindow = uint64_t(2) << 60;

@@ -1,6 +1,7 @@
 // The text of PTX into instructions.
 #include <bit>
 #include <cctype>
+#include <cstdio>
 #include <cstring>
 
 #include "module.h"
@@ -168,6 +169,8 @@ class Parser {
       }
       statement += ' ';
       const std::string so_far = strip(statement);
+      if (so_far.rfind(".loc", 0) == 0) locate(so_far);
+      if (so_far.rfind(".file", 0) == 0) name_file(so_far);
       for (const char* skipped : {".version", ".target", ".address_size", ".loc", ".file", ".pragma"}) {
         if (so_far.rfind(skipped, 0) == 0) statement.clear();
       }
@@ -202,6 +205,29 @@ class Parser {
       if (read_type(strip(word.substr(0, word.find(' '))), type)) return type.bits / 8;
     }
     return 1;
+  }
+
+  // .loc file line column[, function_name label, inlined_at file line column]
+  void locate(const std::string& text) {
+    int file = 0, line = 0, column = 0;
+    if (std::sscanf(text.c_str(), ".loc %d %d %d", &file, &line, &column) != 3) fail("unknown form of " + text);
+    int caller = -1;
+    if (const size_t at = text.find("inlined_at"); at != std::string::npos) {
+      std::array<int, 3> key{};
+      std::sscanf(text.c_str() + at, "inlined_at %d %d %d", &key[0], &key[1], &key[2]);
+      const auto [found, fresh] = places_.try_emplace(key, int(module_.places.size()));
+      if (fresh) module_.places.push_back({key[0], key[1], -1});
+      caller = found->second;
+    }
+    place_ = int(module_.places.size());
+    module_.places.push_back({file, line, caller});
+    places_[{file, line, column}] = place_;
+  }
+
+  void name_file(const std::string& text) {
+    const size_t open = text.find('"'), slash = text.find_last_of('/'), close = text.find_last_of('"');
+    const size_t first = slash == std::string::npos ? open + 1 : slash + 1;
+    module_.files[std::stoi(text.substr(5))] = text.substr(first, close - first);
   }
 
   void begin(const std::string& head) {
@@ -318,6 +344,7 @@ class Parser {
     if (!kernel_) fail("an instruction outside of a kernel: " + text);
     Instruction i;
     i.line = line_;
+    i.place = place_;
     std::string rest = text;
     if (rest[0] == '@') {
       const size_t space = rest.find_first_of(" \t");
@@ -460,8 +487,9 @@ class Parser {
 
   Module module_;
   Kernel* kernel_ = nullptr;
-  int line_ = 0, depth_ = 0;
+  int line_ = 0, depth_ = 0, place_ = -1;
   int64_t shared_end_ = 0, module_shared_ = 0;
+  std::map<std::array<int, 3>, int> places_;
   std::map<std::string, int> slots_, labels_;
   std::map<std::pair<int, uint64_t>, int> constants_;
   std::map<std::string, uint64_t> names_, shared_;

@@ -264,13 +264,25 @@ void Launch::run_warp(Warp& warp) {
   }
 }
 
+// " [file:line < file:line of the call that was inlined < ...]"
+std::string source_of(const Module& module, int place) {
+  std::string text;
+  for (int depth = 0; place >= 0 && depth < 12; ++depth) {
+    const Place& p = module.places[size_t(place)];
+    const auto file = module.files.find(p.file);
+    text += (depth ? " < " : " [") + (file == module.files.end() ? "?" : file->second) + ":" + std::to_string(p.line);
+    place = p.caller == place ? -1 : p.caller;
+  }
+  return text.empty() ? "" : text + "]";
+}
+
 void Launch::report(const Instruction& i, int lane, const std::string& what) {
   if (reports.size() >= kMaxReports) return;
   const std::string line = i.line ? module_.lines[size_t(i.line) - 1] : "";
   const size_t from = std::min(line.find_first_not_of(" \t"), line.size());
   reports.push_back(what + ": kernel " + kernel_.name + ", block " + std::to_string(number_) + ", thread " +
                     std::to_string(warp_->index * kLanes + lane) + ", line " + std::to_string(i.line) + ": " +
-                    line.substr(from));
+                    line.substr(from) + source_of(module_, i.place));
 }
 
 void Launch::execute(Warp& warp, const Instruction& i, uint32_t mask) {
