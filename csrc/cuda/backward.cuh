@@ -174,9 +174,10 @@ MFEF_DEVICE void attention_backward(const BlockArgs& a, const Block& block, cons
   const Sizes& s = a.sizes;
   float* m = block.shared;
   block.phase([&](int thread) {
-    load_map<kRow>(a.grad_result, a.element, s, images.first, images.count, 0, s.out, a.step, m + at.source, thread,
+    load_map<kRow>(a.grad_result, a.element, s, images.first, images.count, a.images, 0, s.out, a.step, m + at.source,
+                   thread, block.threads);
+    load_map<kRow>(a.y, a.element, s, images.first, images.count, a.images, 0, s.out, a.step, m + at.dest, thread,
                    block.threads);
-    load_map<kRow>(a.y, a.element, s, images.first, images.count, 0, s.out, a.step, m + at.dest, thread, block.threads);
     for (int e = thread; e < images.count * s.out; e += block.threads) {
       const int64_t from = images.first * s.out + e;
       m[at.mean + e] = a.mean[from];
@@ -205,8 +206,8 @@ struct BackwardOf {
         attention_backward<kRow>(a, block, at, images, b);
       } else {
         block.phase([&](int thread) {
-          load_map<kRow>(a.grad_result, a.element, s, images.first, images.count, 0, s.out, a.step, grad, thread,
-                         block.threads);
+          load_map<kRow>(a.grad_result, a.element, s, images.first, images.count, a.images, 0, s.out, a.step, grad,
+                         thread, block.threads);
         });
       }
       if (a.grads.channel_sums) {
@@ -232,7 +233,7 @@ struct BackwardOf {
       for (int stage = 0; stage < most(stages, weights); ++stage) {
         block.phase([&](int thread) {
           if (weights && stage == 0) {
-            load_map<kRow>(a.x, a.element, s, images.first, images.count, 0, s.in, a.step, result, thread,
+            load_map<kRow>(a.x, a.element, s, images.first, images.count, a.images, 0, s.in, a.step, result, thread,
                            block.threads);
           }
           if (stages) load_weights<kRow, kMatrices>(a, true, stage, m + at.weights, thread, block.threads);

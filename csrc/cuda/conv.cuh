@@ -61,7 +61,7 @@ MFEF_DEVICE void add_row_of_taps(const float (&weights)[K], const float (&row)[k
 template <int K, int kRow, int kRows, int kOut, int kBeside>
 MFEF_DEVICE void convolve_rows(const ConvTask& task, const float* weights, Rows<const float> source, Rows<float> dest,
                                int out_step, int above, int below, int rows_left) {
-  constexpr int kHalf = K / 2, kLoaded = kBeside ? (kRow + 2 * kBeside + 3) / 4 * 4 : kRow;
+  constexpr int kHalf = K / 2, kLoaded = kRow + 2 * kBeside;
   static_assert(kBeside == 0 || kBeside == kHalf);
   const int tap_step = task.way.weight_step(), chain = task.way.chain();
   const int ky_begin = most(0, kHalf + above - (kRows - 1)), ky_end = least(K, below + kHalf);
@@ -124,7 +124,7 @@ MFEF_DEVICE void convolve_rows(const ConvTask& task, const float* weights, Rows<
 // The same for any k: one row of one output channel, one tap at a time. The source has columns [left, right).
 template <int kRow>
 MFEF_DEVICE void convolve_row(const ConvTask& task, const float* weights, Rows<const float> source, float* dest,
-                              int above, int below, int left, int right, int columns) {
+                              int above, int below, int left, int right) {
   const int k = task.way.k, half = k / 2, tap_step = task.way.weight_step(), chain = task.way.chain();
   MFEF_ROLLED
   for (int first = task.first; first < task.end; first += chain) {
@@ -147,9 +147,7 @@ MFEF_DEVICE void convolve_row(const ConvTask& task, const float* weights, Rows<c
     }
     const bool fresh = task.fresh && first == task.first;
     MFEF_UNROLL
-    for (int p = 0; p < kRow; ++p) {
-      if (p < columns) dest[p] = fresh ? acc[p] : dest[p] + acc[p];
-    }
+    for (int p = 0; p < kRow; ++p) dest[p] = fresh ? acc[p] : dest[p] + acc[p];
   }
 }
 
@@ -179,7 +177,7 @@ MFEF_DEVICE void convolve_any(const ConvTask& task, const float* source, float* 
   const int row = (image * s.height + h) * kRow;
   source += (way.source_first + group * way.source_per_group) * step + row;
   dest += (way.dest_first + channel) * step + row;
-  convolve_row<kRow>(task, task.weights + channel, {source, kRow, step}, dest, -h, s.height - h, 0, s.width, s.width);
+  convolve_row<kRow>(task, task.weights + channel, {source, kRow, step}, dest, -h, s.height - h, 0, s.width);
 }
 
 // The direct items of a branch in a stage. They have several output channels each once there are more items than

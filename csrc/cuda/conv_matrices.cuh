@@ -134,8 +134,9 @@ MFEF_DEVICE void multiply_columns(const Warp& warp, const MatrixTask& task, cons
       const bool pair = ky + 1 < K;
       warp.lanes([&](int thread) {
         const uint32_t* word = of + ky * tap_step + thread % kWarp;
-        taps[thread].word[0] = word[0];
-        if (pair) taps[thread].word[1] = word[tap_step];
+        const bool exists = thread % kWarp / 4 < channels;  // the lane's destination channel
+        taps[thread].word[0] = exists ? word[0] : 0u;
+        if (pair) taps[thread].word[1] = exists ? word[tap_step] : 0u;
       });
       MFEF_UNROLL
       for (int m = 0; m < kTiles; ++m) {

@@ -215,17 +215,27 @@ MFEF_DEVICE float sum_of(int count, const F& term) {
 // [channel][image][row][column]: channels `step` floats apart, a row `kRow` floats (see Plan), images of a block
 // one after the other. Columns from W on are zero where a convolution reads.
 
-template <int kRow>
-MFEF_DEVICE void load_row(const float* from, float (&row)[kRow]) {
-  constexpr int kVector = kRow < 4 ? kRow : 4;
-  struct alignas(4 * kVector) Vector {
-    float value[kVector];
+// kCount floats, by vectors of 4, or of 2 where it is no multiple of 4.
+template <int kCount>
+MFEF_DEVICE void load_row(const float* from, float (&row)[kCount]) {
+  static_assert(kCount % 2 == 0);
+  constexpr int kQuads = kCount / 4 * 4;
+  struct alignas(16) Quads {
+    float value[4];
+  };
+  struct alignas(8) Pair {
+    float value[2];
   };
   MFEF_UNROLL
-  for (int i = 0; i < kRow; i += kVector) {
-    const Vector v = *reinterpret_cast<const Vector*>(from + i);
+  for (int i = 0; i < kQuads; i += 4) {
+    const Quads v = *reinterpret_cast<const Quads*>(from + i);
     MFEF_UNROLL
-    for (int j = 0; j < kVector; ++j) row[i + j] = v.value[j];
+    for (int j = 0; j < 4; ++j) row[i + j] = v.value[j];
+  }
+  if constexpr (kQuads < kCount) {
+    const Pair v = *reinterpret_cast<const Pair*>(from + kQuads);
+    row[kQuads] = v.value[0];
+    row[kQuads + 1] = v.value[1];
   }
 }
 
@@ -283,8 +293,15 @@ MFEF_DEVICE void for_each_element(const Map& map, const Sizes& s, int element_si
 // Images [first, first + images) of channels [channel, channel + channels) to shared memory, with the columns beside
 // the map, and with zeros for images up to `places`.
 template <int kRow>
-MFEF_DEVICE void load_map(const Map& map, Element element, const Sizes& s, int64_t first, int images, int channel,
-                          int channels, int step, float* to, int thread, int threads) {
+MFEF_DEVICE void load_map(const Map& map, Element element, const Sizes& s, int64_t first, int images, int places,
+                          int channel, int channels, int step, float* to, int thread, int threads) {
+  if (images < places) {
+    const int floats = (places - images) * s.height * kRow;
+    for (int e = thread; e < channels * floats; e += threads) {
+      const int of = e / floats;
+      to[of * step + images * s.height * kRow + e - of * floats] = 0.0f;
+    }
+  }
   if (s.width < kRow) {
     const int gap = kRow - s.width, rows = images * s.height, all = channels * rows * gap;
     const Quotient by_gap(gap), by_rows(rows);

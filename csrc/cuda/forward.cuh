@@ -19,8 +19,8 @@ MFEF_DEVICE void forward_convolution(const BlockArgs& a, const Block& block, con
   for (int stage = 0; stage < a.stages.total(a.sizes); ++stage) {
     block.phase([&](int thread) {
       if (stage == 0) {
-        load_map<kRow>(a.x, a.element, a.sizes, images.first, images.count, 0, a.sizes.in, a.step, m + at.source,
-                       thread, block.threads);
+        load_map<kRow>(a.x, a.element, a.sizes, images.first, images.count, a.images, 0, a.sizes.in, a.step,
+                       m + at.source, thread, block.threads);
       }
       load_weights<kRow, kMatrices>(a, false, stage, m + at.weights, thread, block.threads);
     });
@@ -155,7 +155,8 @@ struct ForwardOf {
         forward_convolution<kRow, kMatrices>(a, block, at, images);
       } else {
         block.phase([&](int thread) {
-          load_map<kRow>(a.x, a.element, s, images.first, images.count, 0, s.out, a.step, y, thread, block.threads);
+          load_map<kRow>(a.x, a.element, s, images.first, images.count, a.images, 0, s.out, a.step, y, thread,
+                         block.threads);
         });
       }
       if (s.hidden) {

@@ -47,7 +47,7 @@ MFEF_DEVICE void convolve_span_of_row(const ConvTask& task, const TileRows& tile
   source += group * (task.end - task.first) * step + (h + half) * halo.pitch + half + w;
   dest += channel * dest_step + h * tile.pitch + w;
   convolve_row<kSpan>(task, task.weights + channel, {source, halo.pitch, step}, dest, tile.above - h, tile.below - h,
-                      -half, kSpan + half, kSpan);
+                      -half, kSpan + half);
 }
 
 template <int K>

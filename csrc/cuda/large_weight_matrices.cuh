@@ -199,6 +199,12 @@ MFEF_DEVICE void load_piece(const BlockArgs& a, const LargeWeightTask& task, int
   } else if constexpr (!kTf32) {
     load_pixels_from<T, T>(a.large.dy, s, of_dy, 1, 0, to_dy, copies, thread, threads);
   }
+  // Products take 16 channels of dy, zeros where the second 8 do not exist.
+  const int of_eight = kTf32 || a.large.dy_element == Element::kFloat ? kSide : kSide / 2;
+  for (int e = thread; !shape.paired && outs <= kSide && e < at.rows * at.columns; e += threads) {
+    uint32_t* pixel = to_dy.to + (e / at.columns * cover.columns + e % at.columns) * dy_step;
+    for (int i = 0; i < of_eight; i += 4) *reinterpret_cast<Vector<uint32_t, 4>*>(pixel + of_eight + i) = {};
+  }
   const int in = tile.slot * LargeMatrixTiles::kSlot;
   const int ins = least(tile.slots * LargeMatrixTiles::kSlot, b.in_per_group() - in);
   const Rectangle around{at.row - half, at.rows + shape.more_rows(kTf32) + 2 * half, at.column - half,

@@ -57,7 +57,7 @@ template <int K, int kRow, int kBeside>
 MFEF_DEVICE void add_products(const float* x, int x_pitch, int x_rows, const float* dy, int dy_pitch, int height,
                               int flush, int ky, TileSums& sums) {
   constexpr int kHalf = K / 2, kRows = K < kTileRows ? K : kTileRows;
-  constexpr int kLoaded = kBeside ? (kRow + 2 * kBeside + 3) / 4 * 4 : kRow;
+  constexpr int kLoaded = kRow + 2 * kBeside;
   static_assert(kBeside == 0 || kBeside == kHalf);
   // Row r of x meets row newest(r) - t of dy at the row of taps ky + t. The latest kRows rows of dy take turns in d: of
   // the row that is `turn` after one where d begins, in d[(turn - t) % kRows].
@@ -245,9 +245,9 @@ struct WeightGradientOf {
       for (int64_t first = slice * a.slice_images; first < end; first += a.pass_images) {
         const int images = end - first < a.pass_images ? int(end - first) : a.pass_images;
         block.phase([&](int thread) {
-          load_map<kRow>(a.x, a.element, s, first, images, b.in_first + tile.in, tile.in_count, a.step, x, thread,
-                         block.threads);
-          load_map<kRow>(grad, given ? a.element : Element::kFloat, s, first, images, b.out_first + tile.out,
+          load_map<kRow>(a.x, a.element, s, first, images, images, b.in_first + tile.in, tile.in_count, a.step, x,
+                         thread, block.threads);
+          load_map<kRow>(grad, given ? a.element : Element::kFloat, s, first, images, images, b.out_first + tile.out,
                          tile.out_count, a.step, dy, thread, block.threads);
         });
         block.phase([&](int thread) {

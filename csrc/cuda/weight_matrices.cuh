@@ -81,7 +81,9 @@ MFEF_DEVICE void multiply_image(const Warp& warp, const MatrixTile& tile, const 
         const Place at = place_in_a(thread % kWarp, reg);
         const int h = kRows * step + reg / 2 / kWords, column = thread % kWarp % 4 + reg / 2 % kWords * 4;
         left[step][thread].word[reg] =
-            h < height ? grad[at.row * MatrixTile::gradient_step(kOfWord) + h * kRowOfGradient + column] : 0u;
+            h < height && at.row < tile.out_count
+                ? grad[at.row * MatrixTile::gradient_step(kOfWord) + h * kRowOfGradient + column]
+                : 0u;
       }
     }
   });
@@ -92,14 +94,15 @@ MFEF_DEVICE void multiply_image(const Warp& warp, const MatrixTile& tile, const 
     const int input = item / K, moved = item - input * K - kHalf + MatrixTile::kBeside;
     warp.lanes([&](int thread) {
       const Place at = place_in_b(thread % kWarp, 0);
-      const uint32_t* from =
-          x + ((input - tile.input) * 8 + at.row) * MatrixTile::x_step(kOfWord) + at.column + moved / kOfWord;
+      const int channel = (input - tile.input) * 8 + at.row;  // of those of the tile
+      const uint32_t* from = x + channel * MatrixTile::x_step(kOfWord) + at.column + moved / kOfWord;
+      const int rows_there = channel < tile.in_count ? height : 0;
       MFEF_UNROLL
       for (int r = 0; r < kSide; ++r) {
         MFEF_UNROLL
         for (int i = 0; i < kWords; ++i) {
           uint32_t word = 0;
-          if (r < height) {
+          if (r < rows_there) {
             word = from[r * kRowOfX + i * 4];
             if (kOfWord == 2 && moved % 2) word = word >> 16 | from[r * kRowOfX + 1] << 16;
           }

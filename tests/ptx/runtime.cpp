@@ -1,6 +1,6 @@
-// A CUDA runtime whose device is the machine of this folder, and what torch's stable ABI says about CUDA devices. Linked
-// with the objects of csrc/cuda in the place of libcudart: planning, packing, grids, requests for shared memory and
-// the order of launches are then the product's own, on CPU tensors.
+// A CUDA runtime whose device is the machine of this folder, and what torch's stable ABI says about CUDA devices.
+// Linked with the objects of csrc/cuda in the place of libcudart: planning, packing, grids, requests for shared memory
+// and the order of launches are then the product's own, on CPU tensors.
 //
 // The memory that a kernel may use is that of the tensors whose address the operator has asked for.
 #include <cuda_runtime_api.h>
@@ -199,7 +199,7 @@ cudaError_t launch(const void* host_function, dim3 grid, const dim3& block, void
   const int64_t count =
       ptx_launch(module.parsed, name, dims, int64_t(shared), params.data(), r.memory, r.settings.backwards);
   const std::string answer = ptx_answer();
-  if (count < 0 || !answer.empty()) return fail(std::getenv("PTX_ALL") ? answer : answer.substr(0, answer.find('\n')));
+  if (count < 0 || !answer.empty()) return fail(answer.substr(0, answer.find('\n')));
   r.log += std::to_string(count) + "\t" + std::to_string(grid.x) + "\t" + std::to_string(block.x) + "\t" +
            std::to_string(shared) + "\t" + readable(function.name) + "\n";
   return r.last = cudaSuccess;

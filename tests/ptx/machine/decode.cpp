@@ -201,29 +201,37 @@ using Unsigned = std::make_unsigned_t<T>;
 struct Add {
   template <class T>
   T operator()(T a, T b, T) const {
-    if constexpr (kFloating<T>) return a + b;
-    else return T(Unsigned<T>(a) + Unsigned<T>(b));
+    if constexpr (kFloating<T>)
+      return a + b;
+    else
+      return T(Unsigned<T>(a) + Unsigned<T>(b));
   }
 };
 struct Subtract {
   template <class T>
   T operator()(T a, T b, T) const {
-    if constexpr (kFloating<T>) return a - b;
-    else return T(Unsigned<T>(a) - Unsigned<T>(b));
+    if constexpr (kFloating<T>)
+      return a - b;
+    else
+      return T(Unsigned<T>(a) - Unsigned<T>(b));
   }
 };
 struct Multiply {
   template <class T>
   T operator()(T a, T b, T) const {
-    if constexpr (kFloating<T>) return a * b;
-    else return T(uint64_t(a) * uint64_t(b));
+    if constexpr (kFloating<T>)
+      return a * b;
+    else
+      return T(uint64_t(a) * uint64_t(b));
   }
 };
 struct MultiplyAdd {
   template <class T>
   T operator()(T a, T b, T c) const {
-    if constexpr (kFloating<T>) return std::fma(a, b, c);
-    else return T(uint64_t(a) * uint64_t(b) + uint64_t(c));
+    if constexpr (kFloating<T>)
+      return std::fma(a, b, c);
+    else
+      return T(uint64_t(a) * uint64_t(b) + uint64_t(c));
   }
 };
 template <class T>
@@ -233,82 +241,114 @@ T high_product(T a, T b) {
 }
 struct MultiplyHigh {
   template <class T>
-  T operator()(T a, T b, T) const { return high_product(a, b); }
+  T operator()(T a, T b, T) const {
+    return high_product(a, b);
+  }
 };
 struct MultiplyHighAdd {
   template <class T>
-  T operator()(T a, T b, T c) const { return T(Unsigned<T>(high_product(a, b)) + Unsigned<T>(c)); }
+  T operator()(T a, T b, T c) const {
+    return T(Unsigned<T>(high_product(a, b)) + Unsigned<T>(c));
+  }
 };
 struct Divide {
   template <class T>
   T operator()(T a, T b, T) const {
-    if constexpr (kFloating<T>) return a / b;
-    else return b == 0 ? T(-1) : b == T(-1) && std::is_signed_v<T> ? T(-Unsigned<T>(a)) : T(a / b);
+    if constexpr (kFloating<T>)
+      return a / b;
+    else
+      return b == 0 ? T(-1) : b == T(-1) && std::is_signed_v<T> ? T(-Unsigned<T>(a)) : T(a / b);
   }
 };
 struct Remainder {
   template <class T>
-  T operator()(T a, T b, T) const { return b == 0 ? a : b == T(-1) && std::is_signed_v<T> ? T(0) : T(a % b); }
+  T operator()(T a, T b, T) const {
+    return b == 0 ? a : b == T(-1) && std::is_signed_v<T> ? T(0) : T(a % b);
+  }
 };
 struct Minimum {
   template <class T>
   T operator()(T a, T b, T) const {
-    if constexpr (kFloating<T>) return std::fmin(a, b);
-    else return std::min(a, b);
+    if constexpr (kFloating<T>)
+      return std::fmin(a, b);
+    else
+      return std::min(a, b);
   }
 };
 struct Maximum {
   template <class T>
   T operator()(T a, T b, T) const {
-    if constexpr (kFloating<T>) return std::fmax(a, b);
-    else return std::max(a, b);
+    if constexpr (kFloating<T>)
+      return std::fmax(a, b);
+    else
+      return std::max(a, b);
   }
 };
 struct Negate {
   template <class T>
   T operator()(T a, T, T) const {
-    if constexpr (kFloating<T>) return -a;
-    else return T(-Unsigned<T>(a));
+    if constexpr (kFloating<T>)
+      return -a;
+    else
+      return T(-Unsigned<T>(a));
   }
 };
 struct Absolute {
   template <class T>
   T operator()(T a, T, T) const {
-    if constexpr (kFloating<T>) return std::fabs(a);
-    else return a < 0 ? T(-Unsigned<T>(a)) : a;
+    if constexpr (kFloating<T>)
+      return std::fabs(a);
+    else
+      return a < 0 ? T(-Unsigned<T>(a)) : a;
   }
 };
 struct PowerOf2 {
   template <class T>
-  T operator()(T a, T, T) const { return std::exp2(a); }
+  T operator()(T a, T, T) const {
+    return std::exp2(a);
+  }
 };
 struct Reciprocal {
   template <class T>
-  T operator()(T a, T, T) const { return T(1) / a; }
+  T operator()(T a, T, T) const {
+    return T(1) / a;
+  }
 };
 struct SquareRoot {
   template <class T>
-  T operator()(T a, T, T) const { return std::sqrt(a); }
+  T operator()(T a, T, T) const {
+    return std::sqrt(a);
+  }
 };
 struct ReciprocalRoot {
   template <class T>
-  T operator()(T a, T, T) const { return T(1) / std::sqrt(a); }
+  T operator()(T a, T, T) const {
+    return T(1) / std::sqrt(a);
+  }
 };
 struct And {
   template <class T>
-  T operator()(T a, T b, T) const { return a & b; }
+  T operator()(T a, T b, T) const {
+    return a & b;
+  }
 };
 struct Or {
   template <class T>
-  T operator()(T a, T b, T) const { return a | b; }
+  T operator()(T a, T b, T) const {
+    return a | b;
+  }
 };
 struct Xor {
   template <class T>
-  T operator()(T a, T b, T) const { return a ^ b; }
+  T operator()(T a, T b, T) const {
+    return a ^ b;
+  }
 };
 struct Not {
   template <class T>
-  T operator()(T a, T, T) const { return T(~a); }
+  T operator()(T a, T, T) const {
+    return T(~a);
+  }
 };
 struct NotPredicate {
   uint32_t operator()(uint32_t a, uint32_t, uint32_t) const { return a == 0; }
@@ -324,8 +364,10 @@ struct ExtractBits {
     const T shifted = a >> start;
     if (length >= kBits - start) return shifted;  // beyond the end there are copies of the sign
     const Unsigned<T> kept = Unsigned<T>(shifted) & ((Unsigned<T>(1) << length) - 1);
-    if constexpr (std::is_signed_v<T>) return T(kept << (kBits - length)) >> (kBits - length);
-    else return kept;
+    if constexpr (std::is_signed_v<T>)
+      return T(kept << (kBits - length)) >> (kBits - length);
+    else
+      return kept;
   }
 };
 struct Permute {
@@ -343,11 +385,15 @@ struct Permute {
 };
 struct CountOnes {
   template <class T>
-  uint32_t operator()(T a, T, T) const { return uint32_t(std::popcount(a)); }
+  uint32_t operator()(T a, T, T) const {
+    return uint32_t(std::popcount(a));
+  }
 };
 struct CountZeros {
   template <class T>
-  uint32_t operator()(T a, T, T) const { return uint32_t(std::countl_zero(a)); }
+  uint32_t operator()(T a, T, T) const {
+    return uint32_t(std::countl_zero(a));
+  }
 };
 
 // The count is of 32 bits whatever the type is, and may be beyond it.
@@ -436,7 +482,9 @@ struct Saturated {
 
 struct First {
   template <class T>
-  T operator()(T a, T, T) const { return a; }
+  T operator()(T a, T, T) const {
+    return a;
+  }
 };
 
 void move(Register* r, const Instruction& i, uint32_t mask) {
@@ -520,7 +568,9 @@ void compare_with(Register* r, const Instruction& i, uint32_t mask, const Read& 
     other[lane] = !found[lane];
     if (i.combine == ' ') continue;
     const bool third = (r[i.in[2]].low[lane] != 0) != (i.in_not >> 2 & 1);
-    auto join = [&](uint32_t& v) { v = i.combine == 'a' ? v && third : i.combine == 'o' ? v || third : (v != 0) != third; };
+    auto join = [&](uint32_t& v) {
+      v = i.combine == 'a' ? v && third : i.combine == 'o' ? v || third : (v != 0) != third;
+    };
     join(found[lane]);
     join(other[lane]);
   }

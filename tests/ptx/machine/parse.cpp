@@ -371,28 +371,27 @@ class Parser {
     static const std::map<std::string, Space> spaces = {
         {"global", Space::global}, {"shared", Space::shared}, {"shared::cta", Space::shared}, {"param", Space::param}};
     // What changes nothing here: all memory is coherent, approximations are rounded correctly.
-    static const std::map<Op, std::string> plain = {
-        {Op::div, "full approx"},
-        {Op::ex2, "approx"},
-        {Op::rcp, "approx"},
-        {Op::sqrt, "approx"},
-        {Op::rsqrt, "approx"},
-        {Op::ld, "nc volatile relaxed gpu cta sys"},
-        {Op::st, "volatile relaxed gpu cta sys"},
-        {Op::atom, "relaxed gpu sys cta"},
-        {Op::red, "relaxed gpu sys cta"},
-        {Op::bra, "uni"},
-        {Op::ret, "uni"},
-        {Op::bar, "sync aligned cta"},
-        {Op::bar_warp, "sync"},
-        {Op::shfl, "sync"},
-        {Op::vote, "sync"},
-        {Op::cp_async, "async ca cg"},
-        {Op::cp_commit, "async"},
-        {Op::cp_wait, "async"},
-        {Op::ldmatrix, "sync aligned m8n8"},
-        {Op::mma, "sync aligned row col"},
-        {Op::fence, "sc acq_rel gl gpu sys cta"}};
+    static const std::map<Op, std::string> plain = {{Op::div, "full approx"},
+                                                    {Op::ex2, "approx"},
+                                                    {Op::rcp, "approx"},
+                                                    {Op::sqrt, "approx"},
+                                                    {Op::rsqrt, "approx"},
+                                                    {Op::ld, "nc volatile relaxed gpu cta sys"},
+                                                    {Op::st, "volatile relaxed gpu cta sys"},
+                                                    {Op::atom, "relaxed gpu sys cta"},
+                                                    {Op::red, "relaxed gpu sys cta"},
+                                                    {Op::bra, "uni"},
+                                                    {Op::ret, "uni"},
+                                                    {Op::bar, "sync aligned cta"},
+                                                    {Op::bar_warp, "sync"},
+                                                    {Op::shfl, "sync"},
+                                                    {Op::vote, "sync"},
+                                                    {Op::cp_async, "async ca cg"},
+                                                    {Op::cp_commit, "async"},
+                                                    {Op::cp_wait, "async"},
+                                                    {Op::ldmatrix, "sync aligned m8n8"},
+                                                    {Op::mma, "sync aligned row col"},
+                                                    {Op::fence, "sc acq_rel gl gpu sys cta"}};
     std::vector<Type> types;
     for (size_t w = 1; w < words.size(); ++w) {
       const std::string& word = words[w];

@@ -37,8 +37,8 @@ struct Warp {
 };
 
 // How tensor cores add products; nothing about it is specified. kAligned is what measurements found of an A100 (Fasi et
-// al. 2021, Khattak and Mikaitis 2025): the sum and 8 products, 4 in TF32, are cut towards zero one place below the last
-// of the largest of them, added, and cut to float32. kTruncated cuts after every product, which is worse than any
+// al. 2021, Khattak and Mikaitis 2025): the sum and 8 products, 4 in TF32, are cut towards zero one place below the
+// last of the largest of them, added, and cut to float32. kTruncated cuts after every product, which is worse than any
 // hardware known.
 enum class Adding : int { kNearest = 0, kAligned = 1, kTruncated = 2 };
 Adding adding = Adding::kNearest;
@@ -116,8 +116,8 @@ class Launch {
   void load_matrices(Warp& warp, const Instruction& i, uint32_t mask);
   void multiply(Warp& warp, const Instruction& i, uint32_t mask);
   // Where an address is, after all checks; null where there is nothing.
-  uint8_t* reach(const Warp& warp, const Instruction& i, int lane, Space space, uint64_t address, int bytes, bool writes,
-                 bool atomic = false);
+  uint8_t* reach(const Warp& warp, const Instruction& i, int lane, Space space, uint64_t address, int bytes,
+                 bool writes, bool atomic = false);
   void whole(const Warp& warp, const Instruction& i, uint32_t mask) {
     if (mask != warp.live) report(i, std::countr_zero(mask), "warp instruction under a partial mask");
   }
@@ -345,11 +345,17 @@ uint8_t* Launch::reach(const Warp& warp, const Instruction& i, int lane, Space s
   return memory;
 }
 
+// Addresses of shared memory have 32 bits and wrap around.
+uint64_t address_of(const Register& base, int lane, Space space, int64_t offset) {
+  const uint64_t address = base.get(lane) + uint64_t(offset);
+  return space == Space::shared ? uint32_t(address) : address;
+}
+
 void Launch::load(Warp& warp, const Instruction& i, uint32_t mask) {
   const int size = i.type.bits / 8, bytes = size * i.vector;
   const Register address = warp.registers[size_t(i.in[0])];
   each(mask, [&](int lane) {
-    const uint64_t at = address.get(lane) + uint64_t(i.offset);
+    const uint64_t at = address_of(address, lane, i.space, i.offset);
     const uint8_t* from = reach(warp, i, lane, i.space, at, bytes, false);
     for (int n = 0; n < i.vector; ++n) {
       uint64_t value = 0;
@@ -365,7 +371,7 @@ void Launch::store(Warp& warp, const Instruction& i, uint32_t mask) {
   const int size = i.type.bits / 8, bytes = size * i.vector;
   const Register& address = warp.registers[size_t(i.in[0])];
   each(mask, [&](int lane) {
-    uint8_t* to = reach(warp, i, lane, i.space, address.get(lane) + uint64_t(i.offset), bytes, true);
+    uint8_t* to = reach(warp, i, lane, i.space, address_of(address, lane, i.space, i.offset), bytes, true);
     if (!to) return;
     for (int n = 0; n < i.vector; ++n) {
       const uint64_t value = warp.registers[size_t(i.in[n + 1])].get(lane);
@@ -409,7 +415,7 @@ void Launch::atomic(Warp& warp, const Instruction& i, uint32_t mask) {
   const int size = i.type.bits / 8;
   if (size != 4 && size != 8) throw std::runtime_error("unknown atomic: " + module_.lines[size_t(i.line) - 1]);
   each(mask, [&](int lane) {
-    const uint64_t address = warp.registers[size_t(i.in[0])].get(lane) + uint64_t(i.offset);
+    const uint64_t address = address_of(warp.registers[size_t(i.in[0])], lane, i.space, i.offset);
     uint8_t* at = reach(warp, i, lane, i.space, address, size, true, true);
     if (!at) return;
     memory_.synchronise(address, i.acquire, i.release);
@@ -425,7 +431,8 @@ void Launch::atomic(Warp& warp, const Instruction& i, uint32_t mask) {
 void Launch::copy(Warp& warp, const Instruction& i, uint32_t mask) {
   each(mask, [&](int lane) {
     auto operand = [&](int n) { return warp.registers[size_t(i.in[n])].get(lane); };
-    Copy one{lane, warp.group[size_t(lane)], operand(0) + uint64_t(i.offset), int(operand(2)), {}};
+    const uint64_t to = address_of(warp.registers[size_t(i.in[0])], lane, Space::shared, i.offset);
+    Copy one{lane, warp.group[size_t(lane)], to, int(operand(2)), {}};
     const uint64_t from = operand(1) + uint64_t(i.from_offset);
     const int taken = i.in.size() > 3 ? std::min(int(operand(3)), one.size) : one.size;  // zeros behind
     if (from % uint64_t(one.size)) report(i, lane, "misaligned global access");
@@ -440,7 +447,6 @@ void Launch::copy(Warp& warp, const Instruction& i, uint32_t mask) {
         }
       }
     }
-    if (one.to >= kSharedWindow) one.to -= kSharedWindow;
     if (!reach(warp, i, lane, Space::shared, one.to, one.size, true)) return;
     shared_.pend(one.to, one.size);
     warp.copies.push_back(one);
@@ -501,8 +507,7 @@ void Launch::load_matrices(Warp& warp, const Instruction& i, uint32_t mask) {
     uint16_t matrix[8][8] = {};
     for (int row = 0; row < 8; ++row) {
       const int lane = n * 8 + row;
-      uint64_t at = address.get(lane) + uint64_t(i.offset);
-      if (at >= kSharedWindow) at -= kSharedWindow;
+      const uint64_t at = address_of(address, lane, Space::shared, i.offset);
       if (const uint8_t* from = reach(warp, i, lane, Space::shared, at, 16, false)) std::memcpy(matrix[row], from, 16);
     }
     Register& to = warp.registers[size_t(i.out[n])];
