@@ -74,9 +74,19 @@ def bits(value, width=32):
 
 
 WORDS = np.array(
-    [0, 1, -1, 2**31 - 1, -(2**31), 5, -7, 0x12345678, *np.random.default_rng(0).integers(-(2**31), 2**31, 24)],
+    [
+        0,
+        1,
+        -1,
+        2**31 - 1,
+        -(2**31),
+        5,
+        -7,
+        0x12345678,
+        *np.random.default_rng(0).integers(-(2**31), 2**31, 24),
+    ],
     np.int64,
-)  # fmt: skip
+)
 OTHER = np.roll(WORDS, 3)
 SHIFTS = np.arange(32) * 3 % 41
 
@@ -128,24 +138,51 @@ def permuted(a, b, selectors):
         ("div.u32 {0}, {1}, 7;", lambda a, b: (a % 2**32) // 7),
         ("rem.u32 {0}, {1}, 7;", lambda a, b: (a % 2**32) % 7),
         ("selp.b32 {0}, {1}, {2}, %p2;", lambda a, b: a if b > 0 else b),
-        ("setp.lt.and.s32 %p3|%p4, {1}, {2}, !%p2; selp.b32 {0}, 1, 0, %p3;", lambda a, b: a < b <= 0),
-        ("setp.lt.and.s32 %p3|%p4, {1}, {2}, !%p2; selp.b32 {0}, 1, 0, %p4;", lambda a, b: b <= a and b <= 0),
-        ("setp.ge.or.u32 %p3, {1}, {2}, %p2; selp.b32 {0}, 1, 0, %p3;", lambda a, b: a % 2**32 >= b % 2**32 or b > 0),
+        (
+            "setp.lt.and.s32 %p3|%p4, {1}, {2}, !%p2; selp.b32 {0}, 1, 0, %p3;",
+            lambda a, b: a < b <= 0,
+        ),
+        (
+            "setp.lt.and.s32 %p3|%p4, {1}, {2}, !%p2; selp.b32 {0}, 1, 0, %p4;",
+            lambda a, b: b <= a and b <= 0,
+        ),
+        (
+            "setp.ge.or.u32 %p3, {1}, {2}, %p2; selp.b32 {0}, 1, 0, %p3;",
+            lambda a, b: a % 2**32 >= b % 2**32 or b > 0,
+        ),
         ("mov.b64 %rd10, {{{1}, {2}}}; mov.b64 {{_, {0}}}, %rd10;", lambda a, b: b),
-        ("cvt.s64.s32 %rd10, {1}; shr.s64 %rd10, %rd10, 34; cvt.u32.u64 {0}, %rd10;", lambda a, b: a >> 34),
-        ("cvt.u64.u32 %rd10, {1}; shl.b64 %rd10, %rd10, 9; shr.u64 %rd10, %rd10, 33; cvt.u32.u64 {0}, %rd10;",
-            lambda a, b: (a % 2**32) >> 24),
+        (
+            "cvt.s64.s32 %rd10, {1}; shr.s64 %rd10, %rd10, 34; cvt.u32.u64 {0}, %rd10;",
+            lambda a, b: a >> 34,
+        ),
+        (
+            "cvt.u64.u32 %rd10, {1}; shl.b64 %rd10, %rd10, 9; shr.u64 %rd10, %rd10, 33;"
+            " cvt.u32.u64 {0}, %rd10;",
+            lambda a, b: (a % 2**32) >> 24,
+        ),
         ("cvt.u64.u32 %rd10, {1}; popc.b64 {0}, %rd10;", lambda a, b: (a % 2**32).bit_count()),
         ("cvt.u64.u32 %rd10, {1}; clz.b64 {0}, %rd10;", lambda a, b: 64 - (a % 2**32).bit_length()),
-        ("mul.wide.s32 %rd10, {1}, {2}; shr.u64 %rd10, %rd10, 32; cvt.u32.u64 {0}, %rd10;", lambda a, b: a * b >> 32),
-        ("mul.wide.u32 %rd10, {1}, {2}; shr.u64 %rd10, %rd10, 32; cvt.u32.u64 {0}, %rd10;",
-            lambda a, b: (a % 2**32) * (b % 2**32) >> 32),
-        ("cvt.s64.s32 %rd10, {2}; mad.wide.s32 %rd10, {1}, {2}, %rd10; cvt.u32.u64 {0}, %rd10;", lambda a, b: a * b + b),
-        ("mul.wide.s32 %rd10, {1}, {2}; mad.lo.s64 %rd10, %rd10, 5, %rd10; cvt.u32.u64 {0}, %rd10;", lambda a, b: a * b * 6),
+        (
+            "mul.wide.s32 %rd10, {1}, {2}; shr.u64 %rd10, %rd10, 32; cvt.u32.u64 {0}, %rd10;",
+            lambda a, b: a * b >> 32,
+        ),
+        (
+            "mul.wide.u32 %rd10, {1}, {2}; shr.u64 %rd10, %rd10, 32; cvt.u32.u64 {0}, %rd10;",
+            lambda a, b: (a % 2**32) * (b % 2**32) >> 32,
+        ),
+        (
+            "cvt.s64.s32 %rd10, {2}; mad.wide.s32 %rd10, {1}, {2}, %rd10; cvt.u32.u64 {0}, %rd10;",
+            lambda a, b: a * b + b,
+        ),
+        (
+            "mul.wide.s32 %rd10, {1}, {2}; mad.lo.s64 %rd10, %rd10, 5, %rd10;"
+            " cvt.u32.u64 {0}, %rd10;",
+            lambda a, b: a * b * 6,
+        ),
         ("cvt.s32.s16 {0}, {1};", lambda a, b: ((a & 0xFFFF) ^ 0x8000) - 0x8000),
         ("cvt.u32.u8 {0}, {1};", lambda a, b: a & 255),
     ],
-)  # fmt: skip
+)
 def test_integers_at_their_limits(instruction, expected):
     y = np.zeros(32, np.int32)
     x = np.stack([WORDS, OTHER]).astype(np.int32)
@@ -172,8 +209,23 @@ def test_shifts_by_more_than_the_width(instruction, expected):
 
 
 NUMBERS = np.array(
-    [0.0, -0.0, 1.0, -1.5, np.inf, -np.inf, np.nan, 2.5, -2.5, 3e9, -3e9, 1e-40, -1e-40, 0.3]
-    + list(np.random.default_rng(1).standard_normal(18) * 100),
+    [
+        0.0,
+        -0.0,
+        1.0,
+        -1.5,
+        np.inf,
+        -np.inf,
+        np.nan,
+        2.5,
+        -2.5,
+        3e9,
+        -3e9,
+        1e-40,
+        -1e-40,
+        0.3,
+        *np.random.default_rng(1).standard_normal(18) * 100,
+    ],
     np.float32,
 )
 SECOND = np.roll(NUMBERS, 5)
@@ -197,21 +249,37 @@ f64 = np.float64
         ("fma.rn.f32 {0}, {1}, {2}, {2};", lambda a, b: f64(a) * f64(b) + f64(b)),
         ("mul.ftz.f32 {0}, {1}, 0f3F800000;", lambda a, b: np.where(np.abs(a) < 1e-38, a * 0, a)),
         ("add.sat.f32 {0}, {1}, {2};", lambda a, b: np.nan_to_num(np.clip(a + b, 0, 1), nan=0)),
-        ("cvt.f64.f32 %d1, {1}; add.f64 %d1, %d1, %d1; cvt.rn.f32.f64 {0}, %d1;", lambda a, b: a + a),
-        ("setp.ltu.f32 %p1, {1}, {2}; selp.f32 {0}, {1}, {2}, %p1;", lambda a, b: np.where(~(a >= b), a, b)),
-        ("setp.lt.f32 %p1, {1}, {2}; selp.f32 {0}, {1}, {2}, %p1;", lambda a, b: np.where(a < b, a, b)),
-        ("setp.nan.f32 %p1, {1}, {2}; selp.f32 {0}, {1}, {2}, %p1;",
-            lambda a, b: np.where(np.isnan(a) | np.isnan(b), a, b)),
-        ("setp.neu.f32 %p1, {1}, {2}; selp.f32 {0}, {1}, {2}, %p1;", lambda a, b: np.where(a != b, a, b)),
-        ("setp.ne.f32 %p1, {1}, {2}; selp.f32 {0}, {1}, {2}, %p1;",
-            lambda a, b: np.where((a != b) & ~np.isnan(a) & ~np.isnan(b), a, b)),
+        (
+            "cvt.f64.f32 %d1, {1}; add.f64 %d1, %d1, %d1; cvt.rn.f32.f64 {0}, %d1;",
+            lambda a, b: a + a,
+        ),
+        (
+            "setp.ltu.f32 %p1, {1}, {2}; selp.f32 {0}, {1}, {2}, %p1;",
+            lambda a, b: np.where(~(a >= b), a, b),
+        ),
+        (
+            "setp.lt.f32 %p1, {1}, {2}; selp.f32 {0}, {1}, {2}, %p1;",
+            lambda a, b: np.where(a < b, a, b),
+        ),
+        (
+            "setp.nan.f32 %p1, {1}, {2}; selp.f32 {0}, {1}, {2}, %p1;",
+            lambda a, b: np.where(np.isnan(a) | np.isnan(b), a, b),
+        ),
+        (
+            "setp.neu.f32 %p1, {1}, {2}; selp.f32 {0}, {1}, {2}, %p1;",
+            lambda a, b: np.where(a != b, a, b),
+        ),
+        (
+            "setp.ne.f32 %p1, {1}, {2}; selp.f32 {0}, {1}, {2}, %p1;",
+            lambda a, b: np.where((a != b) & ~np.isnan(a) & ~np.isnan(b), a, b),
+        ),
         ("cvt.rni.f32.f32 {0}, {1};", lambda a, b: np.rint(a)),
         ("cvt.rmi.f32.f32 {0}, {1};", lambda a, b: np.floor(a)),
         ("cvt.rpi.f32.f32 {0}, {1};", lambda a, b: np.ceil(a)),
         ("cvt.sat.f32.f32 {0}, {1};", lambda a, b: np.nan_to_num(np.clip(a, 0, 1), nan=0)),
         ("cvt.rna.tf32.f32 %r5, {1}; mov.b32 {0}, %r5;", lambda a, b: nearest_tf32(a)),
     ],
-)  # fmt: skip
+)
 def test_floats(instruction, expected):
     y = np.zeros(32, np.float32)
     load = ".reg .f64 %d<4>; ld.global.f32 %f1, [%rd4]; ld.global.f32 %f2, [%rd4+128];"

@@ -11,10 +11,10 @@ from mfef_ext import functional, reference
 from mfef_ext.backends import cuda
 from mfef_ext.problem import describe_multi_scale_conv2d
 from tests.accuracy import Errors, check_block, largest, make_case, run_block
-from tests.ptx.cuda import H200
 from tests.backends.cuda.test_plan import A100, SMALLEST, problem
 from tests.backends.cuda.test_small_maps import DTYPES, LAYOUTS, MATRICES
 from tests.drawing import DRAWN, blocks
+from tests.ptx.cuda import H200
 
 OPS = torch.ops.mfef_ptx
 

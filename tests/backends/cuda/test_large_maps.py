@@ -19,12 +19,12 @@ from tests.accuracy import (
     make_case,
     run_block,
 )
-from tests.ptx.cuda import ALIGNED, H200, NEAREST
 from tests.backends.cuda.test_plan import problem
 from tests.backends.cuda.tf32 import on_tf32_operands, rounded
 from tests.backends.triton.test_attention import draw_case, expected
 from tests.backends.triton.test_attention import eager_errors as eager_errors_of_attention
 from tests.drawing import DRAWN, blocks
+from tests.ptx.cuda import ALIGNED, H200, NEAREST
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

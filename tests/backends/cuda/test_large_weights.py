@@ -9,9 +9,9 @@ import torch
 from mfef_ext import _C, functional, reference
 from mfef_ext.problem import describe_multi_scale_conv2d
 from tests.accuracy import Errors, largest, make_case
-from tests.ptx.cuda import ALIGNED, H200, NEAREST, TRUNCATED
 from tests.backends.cuda.test_plan import problem
 from tests.backends.cuda.tf32 import rounded
+from tests.ptx.cuda import ALIGNED, H200, NEAREST, TRUNCATED
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ptx.cuda import ALIGNED, NEAREST, TRUNCATED
 from tests.backends.cuda.tf32 import tf32
+from tests.ptx.cuda import ALIGNED, NEAREST, TRUNCATED
 
 WORDS, MATRICES, TRANSPOSED = range(3)  # how operands are read, as in host.cpp
 KINDS = [("tf32", 4), ("tf32", 8)]

@@ -18,12 +18,12 @@ from tests.accuracy import (
     run_block,
     unit_in_the_last_place,
 )
-from tests.ptx.cuda import ALIGNED, H200, NEAREST
 from tests.backends.cuda.test_plan import problem
 from tests.backends.cuda.tf32 import on_tf32_operands
 from tests.drawing import DRAWN, blocks
 from tests.ops.test_accuracy import strided
 from tests.ops.test_contracts import tied_case
+from tests.ptx.cuda import ALIGNED, H200, NEAREST
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = [*DTYPES, "tf32"]
