@@ -202,8 +202,10 @@ struct LargeConvolution {
         const TileRows rows{region.at, pitch, -region.at.row, s.height - region.at.row};
         for (int b = unit.branch; b < unit.end; ++b) convolve_branch_of_unit(a, block, unit, b, rows, region.image);
       } else {
+        Region spans = region;  // whole ones, as the statistics read them
+        spans.at.columns = ceil_div(region.at.columns, kSpan) * kSpan;
         block.phase([&](int thread) {
-          load_region(l.source, l.source_element, s, region, block.shared, step, pitch, thread, block.threads);
+          load_region(l.source, l.source_element, s, spans, block.shared, step, pitch, thread, block.threads);
         });
       }
     });

@@ -1,7 +1,7 @@
 // The last launch of a backward: every element of every parameter's gradient, from what the launches before left.
 //
-// A thread block writes kOutputs neighbouring elements; for each, kSumParts threads add up a part of the terms, in
-// order, and one adds the parts. Terms are slices of the batch (convolutions), images (MLP and bias, where a term is
+// A thread block writes neighbouring elements; for each, one thread or, where sums are long, kSumParts threads add up a
+// part of the terms, in order, and one adds the parts. Terms are slices of the batch (convolutions), images (MLP and bias, where a term is
 // a product of two vectors that the backward left, an outer product for each image) or blocks of images (spatial).
 // Elements are in the order of their partial sums. Memory: reads what is left once, neighbouring elements side by side,
 // and writes the gradients in their own strides.
@@ -11,12 +11,26 @@
 
 namespace mfef::cuda {
 
-constexpr int kOutputs = 32, kSumParts = 8;
+constexpr int kSumThreads = 256, kSumParts = 8;
 
-// One part of the sum over `count` terms; 0 for the part after the last. run(first, n): of n terms from `first` on.
+// Threads of an element: one where no sum is longer than a run.
+MFEF_HD int sum_parts(const BlockArgs& a) {
+  const bool short_sums =
+      a.slices <= kRun && a.bias_terms <= kRun && (!a.sizes.hidden || (a.sizes.batch <= kRun && a.blocks <= kRun));
+  return short_sums ? 1 : kSumParts;
+}
+
+// One of `parts` parts of a sum; none of it where only the place of the element is asked for.
+struct Part {
+  int index, parts;
+};
+
+// Of the sum over `count` terms. run(first, n): of n terms from `first` on.
 template <class Run>
-MFEF_DEVICE float part_of_runs(int64_t count, int part, const Run& run) {
-  const int64_t begin = count * part / kSumParts, end = part < kSumParts ? count * (part + 1) / kSumParts : begin;
+MFEF_DEVICE float part_of_runs(int64_t count, Part part, const Run& run) {
+  const bool some = part.index < part.parts;
+  const int64_t begin = part.parts == 1 ? 0 : count * part.index / part.parts;
+  const int64_t end = !some ? begin : part.parts == 1 ? count : count * (part.index + 1) / part.parts;
   float sum = 0.0f;
   for (int64_t first = begin; first < end; first += kRun) {
     sum += run(first, end - first < kRun ? int(end - first) : kRun);
@@ -25,13 +39,13 @@ MFEF_DEVICE float part_of_runs(int64_t count, int part, const Run& run) {
 }
 
 template <class Term>
-MFEF_DEVICE float part_of_sum(int64_t count, int part, const Term& term) {
+MFEF_DEVICE float part_of_sum(int64_t count, Part part, const Term& term) {
   return part_of_runs(count, part,
                       [&](int64_t first, int n) { return sum_of(n, [&](int i) { return term(first + i); }); });
 }
 
 // The same of numbers `step` apart, with the loads of a whole run under way at once.
-MFEF_DEVICE float part_of_sum(int64_t count, int part, const float* from, int64_t step) {
+MFEF_DEVICE float part_of_sum(int64_t count, Part part, const float* from, int64_t step) {
   return part_of_runs(count, part, [&](int64_t first, int n) {
     const float* at = from + first * step;
     float terms[kRun], sum = 0.0f;
@@ -44,7 +58,7 @@ MFEF_DEVICE float part_of_sum(int64_t count, int part, const float* from, int64_
 }
 
 // A part of element `e` of all gradients; *to and *offset say where the element is.
-MFEF_DEVICE float part_of_output(const BlockArgs& a, int64_t e, int part, Parameter* to, int64_t* offset) {
+MFEF_DEVICE float part_of_output(const BlockArgs& a, int64_t e, Part part, Parameter* to, int64_t* offset) {
   const Sizes& s = a.sizes;
   const Gradients& g = a.grads;
   const int64_t batch = s.batch, channels = s.out, hidden = s.hidden;
@@ -120,23 +134,30 @@ MFEF_DEVICE float part_of_output(const BlockArgs& a, int64_t e, int part, Parame
 
 struct Sums {
   static MFEF_DEVICE void run(const BlockArgs& a, const Block& block) {
-    float* parts = block.shared;
-    for (int64_t first = block.index * kOutputs; first < a.outputs; first += block.count * kOutputs) {
+    const int parts = sum_parts(a), outputs = kSumThreads / parts;
+    float* sums = block.shared;
+    for (int64_t first = block.index * outputs; first < a.outputs; first += block.count * outputs) {
+      Parameter to;
+      int64_t offset;
+      if (parts == 1) {
+        block.phase([&](int thread) {
+          const int64_t e = first + thread;
+          if (e >= a.outputs) return;
+          const float sum = part_of_output(a, e, {0, 1}, &to, &offset);
+          store(to, a.element, offset, sum);
+        });
+        continue;
+      }
       block.phase([&](int thread) {
-        const int64_t e = first + thread % kOutputs;
-        Parameter to;
-        int64_t offset;
-        parts[thread] = e < a.outputs ? part_of_output(a, e, thread / kOutputs, &to, &offset) : 0.0f;
+        const int64_t e = first + thread % outputs;
+        sums[thread] = e < a.outputs ? part_of_output(a, e, {thread / outputs, parts}, &to, &offset) : 0.0f;
       });
       block.phase([&](int thread) {
         const int64_t e = first + thread;
-        if (thread >= kOutputs || e >= a.outputs) return;
+        if (thread >= outputs || e >= a.outputs) return;
         float sum = 0.0f;
-        for (int part = 0; part < kSumParts; ++part) sum += parts[part * kOutputs + thread];
-        // The place of the element, with no term to add up.
-        Parameter to;
-        int64_t offset;
-        part_of_output(a, e, kSumParts, &to, &offset);
+        for (int part = 0; part < parts; ++part) sum += sums[part * outputs + thread];
+        part_of_output(a, e, {parts, parts}, &to, &offset);
         store(to, a.element, offset, sum);
       });
     }

@@ -15,8 +15,8 @@ const char* launch_weight_gradient(const BlockArgs& args, const Plan& plan, void
 }
 
 const char* launch_sums(const BlockArgs& args, const Plan&, void* stream) {
-  constexpr int kThreads = kOutputs * kSumParts;
-  return launch<Sums, kThreads>(args, (args.outputs + kOutputs - 1) / kOutputs, kThreads, kThreads * 4, stream);
+  const int outputs = kSumThreads / sum_parts(args);
+  return launch<Sums, kSumThreads>(args, (args.outputs + outputs - 1) / outputs, kSumThreads, kSumThreads * 4, stream);
 }
 
 }  // namespace mfef::cuda

@@ -351,6 +351,19 @@ uint64_t address_of(const Register& base, int lane, Space space, int64_t offset)
   return space == Space::shared ? uint32_t(address) : address;
 }
 
+uint64_t fetch(const uint8_t* from, int size) {
+  auto as = [&](auto value) {
+    std::memcpy(&value, from, sizeof value);
+    return uint64_t(value);
+  };
+  return size == 4 ? as(uint32_t()) : size == 8 ? as(uint64_t()) : size == 2 ? as(uint16_t()) : as(uint8_t());
+}
+
+void put(uint8_t* to, uint64_t value, int size) {
+  auto as = [&](auto narrow) { std::memcpy(to, &narrow, sizeof narrow); };
+  size == 4 ? as(uint32_t(value)) : size == 8 ? as(value) : size == 2 ? as(uint16_t(value)) : as(uint8_t(value));
+}
+
 void Launch::load(Warp& warp, const Instruction& i, uint32_t mask) {
   const int size = i.type.bits / 8, bytes = size * i.vector;
   const Register address = warp.registers[size_t(i.in[0])];
@@ -358,8 +371,7 @@ void Launch::load(Warp& warp, const Instruction& i, uint32_t mask) {
     const uint64_t at = address_of(address, lane, i.space, i.offset);
     const uint8_t* from = reach(warp, i, lane, i.space, at, bytes, false);
     for (int n = 0; n < i.vector; ++n) {
-      uint64_t value = 0;
-      if (from) std::memcpy(&value, from + n * size, size_t(size));
+      uint64_t value = from ? fetch(from + n * size, size) : 0;
       // Signed values fill their register.
       if (i.type.kind == 's' && size < 8) value = uint64_t(int64_t(value << (64 - 8 * size)) >> (64 - 8 * size));
       if (i.out[n] >= 0) warp.registers[size_t(i.out[n])].set(lane, value);
@@ -374,8 +386,7 @@ void Launch::store(Warp& warp, const Instruction& i, uint32_t mask) {
     uint8_t* to = reach(warp, i, lane, i.space, address_of(address, lane, i.space, i.offset), bytes, true);
     if (!to) return;
     for (int n = 0; n < i.vector; ++n) {
-      const uint64_t value = warp.registers[size_t(i.in[n + 1])].get(lane);
-      std::memcpy(to + n * size, &value, size_t(size));
+      put(to + n * size, warp.registers[size_t(i.in[n + 1])].get(lane), size);
     }
   });
 }
@@ -419,11 +430,10 @@ void Launch::atomic(Warp& warp, const Instruction& i, uint32_t mask) {
     uint8_t* at = reach(warp, i, lane, i.space, address, size, true, true);
     if (!at) return;
     memory_.synchronise(address, i.acquire, i.release);
-    uint64_t old = 0;
-    std::memcpy(&old, at, size_t(size));
+    const uint64_t old = fetch(at, size);
     auto operand = [&](int n) { return i.in.size() > n ? warp.registers[size_t(i.in[n])].get(lane) : 0; };
     const uint64_t value = combined(i, old, operand(1), operand(2));
-    std::memcpy(at, &value, size_t(size));
+    put(at, value, size);
     if (i.out.size() && i.out[0] >= 0) warp.registers[size_t(i.out[0])].set(lane, old);
   });
 }
