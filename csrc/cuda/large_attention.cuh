@@ -142,6 +142,7 @@ struct Piece {
       : image(index / a.large.pieces.count()), at{}, cover(a.large.pieces) {
     at = cover.rectangle(a.sizes, int(index - image * cover.count()));
   }
+  MFEF_DEVICE int slots() const { return cover.rows * cover.columns; }
   // f(slot, its pixel of the image) of every pixel, for one thread.
   template <class F>
   MFEF_DEVICE void each_pixel(const Sizes& s, int thread, const F& f) const {
@@ -209,7 +210,7 @@ struct PoolChannels {
           if (first == 0) pooled = {0.0f, {0.0f, -1}};
           const int slot = thread % kSlots, run = kChunk / kSlotParts, c = thread / kSlots * run;
           const int channels = least(run, s.out - first - c);
-          if (channels <= 0) return;
+          if (channels <= 0 || slot >= piece.slots()) return;
           const float *y = m + at.y + c * PieceLayout::kStep + slot, *gate = m + at.gate + c;
           if (first == 0) pooled.top = {y[0] * gate[0], c};
           pooled.sum += sum_of(channels, [&](int i) {
@@ -333,6 +334,7 @@ struct PixelGradient {
           if (first == 0) sum = {};
           const int slot = thread % kSlots, run = kChunk / kSlotParts, part = thread / kSlots * run;
           float dot_part = 0.0f, sum_part = 0.0f;
+          if (slot >= piece.slots()) return;
           for (int c = part; c < least(part + run, s.out - first); ++c) {
             const float z = m[at.y + c * kStep + slot] * m[at.gate + c];
             dot_part = fmaf(m[at.grad + c * kStep + slot], z, dot_part);

@@ -321,8 +321,8 @@ struct LargeMatrixPixels {
       : region{task.image,
                task.way.source_first + round.first,
                round.end - round.first,
-               {task.at.row - task.way.k / 2, task.at.rows + task.way.k / 2 * 2, task.at.column - task.way.k / 2,
-                ceil_div(task.at.columns, kSpan) * kSpan + task.way.k / 2 * 2}},
+               {task.at.row - task.way.k / 2, ceil_div(task.at.rows, 2) * 2 + task.way.k / 2 * 2,
+                task.at.column - task.way.k / 2, ceil_div(task.at.columns, kSpan) * kSpan + task.way.k / 2 * 2}},
         to{round.source, task.part.columns, task.part.pixel_step, task.part.group} {}
 };
 

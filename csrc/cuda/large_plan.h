@@ -104,7 +104,7 @@ struct MatrixPart {
         weight_buffers(least(rounds.buffers, rounds.count(part))),
         source_buffers(least(rounds.buffers, rounds.stages(part))),
         round_weights(int64_t(rounds.rows) * part.k * tap_step),
-        round_source(int64_t(tiles.rows + part.k - 1) * columns * pixel_step),
+        round_source(int64_t(ceil_div(tiles.rows, 2) * 2 + part.k - 1) * columns * pixel_step),  // whole pairs
         source(weight_buffers * round_weights),
         total(source + source_buffers * round_source) {}
 

@@ -1,10 +1,10 @@
 // The last launch of a backward: every element of every parameter's gradient, from what the launches before left.
 //
 // A thread block writes neighbouring elements; for each, one thread or, where sums are long, kSumParts threads add up a
-// part of the terms, in order, and one adds the parts. Terms are slices of the batch (convolutions), images (MLP and bias, where a term is
-// a product of two vectors that the backward left, an outer product for each image) or blocks of images (spatial).
-// Elements are in the order of their partial sums. Memory: reads what is left once, neighbouring elements side by side,
-// and writes the gradients in their own strides.
+// part of the terms, in order, and one adds the parts. Terms are slices of the batch (convolutions), images (MLP and
+// bias, where a term is a product of two vectors that the backward left, an outer product for each image) or blocks of
+// images (spatial). Elements are in the order of their partial sums. Memory: reads what is left once, neighbouring
+// elements side by side, and writes the gradients in their own strides.
 #pragma once
 
 #include "device.cuh"
