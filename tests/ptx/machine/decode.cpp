@@ -524,46 +524,48 @@ void select(Register* r, const Instruction& i, uint32_t mask) {
   }
 }
 
-template <class T>
-bool holds(Compare compare, T a, T b) {
-  const bool unordered = a != a || b != b;
+// f(whether a and b compare so), the comparison chosen outside of the loop over lanes.
+template <class F>
+void with_comparison(Compare compare, const F& f) {
+  auto unordered = [](auto a, auto b) { return a != a || b != b; };
   switch (compare) {
     case Compare::eq:
-      return a == b;
+      return f([](auto a, auto b) { return a == b; });
     case Compare::ne:
-      return a != b && !unordered;
+      return f([=](auto a, auto b) { return a != b && !unordered(a, b); });
     case Compare::lt:
-      return a < b;
+      return f([](auto a, auto b) { return a < b; });
     case Compare::le:
-      return a <= b;
+      return f([](auto a, auto b) { return a <= b; });
     case Compare::gt:
-      return a > b;
+      return f([](auto a, auto b) { return a > b; });
     case Compare::ge:
-      return a >= b;
+      return f([](auto a, auto b) { return a >= b; });
     case Compare::equ:
-      return a == b || unordered;
+      return f([=](auto a, auto b) { return a == b || unordered(a, b); });
     case Compare::neu:
-      return a != b;
+      return f([](auto a, auto b) { return a != b; });
     case Compare::ltu:
-      return !(a >= b);
+      return f([](auto a, auto b) { return !(a >= b); });
     case Compare::leu:
-      return !(a > b);
+      return f([](auto a, auto b) { return !(a > b); });
     case Compare::gtu:
-      return !(a <= b);
+      return f([](auto a, auto b) { return !(a <= b); });
     case Compare::geu:
-      return !(a < b);
+      return f([](auto a, auto b) { return !(a < b); });
     case Compare::num:
-      return !unordered;
+      return f([=](auto a, auto b) { return !unordered(a, b); });
     case Compare::nan:
-      return unordered;
+      return f([=](auto a, auto b) { return unordered(a, b); });
   }
-  return false;
 }
 
-template <class T, class Read>
+template <class Read>
 void compare_with(Register* r, const Instruction& i, uint32_t mask, const Read& value) {
   uint32_t found[kLanes], other[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) found[lane] = holds<T>(i.compare, value(0, lane), value(1, lane));
+  with_comparison(i.compare, [&](auto holds) {
+    for (int lane = 0; lane < kLanes; ++lane) found[lane] = holds(value(0, lane), value(1, lane));
+  });
   for (int lane = 0; lane < kLanes; ++lane) {
     other[lane] = !found[lane];
     if (i.combine == ' ') continue;
@@ -580,11 +582,11 @@ void compare_with(Register* r, const Instruction& i, uint32_t mask, const Read& 
 
 template <class T>
 void compare(Register* r, const Instruction& i, uint32_t mask) {
-  compare_with<T>(r, i, mask, [&](int n, int lane) { return read<T>(r[i.in[n]], lane); });
+  compare_with(r, i, mask, [&](int n, int lane) { return read<T>(r[i.in[n]], lane); });
 }
 template <bool kBFloat>
 void compare_halves(Register* r, const Instruction& i, uint32_t mask) {
-  compare_with<float>(r, i, mask, [&](int n, int lane) { return widen(uint16_t(r[i.in[n]].low[lane]), kBFloat); });
+  compare_with(r, i, mask, [&](int n, int lane) { return widen(uint16_t(r[i.in[n]].low[lane]), kBFloat); });
 }
 
 Instruction::Handler compare_of(const Type& type) {
@@ -810,6 +812,7 @@ void decode(Kernel& kernel, const std::vector<std::string>& lines) {
     if (!i.handler && needs_handler(i.op)) {
       throw std::runtime_error("PTX line " + std::to_string(i.line) + ": unknown form of " + lines[size_t(i.line) - 1]);
     }
+    i.uniform = i.op == Op::ld && i.space == Space::param && i.in[0] < int(kernel.constants.size());
     const bool memory = i.op == Op::ld || i.op == Op::st;
     const bool may_be_shared = i.space == Space::shared || i.space == Space::generic;
     kernel.narrow_shared |= memory && may_be_shared && i.type.bits < 32;

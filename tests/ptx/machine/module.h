@@ -129,6 +129,7 @@ struct Instruction {
   char mode = ' ';
   char combine = ' ';  // a, o, x: setp.and, .or, .xor
   bool saturate = false, ftz = false, trans = false, to = false, acquire = false, release = false;
+  bool uniform = false;  // of ld.param: one address for all lanes
   int vector = 1, k = 0;
   int64_t offset = 0, from_offset = 0;  // of the address; of the source of cp.async
   uint32_t in_not = 0;                  // bits: !%p

@@ -366,14 +366,27 @@ void put(uint8_t* to, uint64_t value, int size) {
 
 void Launch::load(Warp& warp, const Instruction& i, uint32_t mask) {
   const int size = i.type.bits / 8, bytes = size * i.vector;
+  // Signed values fill their register.
+  auto value_at = [&](const uint8_t* from) {
+    const uint64_t value = from ? fetch(from, size) : 0;
+    if (i.type.kind != 's' || size == 8) return value;
+    return uint64_t(int64_t(value << (64 - 8 * size)) >> (64 - 8 * size));
+  };
   const Register address = warp.registers[size_t(i.in[0])];
+  if (i.uniform) {
+    const int first = std::countr_zero(mask);
+    const uint8_t* from = reach(warp, i, first, i.space, address.get(first) + uint64_t(i.offset), bytes, false);
+    for (int n = 0; n < i.vector; ++n) {
+      const uint64_t value = value_at(from ? from + n * size : nullptr);
+      if (i.out[n] >= 0) each(mask, [&](int lane) { warp.registers[size_t(i.out[n])].set(lane, value); });
+    }
+    return;
+  }
   each(mask, [&](int lane) {
     const uint64_t at = address_of(address, lane, i.space, i.offset);
     const uint8_t* from = reach(warp, i, lane, i.space, at, bytes, false);
     for (int n = 0; n < i.vector; ++n) {
-      uint64_t value = from ? fetch(from + n * size, size) : 0;
-      // Signed values fill their register.
-      if (i.type.kind == 's' && size < 8) value = uint64_t(int64_t(value << (64 - 8 * size)) >> (64 - 8 * size));
+      const uint64_t value = value_at(from ? from + n * size : nullptr);
       if (i.out[n] >= 0) warp.registers[size_t(i.out[n])].set(lane, value);
     }
   });
