@@ -1,10 +1,8 @@
 // What all kernels stand on: a thread block as a sequence of phases, elements of three types, rows of maps.
 //
-// A kernel is written once, as a function of a Block: `block.phase([&](int thread) {...})` is what every thread does
-// between two barriers, `block.warps([&](const Warp& warp) {...})` the same for what a warp does together. nvcc makes
-// it a __global__ function. A C++ compiler makes it a loop over threads per phase, which is how the tests run the same
-// arithmetic without a GPU (tests/backends/cuda/host.cpp). So nothing here uses what only one of the two has: no
-// shuffles, no barriers but the phases, no state of a thread from one phase to the next but Block::Registers.
+// A kernel is a function of a Block: `block.phase([&](int thread) {...})` is what every thread does between two
+// barriers, `block.warps([&](const Warp& warp) {...})` the same for what a warp does together. What a thread keeps from
+// one phase to the next is in Block::Registers.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -15,16 +13,9 @@
 
 #include "plan.h"
 
-#ifdef __CUDACC__
 #define MFEF_DEVICE __device__ __forceinline__
 #define MFEF_UNROLL _Pragma("unroll")
 #define MFEF_ROLLED _Pragma("unroll 1")
-#else
-#include <vector>
-#define MFEF_DEVICE inline
-#define MFEF_UNROLL
-#define MFEF_ROLLED
-#endif
 
 namespace mfef::cuda {
 
@@ -32,7 +23,6 @@ constexpr int kWarp = 32;
 
 // kWarp threads that act at once (mma.cuh): `warp.lanes([&](int thread) {...})` is what each does by itself in between.
 // What a thread keeps meanwhile is in Warp::Registers, and in Block::Registers from one phase to another.
-#ifdef __CUDACC__
 struct Warp {
   int index;  // among those of the thread block
 
@@ -78,49 +68,6 @@ struct Block {
     __syncthreads();
   }
 };
-#else
-struct Warp {
-  int index;
-  bool backwards;
-
-  template <class T>
-  struct Registers {
-    T all[kWarp];
-    T& operator[](int thread) { return all[thread % kWarp]; }
-  };
-
-  template <class F>
-  void lanes(const F& f) const {
-    for (int i = 0; i < kWarp; ++i) f(index * kWarp + (backwards ? kWarp - 1 - i : i));
-  }
-  void together() const {}
-};
-
-struct Block {
-  int64_t index, count;
-  int threads;
-  float* shared;
-  bool backwards;  // threads in descending order: a phase whose result depends on the order has a race
-
-  template <class T>
-  struct Registers {
-    std::vector<T> all;
-    explicit Registers(const Block& block) : all(size_t(block.threads)) {}
-    T& operator[](int thread) { return all[size_t(thread)]; }
-  };
-
-  template <class F>
-  void phase(const F& f) const {
-    for (int i = 0; i < threads; ++i) f(backwards ? threads - 1 - i : i);
-  }
-
-  template <class F>
-  void warps(const F& f) const {
-    const int count = threads / kWarp;
-    for (int i = 0; i < count; ++i) f(Warp{backwards ? count - 1 - i : i, backwards});
-  }
-};
-#endif
 
 // a / d for 0 <= a < 2^21, without the twenty instructions of a division. (a + 1/2) / d is at least 1 / (2 d) from
 // the next integer, and its error below (a + 1/2) / d * 2^-22.

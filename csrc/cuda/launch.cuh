@@ -1,11 +1,9 @@
 // How a kernel is launched, and its __global__ function.
 #pragma once
 
-#ifdef __CUDACC__
 #include <cuda_runtime.h>
 
 #include <atomic>
-#endif
 
 #include "device.cuh"
 #include "launch.h"
@@ -14,8 +12,6 @@ namespace mfef::cuda {
 
 // More parameters only drivers of CUDA 12.1 and later take.
 static_assert(sizeof(BlockArgs) <= 4096);
-
-#ifdef __CUDACC__
 
 template <class Kernel, int kThreads, int kResident>
 __global__ void __launch_bounds__(kThreads, kResident) kernel(const __grid_constant__ BlockArgs args) {
@@ -48,19 +44,6 @@ const char* launch(const BlockArgs& args, int64_t blocks, int threads, int64_t s
   }
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
-
-#else
-
-// Defined by the test that runs kernels on the host.
-using Run = void (*)(const BlockArgs&, const Block&);
-const char* run_on_host(Run run, const BlockArgs& args, int64_t blocks, int threads, int64_t shared);
-
-template <class Kernel, int kThreads, int kResident = 1>
-const char* launch(const BlockArgs& args, int64_t blocks, int threads, int64_t shared, void*) {
-  return threads <= kThreads ? run_on_host(&Kernel::run, args, blocks, threads, shared) : "too many threads";
-}
-
-#endif
 
 // The table of instantiations of a kernel: one per width of a row in shared memory. Rows of 16 take all the registers
 // that there are.

@@ -75,15 +75,10 @@ constexpr int kMatrixChain = 128;
 // --- operands -----------------------------------------------------------------------------------
 
 // To the nearest with 10 bits of mantissa, ties away from zero; NaN and infinity stay.
-MFEF_HD uint32_t tf32_word(float value) {
-#ifdef __CUDA_ARCH__
+MFEF_DEVICE uint32_t tf32_word(float value) {
   uint32_t word;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(value));
   return word;
-#else
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
-#endif
 }
 
 // A word of kPerWord values, the first in its low bits; a float as it is.
@@ -92,11 +87,7 @@ MFEF_DEVICE uint32_t word_of(const float (&value)[kPerWord<T>]) {
   if constexpr (std::is_same_v<T, Tf32>) {
     return tf32_word(value[0]);
   } else if constexpr (kPerWord<T> == 1) {
-#ifdef __CUDA_ARCH__
     return __float_as_uint(value[0]);
-#else
-    return std::bit_cast<uint32_t>(value[0]);
-#endif
   } else {
     return uint32_t(T(value[0]).x) | uint32_t(T(value[1]).x) << 16;
   }
@@ -112,7 +103,6 @@ MFEF_DEVICE float value_in(uint32_t word, int i) {
   }
 }
 
-#ifdef __CUDACC__
 // ldmatrix: a lane gives the address of row lane % 8 of matrix lane / 8.
 #define MFEF_LDMATRIX(SHAPE, FORMAT, ADDRESS, ...) \
   asm volatile("ldmatrix.sync.aligned.m8n8." SHAPE ".shared.b16 " FORMAT ";" : __VA_ARGS__ : "r"(ADDRESS) : "memory")
@@ -132,7 +122,6 @@ MFEF_DEVICE void load_matrix_rows(uint32_t (&word)[kCount], const uint32_t* row)
   }
 }
 #undef MFEF_LDMATRIX
-#endif
 
 // Matrices to the registers of the warp: row r of matrix m is the 4 words from row(m, r) on, aligned to 16 bytes.
 // to(thread) is the fragment of a lane.
@@ -142,11 +131,7 @@ MFEF_DEVICE void load_matrices(const Warp& warp, const To& to, const Row& row) {
   warp.lanes([&](int thread) {
     Fragment<kCount>& f = to(thread);
     const int lane = thread % kWarp;
-#ifdef __CUDACC__
     load_matrix_rows<kCount, false>(f.word, row(lane / 8 % kCount, lane % 8));
-#else
-    for (int m = 0; m < kCount; ++m) f.word[m] = row(m, lane / 4)[lane % 4];
-#endif
   });
 }
 
@@ -158,20 +143,12 @@ MFEF_DEVICE void load_transposed(const Warp& warp, const To& to, const Row& row)
   warp.lanes([&](int thread) {
     Fragment<kCount>& f = to(thread);
     const int lane = thread % kWarp;
-#ifdef __CUDACC__
     load_matrix_rows<kCount, true>(f.word, row(lane / 8 % kCount, lane % 8));
-#else
-    for (int m = 0; m < kCount; ++m) {
-      auto element = [&](int r) { return row(m, r)[lane / 8] >> lane / 4 % 2 * 16 & 0xffff; };
-      f.word[m] = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
-    }
-#endif
   });
 }
 
 // --- products -----------------------------------------------------------------------------------
 
-#ifdef __CUDACC__
 #define MFEF_MMA(SHAPE)                                                                                     \
   asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
@@ -199,44 +176,12 @@ MFEF_DEVICE void multiply_add_of_lane(float (&c)[4], const FragmentA<kWords>& a,
 }
 #undef MFEF_MMA
 #undef MFEF_HALF_MMA
-#endif
-
-#ifndef __CUDACC__
-// sum + the products of `depth` pairs, of which tensor cores may add `together` at once. Defined by the test that runs
-// kernels on the host.
-float add_on_host(const float* a, const float* b, int depth, int together, float sum);
-#endif
 
 // C += A B. c(thread), a(thread) and b(thread) are the Accumulator and the fragments of a lane.
 template <class T, int kWords, class C, class A, class B>
 MFEF_DEVICE void multiply_add(const Warp& warp, const C& c, const A& a, const B& b) {
   static_assert(kWords == 8 || kWords == 4);
-#ifdef __CUDACC__
   warp.lanes([&](int thread) { multiply_add_of_lane<T, kWords>(c(thread).value, a(thread), b(thread)); });
-#else
-  // The whole matrices, as the lanes have them.
-  constexpr int kDepth = kWords * kPerWord<T>;
-  float of_a[16][kDepth], of_b[8][kDepth];
-  auto spread = [](const auto& fragment, int lane, auto place, auto& to) {
-    for (int reg = 0; reg < int(std::size(fragment.word)); ++reg) {
-      const Place at = place(lane, reg);
-      for (int i = 0; i < kPerWord<T>; ++i) {
-        to[at.row][at.column * kPerWord<T> + i] = value_in<T>(fragment.word[reg], i);
-      }
-    }
-  };
-  warp.lanes([&](int thread) {
-    spread(a(thread), thread % kWarp, place_in_a, of_a);
-    spread(b(thread), thread % kWarp, place_in_b, of_b);
-  });
-  warp.lanes([&](int thread) {
-    for (int i = 0; i < 4; ++i) {
-      const Place at = place_in_c(thread % kWarp, i);
-      float& sum = c(thread).value[i];
-      sum = add_on_host(of_a[at.row], of_b[at.column], kDepth, 4 * kPerWord<T>, sum);
-    }
-  });
-#endif
 }
 
 }  // namespace mfef::cuda

@@ -1,11 +1,7 @@
 // The operators on CUDA tensors: from checked tensors to BlockArgs, a plan, launches, and back. Their schemas are in
 // csrc/schemas.cpp, which _C registers first.
-//
-// A C++ compiler takes this file too: tests/backends/cuda/host.cpp, which runs the same kernels on CPU tensors.
-#ifdef __CUDACC__
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
-#endif
 
 #include <deque>
 #include <string>
@@ -25,8 +21,6 @@ struct TestSettings {
 };
 extern TestSettings test_settings;
 #endif
-
-#ifdef __CUDACC__
 
 // The device of a tensor is the current one while this lives, and `stream` its current stream.
 struct Device {
@@ -50,19 +44,6 @@ struct Device {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
 };
-
-#else
-
-extern int64_t host_shared_limit, host_most_partials, host_scratch_bytes;
-
-struct Device {
-  explicit Device(const Tensor&) {}
-  int64_t shared_limit() const { return host_shared_limit; }
-  int64_t most_partials() const { return host_most_partials; }
-  void* stream = nullptr;
-};
-
-#endif
 
 namespace {
 
@@ -127,10 +108,6 @@ class Call {
 #ifdef MFEF_CUDA_NAMESPACE
   ~Call() {
     for (const Tensor& t : memory_) test_settings.scratch_bytes += t.numel() * int64_t(t.element_size());
-  }
-#elif !defined(__CUDACC__)
-  ~Call() {
-    for (const Tensor& t : memory_) host_scratch_bytes += t.numel() * int64_t(t.element_size());
   }
 #endif
 
@@ -370,8 +347,6 @@ class Call {
 
 // --- the library ------------------------------------------------------------------------------
 
-#ifdef __CUDACC__
-
 // CUDA writes 13020 for 13.2.
 std::string dotted(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
@@ -393,20 +368,16 @@ std::string cuda_build_info() {
   return info;
 }
 
-#endif
-
 }  // namespace
 }  // namespace mfef::cuda
 
 #ifdef MFEF_CUDA_NAMESPACE  // of a test that executes the kernels' PTX (tests/ptx)
 STABLE_TORCH_LIBRARY_IMPL(MFEF_CUDA_NAMESPACE, CPU, m) {
-#elif defined(__CUDACC__)
+#else
 STABLE_TORCH_LIBRARY_IMPL(mfef, CompositeExplicitAutograd, m) {
   m.impl("cuda_build_info", TORCH_BOX(&mfef::cuda::cuda_build_info));
 }
 STABLE_TORCH_LIBRARY_IMPL(mfef, CUDA, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(mfef_cuda_host, CPU, m) {
 #endif
   mfef::Operators<mfef::cuda::Call>::implement(m);
 }

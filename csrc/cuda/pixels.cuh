@@ -3,12 +3,6 @@
 
 #include <type_traits>
 
-#ifndef __CUDACC__
-#include <cassert>
-#include <cstring>
-#include <vector>
-#endif
-
 #include "mma.cuh"
 #include "region.cuh"
 
@@ -23,10 +17,6 @@ struct PixelStage {
 
 // What a thread copies to shared memory without waiting, 16 or 4 bytes at a time. Everybody sees the copies one barrier
 // after their thread has waited for them. A thread keeps this in Block::Registers, and has waited when it ends.
-//
-// On the host the destination is NaN until then, so that products which read too early, or of what is overwritten
-// while they read, are wrong there.
-#ifdef __CUDACC__
 struct Copies {
   __device__ __forceinline__ void copy_16_bytes(uint32_t* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
@@ -43,44 +33,15 @@ struct Copies {
   }
   __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 };
-#else
-struct Copies {
-  struct Copy {
-    uint32_t* to;
-    const void* from;
-    int words;
-  };
-  std::vector<Copy> issued;
-
-  ~Copies() { assert(issued.empty()); }
-  void copy_16_bytes(uint32_t* to, const void* from) { copy(to, from, 4); }
-  void copy_4_bytes(uint32_t* to, const void* from, bool there) {
-    static const uint32_t zero = 0;
-    copy(to, there ? from : &zero, 1);
-  }
-  void copy(uint32_t* to, const void* from, int words) {
-    for (int i = 0; i < words; ++i) to[i] = 0x7fff7fff;
-    issued.push_back({to, from, words});
-  }
-  void wait() {
-    for (const Copy& copy : issued) std::memcpy(copy.to, copy.from, size_t(4 * copy.words));
-    issued.clear();
-  }
-};
-#endif
 
 // 16 bytes to shared memory at once: left to the compiler these were four stores on sm_80 and sm_90a, whose lanes, 16
 // bytes apart, meet in 8 of 32 banks.
 MFEF_DEVICE void store_16_bytes(uint32_t* to, const uint32_t (&words)[4]) {
-#ifdef __CUDACC__
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
                :
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "r"(words[0]), "r"(words[1]), "r"(words[2]),
                  "r"(words[3])
                : "memory");
-#else
-  for (int i = 0; i < 4; ++i) to[i] = words[i];
-#endif
 }
 
 // f(place, row, column, channel, count) of all vectors of 16 bytes that `thread` has of a region: `count` channels of T

@@ -18,9 +18,7 @@ struct Region {
 
 // The value, but what follows from it is computed again: kept meanwhile it would cost registers.
 MFEF_DEVICE int64_t anew(int64_t value) {
-#ifdef __CUDACC__
   asm volatile("" : "+l"(value));
-#endif
   return value;
 }
 

@@ -2,7 +2,7 @@
 devices, large tensors.
 
 Where a body means something without a GPU it also runs on CPU tensors, smaller: Triton's kernels
-interpreted, CUDA's as the C++ compiler makes them (cuda/host.cpp).
+interpreted, CUDA's on the PTX machine (tests/ptx).
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -1,8 +1,7 @@
 """Kernels of compiled PTX, executed and watched: tests/ptx/machine, built and loaded.
 
-The instructions that test_machine.py executes are known to be right, others are not yet; parameters
-are pointers, grids have one dimension. The kernels of csrc/cuda do not run here yet: their tests
-use tests/backends/cuda/host.cpp.
+test_machine.py executes every form of instruction that it knows; others are errors. cuda.py runs the
+kernels of csrc/cuda, whose tests are in tests/backends/cuda.
 """
 
 import ctypes

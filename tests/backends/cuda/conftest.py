@@ -1,7 +1,7 @@
-"""The CUDA kernels on a GPU, and without one on the host: see host.cpp.
+"""The CUDA kernels on a GPU, and without one on the machine of tests/ptx.
 
 Every test of this folder that asks for ``device`` runs twice: on "cuda" where there is a GPU, and
-on "cpu" with the same code compiled by the C++ compiler in the place of the CUDA backend.
+on "cpu" with the kernels' PTX executed and watched in the place of the CUDA backend.
 """
 
 import pytest

@@ -287,7 +287,7 @@ def test_layouts_give_the_same_bits_on_tensor_cores(device, kind, split):
 )
 def test_rounds_in_two_buffers_and_in_one(host, kind, layout, shape, buffers):
     """A round is copied while the one before is multiplied, where there are several: what is not
-    yet waited for is NaN on the host, and what is overwritten too early is another round's."""
+    yet waited for is what was there before, and what is overwritten too early another round's."""
     plan = plan_of(shape, dtype=kind)
     for direction in ("forward", "backward"):
         rounds = plan[f"{direction}_tensor_core_rounds"]

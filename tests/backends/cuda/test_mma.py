@@ -1,4 +1,4 @@
-"""Products of matrices by tensor cores (csrc/cuda/mma.cuh), run on the host, against numpy."""
+"""Products of matrices by tensor cores (csrc/cuda/mma.cuh), their PTX executed, against numpy."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from tests.backends.cuda.tf32 import tf32
 from tests.ptx.cuda import ALIGNED, NEAREST, TRUNCATED
 
-WORDS, MATRICES, TRANSPOSED = range(3)  # how operands are read, as in host.cpp
+WORDS, MATRICES, TRANSPOSED = range(3)  # how operands are read, as in products.cu
 KINDS = [("tf32", 4), ("tf32", 8)]
 KINDS += [("bfloat16", 8), ("bfloat16", 16), ("float16", 8), ("float16", 16)]
 

@@ -196,7 +196,7 @@ def test_stages_of_weights_do_not_change_a_bit(host, limit, kind):
 @pytest.mark.parametrize(
     ("shape", "kind"),
     [
-        *(((3, 24, 8, 8), torch.float32), ((600, 8, 2, 2), torch.float32)),
+        *(((3, 24, 8, 8), torch.float32), ((513, 8, 2, 2), torch.float32)),
         *(((2, 9, 3, 14), torch.float32), ((2, 68, 6, 4), torch.float32)),
         *(((2, 70, 9, 20), torch.float32), ((1, 9, 35, 18), torch.float32)),
         *(((2, 44, 7, 8), torch.bfloat16), ((1, 72, 9, 18), torch.bfloat16)),  # tensor cores
@@ -205,8 +205,8 @@ def test_stages_of_weights_do_not_change_a_bit(host, limit, kind):
     ids=str,
     indirect=["kind"],
 )
-def test_threads_of_a_phase_do_not_depend_on_one_another(host, shape, kind, split):
-    """The same bits with the threads of every phase in descending order: no race."""
+def test_blocks_and_warps_do_not_depend_on_their_order(host, shape, kind, split):
+    """The same bits with the last thread block and the last warp first."""
     case = make_case(shape, split=split, dtype=kind).cast(kind)
     bias = torch.randn(shape[1], dtype=kind)
     tf32 = torch.backends.cudnn.allow_tf32
@@ -224,6 +224,18 @@ def test_threads_of_a_phase_do_not_depend_on_one_another(host, shape, kind, spli
     host.set(backwards=True)
     for a, b in zip(ascending, run(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(5, 24, 6, 8), (2, 24, 9, 37)], ids=str)
+def test_thread_blocks_take_turns(host, shape):
+    """Beyond the largest grid, here of two: the same bits."""
+    case = make_case(shape, dtype=torch.float32).cast(torch.float32)
+    wanted = run_block(case, functional.mfef_block, backend="cuda")
+    host.set(max_blocks=2)
+    host.launches()  # forget those before
+    for a, b in zip(wanted, run_block(case, functional.mfef_block, backend="cuda"), strict=True):
+        assert torch.equal(a, b)
+    assert max(launch.blocks for launch in host.launches()) == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
