@@ -1,7 +1,7 @@
 """Kernels of compiled PTX, executed and watched: tests/ptx/machine, built and loaded.
 
-test_machine.py executes every form of instruction that it knows; others are errors. cuda.py runs the
-kernels of csrc/cuda, whose tests are in tests/backends/cuda.
+test_machine.py executes every form of instruction that it knows; others are errors. cuda.py runs
+the kernels of csrc/cuda, whose tests are in tests/backends/cuda.
 """
 
 import ctypes
