@@ -90,7 +90,8 @@ def test_the_gradient_of_y_is_no_scratch_there():
 # --- numbers ----------------------------------------------------------------------------------
 
 # All kernel sizes, compiled and others, taps that never meet a pixel; every width of a row that
-# has it; branches on tensor cores beside others; branches that add to the same channels; more items than threads and fewer.
+# has it; branches on tensor cores beside others; branches that add to the same channels; more items
+# than threads and fewer.
 SHAPES = [
     ((3, 64, 8, 8), {}),
     ((2, 24, 8, 8), {"groups": (1, 1, 1, 1)}),
