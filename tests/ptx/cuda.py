@@ -90,6 +90,7 @@ class Launch:
     blocks: int
     threads: int
     shared: int
+    counts: dict[str, int]
     kernel: str
 
 
@@ -121,6 +122,8 @@ class Device:
         self._multiply.argtypes += [ctypes.c_int]
         self._allow = loaded.mfef_ptx_allow
         self._allow.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+        self._counting = loaded.mfef_ptx_counting
+        self._counting.argtypes = [ctypes.c_bool]
         self._log = loaded.mfef_ptx_log
         self._log.restype = ctypes.c_char_p
         self.operators = ops.register(NAMESPACE)
@@ -147,8 +150,17 @@ class Device:
     def launches(self) -> list[Launch]:
         """Those since the last question."""
         lines = self._log().decode().splitlines()
-        split = (line.split("\t") for line in lines)
-        return [Launch(*map(int, numbers), kernel) for *numbers, kernel in split]
+        found = []
+        for line in lines:
+            *numbers, kernel = line.split("\t")
+            values = [int(number) for number in numbers]
+            counts = dict(zip(machine.COUNTS, values[4:], strict=True))
+            found.append(Launch(*values[:4], counts, kernel))
+        return found
+
+    def count(self, sectors: bool) -> None:
+        """Whether sectors and bank conflicts are counted, which takes time."""
+        self._counting(sectors)
 
     def multiply(
         self, operand: str, reading: int, a: np.ndarray, b: np.ndarray, c: np.ndarray

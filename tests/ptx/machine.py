@@ -16,6 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
+# Warp instructions by class, then the rest of machine/count.h.
+CLASSES = (
+    "float",
+    "integer",
+    "convert",
+    "tensor",
+    "global",
+    "shared",
+    "parameter",
+    "control",
+    "other",
+)
+COUNTS = (*CLASSES, "lanes", "barriers", "sectors", "unique", "shared_passes", "shared_replays")
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((Path(__file__).parent / "machine").iterdir())
 
@@ -62,6 +75,8 @@ def library() -> ctypes.CDLL:
     loaded.ptx_launch.restype = ctypes.c_int64
     loaded.ptx_launch.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     loaded.ptx_launch.argtypes += [ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_bool]
+    loaded.ptx_set_counting.argtypes = [ctypes.c_bool]
+    loaded.ptx_counts.argtypes = [ctypes.c_void_p]
     return loaded
 
 
@@ -84,6 +99,7 @@ class Run:
 
     instructions: int
     reports: list[str]
+    counts: dict[str, int]
 
 
 class Module:
@@ -129,13 +145,18 @@ class Module:
             for range_ in memory:
                 engine.ptx_memory_add(allowed, range_.address, range_.end, range_.fresh)
             dims = np.array([*grid, *block], np.uint32)
+            engine.ptx_set_counting(True)
             count = engine.ptx_launch(
                 *(self._handle, name.encode(), dims.ctypes.data, shared, bytes(params)),
                 *(allowed, backwards),
             )
         finally:
+            engine.ptx_set_counting(False)
             engine.ptx_memory_free(allowed)
         answer = engine.ptx_answer().decode()
         if count < 0:
             raise ValueError(answer)
-        return Run(count, answer.splitlines())
+        counts = np.zeros(len(COUNTS), np.int64)
+        engine.ptx_counts(counts.ctypes.data)
+        named = dict(zip(COUNTS, counts.tolist(), strict=True))
+        return Run(count, answer.splitlines(), named)

@@ -27,6 +27,8 @@ extern "C" {
 void* ptx_parse(const char* text);
 const char* ptx_answer();
 void ptx_set_adding(int adding);
+void ptx_set_counting(bool counting);
+void ptx_counts(int64_t* counts);
 void* ptx_memory();
 void ptx_memory_add(void* memory, uint64_t begin, uint64_t end, bool fresh);
 void ptx_memory_free(void* memory);
@@ -201,7 +203,11 @@ cudaError_t launch(const void* host_function, dim3 grid, const dim3& block, void
   const std::string answer = ptx_answer();
   if (count < 0 || !answer.empty()) return fail(answer.substr(0, answer.find('\n')));
   r.log += std::to_string(count) + "\t" + std::to_string(grid.x) + "\t" + std::to_string(block.x) + "\t" +
-           std::to_string(shared) + "\t" + readable(function.name) + "\n";
+           std::to_string(shared);
+  int64_t counts[15];
+  ptx_counts(counts);
+  for (int64_t value : counts) r.log += "\t" + std::to_string(value);
+  r.log += "\t" + readable(function.name) + "\n";
   return r.last = cudaSuccess;
 }
 
@@ -340,7 +346,10 @@ EXPORT void mfef_ptx_allow(uint64_t begin, uint64_t bytes) {
 // Bytes that the calls since the last question had beside their tensors.
 EXPORT int64_t mfef_ptx_scratch() { return std::exchange(mfef::cuda::test_settings.scratch_bytes, 0); }
 
-// The launches since the last question, one a line: instructions, blocks, threads, bytes of shared memory, kernel.
+EXPORT void mfef_ptx_counting(bool counting) { ptx_set_counting(counting); }
+
+// The launches since the last question, one a line: instructions, blocks, threads, bytes of shared memory, what
+// ptx_counts has, kernel.
 EXPORT const char* mfef_ptx_log() {
   static std::string answer;
   answer = std::exchange(runtime().log, "");

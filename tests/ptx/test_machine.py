@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from .machine import Module, Range
+from .machine import CLASSES, Module, Range
 
 # %rd1 and %rd2: the arguments. %r1: the thread; %rd3: four times it.
 START = """
@@ -630,3 +630,48 @@ def test_clean_kernels(body, backwards):
 def test_unknown_instructions_are_named():
     with pytest.raises(ValueError, match="unknown instruction tex"):
         run("tex.2d.v4.f32.f32 %f1, %f2;", np.zeros(1), np.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "body, counts",
+    [
+        # 32 neighbours of 4 bytes are four sectors; 4 bytes in each of 32 sectors are 32.
+        ("ld.global.b32 %r6, [%rd4];", {"global": 1, "sectors": 4, "unique": 128}),
+        (
+            "mul.wide.u32 %rd6, %r1, 32; add.s64 %rd6, %rd1, %rd6; ld.global.b32 %r6, [%rd6];",
+            {"global": 1, "sectors": 32, "unique": 128},
+        ),
+        ("ld.global.b32 %r6, [%rd1]; ld.global.b32 %r6, [%rd1];", {"sectors": 2, "unique": 4}),
+        # Words of shared memory that lie in one bank take turns; a word that all read does not.
+        ("st.shared.b32 [%r4], %r1;", {"shared_passes": 1, "shared_replays": 0}),
+        (
+            "shl.b32 %r5, %r1, 3; add.s32 %r5, %r2, %r5; st.shared.b32 [%r5], %r1;",
+            {"shared_passes": 1, "shared_replays": 1},
+        ),
+        (
+            "shl.b32 %r5, %r1, 7; add.s32 %r5, %r2, %r5; st.shared.b32 [%r5], %r1;",
+            {"shared_passes": 1, "shared_replays": 31},
+        ),
+        (
+            "shl.b32 %r5, %r1, 4; add.s32 %r5, %r2, %r5;"
+            " st.shared.v4.b32 [%r5], {%r1, %r1, %r1, %r1};",
+            {"shared_passes": 4, "shared_replays": 0},
+        ),
+        (
+            "st.shared.b32 [%r2], 1; bar.sync 0; ld.shared.b32 %r6, [%r2];",
+            {"shared_passes": 2, "shared_replays": 0, "barriers": 1},
+        ),
+        ("setp.lt.u32 %p1, %r1, 5; @%p1 add.f32 %f1, %f1, %f1;", {"float": 1, "control": 2}),
+    ],
+)
+def test_counts(body, counts):
+    source = torch.zeros(256).numpy()  # which begins with a sector
+    found = run(body, source, np.zeros(32), shared=4096)
+    assert {name: found.counts[name] for name in counts} == counts
+    assert found.instructions == sum(found.counts[name] for name in CLASSES)
+
+
+def test_active_lanes_are_counted():
+    body = "setp.lt.u32 %p1, %r1, 5; @%p1 add.f32 %f1, %f1, %f1;"
+    few, none = (run(text, np.zeros(1), np.zeros(1)) for text in (body, ""))
+    assert few.counts["lanes"] - none.counts["lanes"] == 32 + 5

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "count.h"
 #include "halves.h"
 #include "module.h"
 
@@ -809,6 +810,7 @@ void decode(Kernel& kernel, const std::vector<std::string>& lines) {
   share_slots(kernel);
   for (Instruction& i : kernel.code) {
     i.handler = handler_of(i);
+    i.kind = uint8_t(class_of(i));
     if (!i.handler && needs_handler(i.op)) {
       throw std::runtime_error("PTX line " + std::to_string(i.line) + ": unknown form of " + lines[size_t(i.line) - 1]);
     }

@@ -22,6 +22,7 @@ uint32_t Memory::launch(int64_t blocks) {
   first_block_ = next_block_;
   next_block_ += uint32_t(blocks);
   released_.clear();
+  touched_ = 0;
   return first_block_;
 }
 
@@ -61,13 +62,19 @@ Finding Memory::access(uint64_t address, int bytes, bool writes, bool atomic, ui
         unwritten |= !range->written[at];
       }
     }
-    if (atomic) continue;  // atomics are ordered among themselves
+    const uint32_t reader = word.reader & ~kSeveral;
+    const bool several = reader >= first_block_ && (word.reader & kSeveral);
+    touched_ += word.writer < first_block_ && reader < first_block_;
+    if (atomic) {  // which are ordered among themselves
+      word.reader = several ? block_ | kSeveral : block_;
+      continue;
+    }
     if (word.writer != block_) race |= unordered(word.writer);
     if (writes) {
-      if (word.reader != block_) race |= word.reader == kSeveral || unordered(word.reader);
+      race |= several || unordered(reader);
       word.writer = block_;
-    } else if (word.reader != block_) {
-      word.reader = word.reader >= first_block_ && word.reader != block_ ? kSeveral : block_;
+    } else {
+      word.reader = several || (reader >= first_block_ && reader != block_) ? block_ | kSeveral : block_;
     }
   }
   if (race) return "race in global memory between blocks";

@@ -30,12 +30,15 @@ class Memory {
 
   // An atomic of this block: what blocks did before a release is ordered before what others do after an acquire of the
   // same word. A fence makes acquires of the atomics before it and releases of those behind it.
+  // Bytes that the launch has touched so far.
+  int64_t touched() const { return touched_ * int64_t(kGrain); }
+
   void synchronise(uint64_t address, bool acquire, bool release);
   void fence();
 
  private:
-  static constexpr uint64_t kGrain = 2;  // bytes that are watched together
-  static constexpr uint32_t kSeveral = ~uint32_t(0);
+  static constexpr uint64_t kGrain = 2;                    // bytes that are watched together
+  static constexpr uint32_t kSeveral = uint32_t(1) << 31;  // with the last of them
   struct Word {
     uint32_t writer = 0, reader = 0;  // blocks; 0: none
   };
@@ -54,6 +57,7 @@ class Memory {
   std::map<uint64_t, std::vector<uint32_t>> released_;  // by address
   std::vector<uint32_t> before_, seen_;                 // blocks that came before this one; that a fence will order
   bool fenced_ = false;
+  int64_t touched_ = 0;
 };
 
 class Shared {

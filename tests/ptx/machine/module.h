@@ -135,6 +135,7 @@ struct Instruction {
   uint32_t in_not = 0;                  // bits: !%p
   Few<Operand, 5> operands;
   std::string atomic;
+  uint8_t kind = 0;          // a Class of count.h
   int line = 0, place = -1;  // of the text; of the source in Module::places
 };
 

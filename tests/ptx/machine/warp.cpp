@@ -3,7 +3,9 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
+#include "count.h"
 #include "halves.h"
 #include "memory.h"
 #include "module.h"
@@ -42,6 +44,8 @@ struct Warp {
 // hardware known.
 enum class Adding : int { kNearest = 0, kAligned = 1, kTruncated = 2 };
 Adding adding = Adding::kNearest;
+bool counting = false;  // sectors and bank conflicts, which takes time
+Counts last_counts;
 
 float cut_to_float(double value) {
   const float nearest = float(value);
@@ -97,7 +101,7 @@ class Launch {
   }
 
   std::vector<std::string> reports;
-  uint64_t executed = 0;
+  Counts counts;
 
  private:
   void set_up(Warp& warp, int index);
@@ -120,6 +124,15 @@ class Launch {
                  bool writes, bool atomic = false);
   void whole(const Warp& warp, const Instruction& i, uint32_t mask) {
     if (mask != warp.live) report(i, std::countr_zero(mask), "warp instruction under a partial mask");
+  }
+
+  // An access by bytes of all lanes, at addresses that are not those of parameters.
+  void count(const Access& access, Space space, int bytes) {
+    if (space == Space::shared || (space == Space::generic && access.address[0] >= kSharedWindow)) {
+      access.shared(bytes, counts);
+    } else {
+      counts.sectors += access.sectors();
+    }
   }
 
   template <class F>
@@ -196,6 +209,7 @@ void Launch::run_block(bool backwards, int threads) {
       report(kernel_.code[size_t(warp_->pc[size_t(lane)]) - 1], lane, "barrier that not all threads reach");
     }
     shared_.barrier();
+    ++counts.barriers;
     for (Warp& warp : warps_) warp.waiting = false;
   }
 }
@@ -234,7 +248,8 @@ void Launch::run_warp(Warp& warp) {
     while (together && pc < next) {
       const Instruction& i = kernel_.code[size_t(pc)];
       const uint32_t active = guarded(warp, i, mask);
-      ++executed;
+      ++counts.instructions[i.kind];
+      counts.lanes += std::popcount(active);
       ++pc;
       if (i.handler) {
         if (active) i.handler(warp.registers.data(), i, active);
@@ -382,26 +397,33 @@ void Launch::load(Warp& warp, const Instruction& i, uint32_t mask) {
     }
     return;
   }
+  Access access;
   each(mask, [&](int lane) {
     const uint64_t at = address_of(address, lane, i.space, i.offset);
+    access.add(at);
     const uint8_t* from = reach(warp, i, lane, i.space, at, bytes, false);
     for (int n = 0; n < i.vector; ++n) {
       const uint64_t value = value_at(from ? from + n * size : nullptr);
       if (i.out[n] >= 0) warp.registers[size_t(i.out[n])].set(lane, value);
     }
   });
+  if (counting && i.space != Space::param) count(access, i.space, bytes);
 }
 
 void Launch::store(Warp& warp, const Instruction& i, uint32_t mask) {
   const int size = i.type.bits / 8, bytes = size * i.vector;
   const Register& address = warp.registers[size_t(i.in[0])];
+  Access access;
   each(mask, [&](int lane) {
-    uint8_t* to = reach(warp, i, lane, i.space, address_of(address, lane, i.space, i.offset), bytes, true);
+    const uint64_t at = address_of(address, lane, i.space, i.offset);
+    access.add(at);
+    uint8_t* to = reach(warp, i, lane, i.space, at, bytes, true);
     if (!to) return;
     for (int n = 0; n < i.vector; ++n) {
       put(to + n * size, warp.registers[size_t(i.in[n + 1])].get(lane), size);
     }
   });
+  if (counting) count(access, i.space, bytes);
 }
 
 template <class T>
@@ -451,13 +473,23 @@ void Launch::atomic(Warp& warp, const Instruction& i, uint32_t mask) {
   });
 }
 
+// Bytes that a lane's cp.async reads.
+int taken_of(const Instruction& i, const Warp& warp, int lane) {
+  const int size = int(warp.registers[size_t(i.in[2])].low[lane]);
+  return i.in.size() > 3 ? std::min(int(warp.registers[size_t(i.in[3])].low[lane]), size) : size;
+}
+
 void Launch::copy(Warp& warp, const Instruction& i, uint32_t mask) {
+  Access access;
+  int size = 0;
   each(mask, [&](int lane) {
     auto operand = [&](int n) { return warp.registers[size_t(i.in[n])].get(lane); };
     const uint64_t to = address_of(warp.registers[size_t(i.in[0])], lane, Space::shared, i.offset);
     Copy one{lane, warp.group[size_t(lane)], to, int(operand(2)), {}};
     const uint64_t from = operand(1) + uint64_t(i.from_offset);
-    const int taken = i.in.size() > 3 ? std::min(int(operand(3)), one.size) : one.size;  // zeros behind
+    if (taken_of(i, warp, lane)) access.add(from);
+    size = one.size;
+    const int taken = taken_of(i, warp, lane);  // zeros behind
     if (from % uint64_t(one.size)) report(i, lane, "misaligned global access");
     if (taken == one.size) {
       if (const uint8_t* data = reach(warp, i, lane, Space::global, from, one.size, false)) {
@@ -474,6 +506,7 @@ void Launch::copy(Warp& warp, const Instruction& i, uint32_t mask) {
     shared_.pend(one.to, one.size);
     warp.copies.push_back(one);
   });
+  if (counting && access.lanes) count(access, Space::global, size);
 }
 
 void Launch::wait(Warp& warp, const Instruction& i, uint32_t mask) {
@@ -606,6 +639,17 @@ PTX_EXPORT const char* ptx_answer() { return ptx::answer().c_str(); }
 // 0: to the nearest, 1: as an A100, 2: every product cut.
 PTX_EXPORT void ptx_set_adding(int adding) { ptx::adding = static_cast<ptx::Adding>(adding); }
 
+// Whether sectors of global memory and bank conflicts are counted from now on.
+PTX_EXPORT void ptx_set_counting(bool counting) { ptx::counting = counting; }
+
+// Of the last launch: instructions of warps by class, then active lanes, barriers, sectors, bytes that were touched,
+// passes of shared memory and replays.
+PTX_EXPORT void ptx_counts(int64_t* counts) {
+  const ptx::Counts& c = ptx::last_counts;
+  counts = std::copy(c.instructions.begin(), c.instructions.end(), counts);
+  for (int64_t value : {c.lanes, c.barriers, c.sectors, c.unique, c.shared_passes, c.shared_replays}) *counts++ = value;
+}
+
 // The memory that kernels may use, range by range; fresh: nobody has written it yet.
 PTX_EXPORT void* ptx_memory() { return new ptx::Memory; }
 PTX_EXPORT void ptx_memory_add(void* memory, uint64_t begin, uint64_t end, bool fresh) {
@@ -643,7 +687,10 @@ PTX_EXPORT int64_t ptx_launch(const void* module, const char* name, const uint32
                        {dims[3], dims[4], dims[5]}, shared, params, *static_cast<ptx::Memory*>(memory));
     launch.run(backwards);
     for (const auto& report : launch.reports) ptx::answer() += report + "\n";
-    return int64_t(launch.executed);
+    ptx::last_counts = launch.counts;
+    ptx::last_counts.unique = static_cast<ptx::Memory*>(memory)->touched();
+    const auto& all = launch.counts.instructions;
+    return std::accumulate(all.begin(), all.end(), int64_t(0));
   } catch (const std::exception& error) {
     ptx::answer() = error.what();
     return -1;
