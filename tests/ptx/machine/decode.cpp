@@ -306,7 +306,7 @@ struct Absolute {
 struct PowerOf2 {
   template <class T>
   T operator()(T a, T, T) const {
-    return std::exp2(a);
+    return T(std::exp2(double(a)));
   }
 };
 struct Reciprocal {
@@ -324,7 +324,7 @@ struct SquareRoot {
 struct ReciprocalRoot {
   template <class T>
   T operator()(T a, T, T) const {
-    return T(1) / std::sqrt(a);
+    return T(1 / std::sqrt(double(a)));
   }
 };
 struct And {
