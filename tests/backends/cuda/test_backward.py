@@ -12,7 +12,7 @@ from mfef_ext.backends import cuda
 from mfef_ext.problem import describe_multi_scale_conv2d
 from tests.accuracy import Errors, check_block, largest, make_case, run_block
 from tests.backends.cuda.test_plan import A100, SMALLEST, problem
-from tests.backends.cuda.test_small_maps import DTYPES, LAYOUTS, MATRICES
+from tests.backends.cuda.test_small_maps import DTYPES, EACH, LAYOUTS, MATRICES
 from tests.drawing import DRAWN, blocks
 from tests.ptx.cuda import H200
 
@@ -105,8 +105,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "layout"), EACH, ids=str)
 @pytest.mark.parametrize(("shape", "options"), SHAPES, ids=str)
 def test_gradients(device, dtype, layout, shape, options):
     assert plan_of(shape, dtype, **options)["weights_in_backward"]

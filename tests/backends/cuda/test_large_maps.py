@@ -20,6 +20,7 @@ from tests.accuracy import (
     run_block,
 )
 from tests.backends.cuda.test_plan import problem
+from tests.backends.cuda.test_small_maps import EACH, HALVES
 from tests.backends.cuda.tf32 import on_tf32_operands, rounded
 from tests.backends.triton.test_attention import draw_case, expected
 from tests.backends.triton.test_attention import eager_errors as eager_errors_of_attention
@@ -315,8 +316,7 @@ def test_shapes_that_users_have(device, shape, options):
     check_block(torch.float32, LAYOUTS[shape[1] % 3 == 1], "cuda", device, shape=shape, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("dtype", "layout"), EACH, ids=str)
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
@@ -369,8 +369,7 @@ def test_multi_scale_conv2d(device, dtype, layout, shape, options):
     errors.check()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("dtype", "layout"), EACH, ids=str)
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
@@ -397,8 +396,7 @@ def test_dual_attention(device, dtype, layout, shape, options):
     errors.check()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("dtype", "layout"), HALVES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 24, 12, 20), (1, 132, 9, 17)], ids=str)
 def test_the_block_in_half_precision(device, dtype, layout, shape):
     """Between its halves y is rounded, which decides near ties. The reference decides them as we
