@@ -49,7 +49,11 @@ def library() -> ctypes.CDLL:
         *(str(path) for path in SOURCES if path.suffix == ".cpp"),
     ]
     content = b"".join(path.read_bytes() for path in SOURCES) + " ".join(command).encode()
-    content += Path("/proc/cpuinfo").read_bytes().split(b"flags")[1].split(b"\n")[0]
+    # -march=native: what the processor has, "flags" or, of an Arm, "Features".
+    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    content += b"".join(
+        sorted({line for line in lines if line.startswith((b"flags", b"Features"))})
+    )
     folder = ROOT / "build" / "ptx_machine"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.so"
