@@ -25,4 +25,12 @@ const char* launch_map_gradient(const BlockArgs&, const Plan&, void* stream);
 const char* launch_large_weight_gradient(const BlockArgs&, const Plan&, void* stream);
 const char* launch_large_matrix_weight_gradient(const BlockArgs&, const Plan&, void* stream);
 
+#ifdef MFEF_CUDA_NAMESPACE  // of a test that executes the kernels' PTX on CPU tensors (tests/ptx)
+struct TestSettings {
+  int64_t most_partials, scratch_bytes;
+  bool one_slice;  // a weight gradient of a launch of its own sums all of the batch in one chain
+};
+extern TestSettings test_settings;
+#endif
+
 }  // namespace mfef::cuda

@@ -13,8 +13,6 @@
 // conflicts, by words or by load_matrices.
 #pragma once
 
-#include <bit>
-#include <iterator>
 #include <type_traits>
 
 #include "device.cuh"
@@ -90,16 +88,6 @@ MFEF_DEVICE uint32_t word_of(const float (&value)[kPerWord<T>]) {
     return __float_as_uint(value[0]);
   } else {
     return uint32_t(T(value[0]).x) | uint32_t(T(value[1]).x) << 16;
-  }
-}
-
-// What tensor cores take value i of a word for: of float32 they do not read the last 13 bits.
-template <class T>
-MFEF_DEVICE float value_in(uint32_t word, int i) {
-  if constexpr (kPerWord<T> == 1) {
-    return std::bit_cast<float>(word & ~0x1fffu);
-  } else {
-    return float(std::bit_cast<T>(uint16_t(word >> 16 * i)));
   }
 }
 

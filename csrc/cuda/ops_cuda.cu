@@ -14,14 +14,6 @@ namespace mfef::cuda {
 
 // --- the device -------------------------------------------------------------------------------
 
-#ifdef MFEF_CUDA_NAMESPACE  // of a test that executes the kernels' PTX on CPU tensors (tests/ptx)
-struct TestSettings {
-  int64_t most_partials, scratch_bytes;
-  bool one_slice;  // a weight gradient of a launch of its own sums all of the batch in one chain
-};
-extern TestSettings test_settings;
-#endif
-
 // The device of a tensor is the current one while this lives, and `stream` its current stream.
 struct Device {
   explicit Device(const Tensor& x) : guard_(x.get_device_index()) {

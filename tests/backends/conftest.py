@@ -25,7 +25,7 @@ def interpreted(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def host_library() -> Device:
+def ptx_device() -> Device:
     if nvcc() is None:
         pytest.skip("no nvcc: the CUDA kernels cannot be compiled")
     return Device(build())
@@ -44,16 +44,16 @@ def replace(monkeypatch):
 
 
 @pytest.fixture
-def host(host_library, replace):
+def machine(ptx_device, replace):
     """The CUDA kernels on the PTX machine in the place of the CUDA backend."""
     conditions = [
         backends.Condition(lambda p: p.dtype in cuda.DTYPES, lambda p: f"dtype {p.dtype}"),
     ]
     replace(
         dataclasses.replace(
-            cuda.BACKEND, conditions=tuple(conditions), operators=host_library.operators
+            cuda.BACKEND, conditions=tuple(conditions), operators=ptx_device.operators
         )
     )
-    host_library.set()
-    yield host_library
-    host_library.set()
+    ptx_device.set()
+    yield ptx_device
+    ptx_device.set()

@@ -48,7 +48,7 @@ def prepare(request):
     if place.device == "cpu" and place.backend == "triton":
         request.getfixturevalue("interpreted")
     elif place.device == "cpu":
-        request.getfixturevalue("host")
+        request.getfixturevalue("machine")
     return place
 
 

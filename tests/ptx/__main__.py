@@ -49,7 +49,8 @@ def main() -> None:
     choices = ["float32", "bfloat16", "float16", "tf32"]
     parser.add_argument("--dtype", nargs="+", default=choices[:2], choices=choices)
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--direction", nargs="+", default=["forward", "backward"])
+    directions = ["forward", "backward"]
+    parser.add_argument("--direction", nargs="+", default=directions, choices=directions)
     options = parser.parse_args()
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     device = Device(build())

@@ -1,11 +1,9 @@
 """csrc/cuda as nvcc compiles it, on CPU tensors: PTX for the machine, host code for runtime.cpp."""
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +16,8 @@ from mfef_ext import ops
 from tests.ptx import machine
 
 ROOT = machine.ROOT
-H200, A100 = 227 * 1024, 163 * 1024  # bytes of shared memory that a thread block may have
+# Bytes of shared memory that a thread block may have, the fewest with compute capability 8.6.
+H200, A100, SMALLEST = 227 * 1024, 163 * 1024, 99 * 1024
 NEAREST, ALIGNED, TRUNCATED = range(3)  # how tensor cores add products, as in warp.cpp
 SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), Path(__file__).with_name("products.cu")]
 HEADERS = sorted(p for d in ("csrc", "csrc/cuda", "csrc/common") for p in (ROOT / d).glob("*.*h"))
@@ -34,20 +33,13 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join(places))
 
 
-def _run(command: list[str]) -> None:
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-
-
 def build(architecture: str = "80") -> Path:
     """The library, whose changed sources are compiled anew; a minute or two from nothing."""
-    machine.library()
+    engine = str(machine.build())
     torch_dir, compiler = Path(torch.__file__).parent, nvcc()
     assert compiler is not None
     includes = [f"-I{ROOT / 'csrc'}", *("-isystem", str(torch_dir / "include"))]
     includes += ["-isystem", str(torch_dir / "include/torch/csrc/api/include")]
-    folder = ROOT / "build" / "ptx_cuda"
-    folder.mkdir(parents=True, exist_ok=True)
     code = f"-gencode=arch=compute_{architecture},code=compute_{architecture}"
     defines = ["USE_CUDA", "TORCH_TARGET_VERSION=0x020a000000000000", "NDEBUG"]
     defines += [f'MFEF_CUDA_ARCHS="{architecture}"', f"MFEF_CUDA_NAMESPACE={NAMESPACE}"]
@@ -56,29 +48,21 @@ def build(architecture: str = "80") -> Path:
     command += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-c"]
     shared = b"".join(path.read_bytes() for path in HEADERS) + torch.__version__.encode()
 
-    def compiled(source: Path) -> Path:
+    def compiled(source: Path) -> str:
         content = source.read_bytes() + shared + " ".join(command).encode()
-        name = f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.o"
-        if not (folder / name).exists():
-            unfinished = folder / f"{name}.tmp.o"
-            _run([*command, str(source), "-o", str(unfinished)])
-            unfinished.rename(folder / name)
-        return folder / name
+        path = folder / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.o"
+        machine.produce([*command, str(source)], path)
+        return str(path)
 
-    with open(folder / "lock", "w") as lock:  # one of the processes of a run compiles
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with machine.locked("ptx_cuda") as folder:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = [str(path) for path in pool.map(compiled, [*SOURCES, RUNTIME])]
-        engine = machine.library()._name
+            objects = list(pool.map(compiled, [*SOURCES, RUNTIME]))
         content = " ".join([*objects, engine]).encode()
         library = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.so"
-        if not library.exists():
-            unfinished = library.with_suffix(".tmp")
-            link = [os.environ.get("CXX", "c++"), "-shared", *objects, engine]
-            link += ["-Wl,-Bsymbolic", f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed"]
-            link += ["-ltorch", "-ltorch_cpu", "-lc10", "-ldl", "-o", str(unfinished)]
-            _run(link)
-            unfinished.rename(library)
+        link = [os.environ.get("CXX", "c++"), "-shared", *objects, engine]
+        link += ["-Wl,-Bsymbolic", f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed"]
+        link += ["-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+        machine.produce(link, library)
     return library
 
 

@@ -9,7 +9,8 @@ import fcntl
 import hashlib
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,9 +34,30 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((Path(__file__).parent / "machine").iterdir())
 
 
-@cache
-def library() -> ctypes.CDLL:
-    """The machine, compiled anew where a source has changed."""
+@contextmanager
+def locked(name: str) -> Iterator[Path]:
+    """A folder for what is compiled, in which one of the processes of a run compiles at a time."""
+    folder = ROOT / "build" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def produce(command: list[str], path: Path) -> None:
+    """Runs a compiler for a file that is not there yet; half a file never has its name."""
+    if path.exists():
+        return
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    run = subprocess.run(
+        [*command, "-o", str(unfinished)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr
+    unfinished.rename(path)
+
+
+def build() -> Path:
+    """The machine's library, compiled anew where a source has changed."""
     command = [
         *(
             os.environ.get("CXX", "c++"),
@@ -54,19 +76,16 @@ def library() -> ctypes.CDLL:
     content += b"".join(
         sorted({line for line in lines if line.startswith((b"flags", b"Features"))})
     )
-    folder = ROOT / "build" / "ptx_machine"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.so"
-    with open(folder / "lock", "w") as lock:  # one of the processes of a run compiles
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            unfinished = path.with_suffix(".tmp")
-            run = subprocess.run(
-                [*command, "-o", str(unfinished)], capture_output=True, text=True, cwd=ROOT
-            )
-            assert run.returncode == 0, run.stderr
-            unfinished.rename(path)
-    loaded = ctypes.CDLL(str(path))
+    with locked("ptx_machine") as folder:
+        path = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.so"
+        produce(command, path)
+    return path
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The machine, for Python."""
+    loaded = ctypes.CDLL(str(build()))
     loaded.ptx_parse.restype = ctypes.c_void_p
     loaded.ptx_parse.argtypes = [ctypes.c_char_p]
     loaded.ptx_free.argtypes = [ctypes.c_void_p]

@@ -4,7 +4,7 @@
 //
 // The memory that a kernel may use is that of the tensors whose address the operator has asked for.
 #include <cuda_runtime_api.h>
-#include "cuda/plan.h"
+#include "cuda/launch.h"
 
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -14,7 +14,6 @@
 #include <cstring>
 #include <list>
 #include <map>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -37,14 +36,7 @@ int64_t ptx_launch(const void* module, const char* name, const uint32_t* dims, i
                    void* memory, bool backwards);
 }
 
-// What ops_cuda.cu asks tests.
-namespace mfef::cuda {
-struct TestSettings {
-  int64_t most_partials, scratch_bytes;
-  bool one_slice;
-};
-TestSettings test_settings{kMostPartials, 0, false};
-}  // namespace mfef::cuda
+mfef::cuda::TestSettings mfef::cuda::test_settings{kMostPartials, 0, false};
 
 namespace {
 
@@ -100,6 +92,11 @@ F* next(F*, const char* name) {
   void* found = torch ? dlsym(torch, name) : nullptr;
   if (!found) throw std::runtime_error(std::string("libtorch_cpu.so has no ") + name);
   return reinterpret_cast<F*>(found);
+}
+
+AOTITorchError data_of(AtenTensorHandle tensor, void** data) {
+  static auto* const get = next(&aoti_torch_get_data_ptr, "aoti_torch_get_data_ptr");
+  return get(tensor, data);
 }
 
 // --- fat binaries --------------------------------------------------------------------------------
@@ -308,18 +305,18 @@ AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char*, const char*,
 void torch_c10_cuda_free_error_msg(char* message) { std::free(message); }
 
 AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** data) {
-  const AOTITorchError error = next(&aoti_torch_get_data_ptr, "aoti_torch_get_data_ptr")(tensor, data);
+  const AOTITorchError error = data_of(tensor, data);
   if (error == AOTI_TORCH_SUCCESS) allow(tensor, *data, false);
   return error;
 }
 
 AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                         int32_t device_type, int32_t device_index, AtenTensorHandle* tensor) {
-  const AOTITorchError error = next(&aoti_torch_empty_strided, "aoti_torch_empty_strided")(
-      dims, sizes, strides, dtype, device_type, device_index, tensor);
+  static auto* const empty = next(&aoti_torch_empty_strided, "aoti_torch_empty_strided");
+  const AOTITorchError error = empty(dims, sizes, strides, dtype, device_type, device_index, tensor);
   void* data = nullptr;
   if (error == AOTI_TORCH_SUCCESS) {
-    next(&aoti_torch_get_data_ptr, "aoti_torch_get_data_ptr")(*tensor, &data);
+    data_of(*tensor, &data);
     allow(*tensor, data, true);
   }
   return error;

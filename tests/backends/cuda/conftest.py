@@ -33,5 +33,5 @@ def kind(request):
 def device(request):
     """Where the tensors are for which ``backend="cuda"`` runs."""
     if request.param == "cpu":
-        request.getfixturevalue("host")
+        request.getfixturevalue("machine")
     return request.param

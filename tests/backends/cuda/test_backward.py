@@ -11,10 +11,10 @@ from mfef_ext import functional, reference
 from mfef_ext.backends import cuda
 from mfef_ext.problem import describe_multi_scale_conv2d
 from tests.accuracy import Errors, check_block, largest, make_case, run_block
-from tests.backends.cuda.test_plan import A100, SMALLEST, problem
+from tests.backends.cuda.test_plan import problem
 from tests.backends.cuda.test_small_maps import DTYPES, EACH, LAYOUTS, MATRICES
 from tests.drawing import DRAWN, blocks
-from tests.ptx.cuda import H200
+from tests.ptx.cuda import A100, H200, SMALLEST
 
 OPS = torch.ops.mfef_ptx
 
@@ -155,27 +155,27 @@ def test_gradients_of_a_convolution_alone(device, dtype, shape, sizes, split):
     arguments=blocks([1, 2, 3, 5], 24, st.integers(1, 12), st.sampled_from([1, 2, 4, 5, 8])),
     layout=st.sampled_from(LAYOUTS),
 )
-def test_random_blocks_with_a_launch_of_their_own(host, dtype, arguments, layout):
+def test_random_blocks_with_a_launch_of_their_own(machine, dtype, arguments, layout):
     """What has few weights is otherwise not computed that way."""
-    host.set(apart=True)
+    machine.set(apart=True)
     check_block(dtype, layout, backend="cuda", **arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("shape", "options"), MATRICES, ids=str)
-def test_tensor_cores_with_a_launch_of_their_own(host, dtype, shape, options):
-    host.set(apart=True)
+def test_tensor_cores_with_a_launch_of_their_own(machine, dtype, shape, options):
+    machine.set(apart=True)
     check_block(dtype, backend="cuda", shape=shape, **options)
 
 
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("shape", [(3, 24, 8, 8), (513, 8, 2, 2), (2, 9, 3, 7)], ids=str)
-def test_both_ways_agree(host, shape, split):
+def test_both_ways_agree(machine, shape, split):
     """All but the weights' gradients to the last bit, those up to the order of their sums."""
     dtype = torch.float32
     case = make_case(shape, kernel_sizes=(3, 9, 11), split=split, dtype=dtype).cast(dtype)
     one = run_block(case, functional.mfef_block, backend="cuda")
-    host.set(apart=True)
+    machine.set(apart=True)
     other = run_block(case, functional.mfef_block, backend="cuda")
     sums = range(2, 2 + len(case.weights))
     for i, (a, b) in enumerate(zip(one, other, strict=True)):
@@ -188,7 +188,7 @@ def test_both_ways_agree(host, shape, split):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("shape", [(3, 24, 8, 8), (513, 8, 2, 2), (2, 9, 3, 7)], ids=str)
-def test_threads_do_not_depend_on_one_another(host, shape, split, dtype):
+def test_threads_do_not_depend_on_one_another(machine, shape, split, dtype):
     """The same bits with the threads of every phase in descending order: no race; with and without
     an attention, and without the gradient of x."""
     options = {"kernel_sizes": (3, 9, 11), "split": split}
@@ -206,13 +206,13 @@ def test_threads_do_not_depend_on_one_another(host, shape, split, dtype):
         return found
 
     ascending = run()
-    host.set(backwards=True)
+    machine.set(backwards=True)
     for a, b in zip(ascending, run(), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 8, 8), (513, 8, 2, 2)], ids=str)
-def test_what_is_not_wanted_changes_nothing_else(host, shape):
+def test_what_is_not_wanted_changes_nothing_else(machine, shape):
     case = make_case(shape, kernel_sizes=(3, 11), dtype=torch.float32).cast(torch.float32)
     x, weights = case.x.detach(), [w.detach() for w in case.weights]
     attention = [p.detach() for p in case.attention]
@@ -238,7 +238,7 @@ def test_what_is_not_wanted_changes_nothing_else(host, shape):
 
 
 @pytest.mark.parametrize("full", [3, 21])
-def test_gradients_have_the_strides_of_the_weights(host, full):
+def test_gradients_have_the_strides_of_the_weights(machine, full):
     """Though their elements are written in another order; taps that meet no pixel get zeros."""
     x, grad = torch.randn(2, 3, 8, 5, 5)
     weight = torch.randn(8, 4, full, full)
@@ -263,7 +263,7 @@ def test_an_empty_batch_has_gradients_of_zero(device, dtype):
         assert not g.any()
 
 
-def test_stages_of_weights_change_no_bit(host):
+def test_stages_of_weights_change_no_bit(machine):
     """x is in the place of the gradient of x while the first stage's weights are there already."""
     shape, options = (2, 112, 8, 8), {"kernel_sizes": (9, 9), "groups": (56, 56)}
     plans = [plan_of(shape, limit=limit, **options) for limit in (H200, SMALLEST)]
@@ -271,12 +271,12 @@ def test_stages_of_weights_change_no_bit(host):
     assert all(p["weights_in_backward"] for p in plans)
     case = make_case(shape, dtype=torch.float32, **options).cast(torch.float32)
     wanted = run_block(case, functional.mfef_block, backend="cuda")
-    host.set(shared_limit=SMALLEST)
+    machine.set(shared_limit=SMALLEST)
     for a, b in zip(wanted, run_block(case, functional.mfef_block, backend="cuda"), strict=True):
         assert torch.equal(a, b)
 
 
-def test_an_image_that_does_not_fit_goes_as_large_maps_do(host):
+def test_an_image_that_does_not_fit_goes_as_large_maps_do(machine):
     """It takes no shared memory of its own: where the backward's launch has room for an image it
     has room for x, else there is no such launch."""
     shape, options = (2, 176, 8, 8), {"kernel_sizes": (3,), "groups": (176,)}
@@ -284,5 +284,5 @@ def test_an_image_that_does_not_fit_goes_as_large_maps_do(host):
     plan = plan_of(shape, limit=SMALLEST, **options)
     assert plan["plan"] == "large-map" and not plan["weights_in_backward"]
     assert plan["backward_launches"][-2:] == ["LargeWeightGradient", "Sums"]
-    host.set(shared_limit=SMALLEST)
+    machine.set(shared_limit=SMALLEST)
     check_block(torch.float32, backend="cuda", shape=shape, **options)

@@ -12,8 +12,9 @@ from mfef_ext import backends, functional, ops, reference
 from mfef_ext.backends import cuda
 from mfef_ext.inspection import _explain_problem
 from mfef_ext.problem import Branch, Problem
+from tests.ptx.cuda import A100, H200, SMALLEST
 
-from .test_plan import A100, H200, PAPER, SMALLEST, problem
+from .test_plan import PAPER, problem
 
 DEFAULT = "80 90a-real 100-real"  # what setup.py has compiled for
 

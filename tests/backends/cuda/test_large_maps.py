@@ -153,7 +153,7 @@ def test_tf32_on_tensor_cores(device, request, tf32, adding, shape, options, bra
     """What float64 makes of operands rounded to TF32, as near as float32 comes to it, also where
     tensor cores cut their sums as an A100 does; the data gradient too."""
     if device == "cpu":
-        request.getfixturevalue("host").set(adding=adding)
+        request.getfixturevalue("machine").set(adding=adding)
     elif adding != NEAREST:
         pytest.skip("a GPU adds as it does")
     plan = plan_of(shape, **options)
@@ -286,7 +286,7 @@ def test_layouts_give_the_same_bits_on_tensor_cores(device, kind, split):
 @pytest.mark.parametrize(
     ("shape", "buffers"), [((1, 512, 7, 7), [2, 2, 2, 2]), ((1, 64, 56, 56), [1])], ids=str
 )
-def test_rounds_in_two_buffers_and_in_one(host, kind, layout, shape, buffers):
+def test_rounds_in_two_buffers_and_in_one(machine, kind, layout, shape, buffers):
     """A round is copied while the one before is multiplied, where there are several: what is not
     yet waited for is what was there before, and what is overwritten too early another round's."""
     plan = plan_of(shape, dtype=kind)
@@ -305,7 +305,7 @@ def test_rounds_in_two_buffers_and_in_one(host, kind, layout, shape, buffers):
         return [out, *torch.autograd.grad(out, [x], low.grad.to(kind))]
 
     ascending = run()
-    host.set(backwards=True)
+    machine.set(backwards=True)
     for a, b in zip(ascending, run(), strict=True):
         assert torch.equal(a, b) and not a.isnan().any()
 

@@ -27,7 +27,7 @@ def weight_gradient(x, grad, weight, groups, backend):
     [(ALIGNED, (1, 8, 1024, 1024)), (TRUNCATED, (2, 8, 256, 256))],
     ids=["aligned", "truncated"],
 )
-def test_long_sums_that_tensor_cores_cut(host, adding, shape):
+def test_long_sums_that_tensor_cores_cut(machine, adding, shape):
     """A slice of 65,536 products of matrices, added as an A100 does, in one chain wrong by 2.6
     units in float16; and of 8,192, all of whose 2^17 products are cut one by one: 5.7 units."""
     dtype = torch.float16
@@ -37,9 +37,9 @@ def test_long_sums_that_tensor_cores_cut(host, adding, shape):
         x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
         weight = torch.randn(8, 8, 1, 1).to(dtype)
         wanted = torch.einsum("nchw,ndhw->cd", grad.double(), x.double())[..., None, None]
-        host.set(adding=adding, one_slice=True)
+        machine.set(adding=adding, one_slice=True)
         got = weight_gradient(x, grad, weight, 1, "cuda")
-        host.set()
+        machine.set()
         eager = largest(weight_gradient(x, grad, weight, 1, "reference").double() - wanted)
         errors.add(["weight"], [got], [wanted], [eager])
     errors.check()
@@ -51,7 +51,7 @@ def test_long_sums_that_tensor_cores_cut(host, adding, shape):
     [((40, 8, 4, 24), 1, 1), ((3, 32, 24, 40), 1, 2), ((3, 64, 24, 40), 8, 2)],
     ids=["one", "two", "two of pairs of taps"],
 )
-def test_pieces_in_turn(host, dtype, shape, groups, buffers):
+def test_pieces_in_turn(machine, dtype, shape, groups, buffers):
     """A slice of all pieces, loaded and multiplied in turn or at once: integers, whose sums are
     exact, from both layouts, one of which is copied in the background, in either order of
     threads."""
@@ -65,7 +65,7 @@ def test_pieces_in_turn(host, dtype, shape, groups, buffers):
     plan = _C.cuda_plan(described.sizes(), tf32=True, shared_limit=H200)
     assert plan["weight_gradient_buffers"] == buffers
     for layout, backwards in itertools.product(LAYOUTS, (False, True)):
-        host.set(backwards=backwards, one_slice=True)
+        machine.set(backwards=backwards, one_slice=True)
         maps = (t.contiguous(memory_format=layout) for t in (grad, x))
         _, (got,), _ = torch.ops.mfef_ptx.multi_scale_conv2d_backward(
             *maps, [weight], [groups], True, None, False, True, True
@@ -73,7 +73,7 @@ def test_pieces_in_turn(host, dtype, shape, groups, buffers):
         assert torch.equal(got, wanted)
 
 
-def test_pieces_of_wide_kernels(host):
+def test_pieces_of_wide_kernels(machine):
     """No piece of 45 x 45 taps leaves room for two other thread blocks: the smallest, one at a
     time, takes what it needs."""
     torch.manual_seed(0)
@@ -172,7 +172,7 @@ def test_tf32(device, layout, shape, options, branches):
 
 
 @pytest.mark.parametrize("adding", [NEAREST, ALIGNED, TRUNCATED])
-def test_long_sums_in_tf32(host, adding):
+def test_long_sums_in_tf32(machine, adding):
     """32,768 products of matrices in a slice. To the nearest the sums are as good as float32's of
     rounded operands; where tensor cores cut them, the rule has the error of eager PyTorch in TF32,
     of which there is at least that of rounding the operands. One long chain has three times that.
@@ -188,11 +188,11 @@ def test_long_sums_in_tf32(host, adding):
         return torch.einsum("nchw,ndhw->cd", grad.double(), x.double())[..., None, None]
 
     wanted = exact(x, grad)
-    host.set(adding=adding, one_slice=True)
+    machine.set(adding=adding, one_slice=True)
     _, (got,), _ = torch.ops.mfef_ptx.multi_scale_conv2d_backward(
         grad, x, [weight], [1], True, None, False, True, True
     )
-    host.set()
+    machine.set()
     if adding == NEAREST:
         eager = weight_gradient(x, grad, weight, 1, "reference").double()
     else:

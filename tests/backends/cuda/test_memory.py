@@ -32,7 +32,7 @@ def planned(problem, **options) -> list[int]:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("split", YES_NO)
-def test_scratch_is_what_the_planner_says(host, shape, dtype, split):
+def test_scratch_is_what_the_planner_says(machine, shape, dtype, split):
     """Byte by byte, whatever of a call's results is wanted."""
     case = make_case(shape, dtype=dtype, kernel_sizes=(3, 5), groups=(1, 4), split=split)
     case = case.cast(dtype)
@@ -40,17 +40,17 @@ def test_scratch_is_what_the_planner_says(host, shape, dtype, split):
     attention = [None if p is None else p.detach() for p in case.attention]
     weights = [w.detach() for w in case.weights]
     bias = torch.zeros(sum(w.shape[0] for w in weights), dtype=dtype)
-    host.scratch()  # of tests before
+    machine.scratch()  # of tests before
     block = describe_mfef_block(x, weights, case.groups, *attention, case.split)
     alone = describe_dual_attention(x, *attention)
     for save in YES_NO:
         OPS.mfef_block(x, weights, case.groups, case.split, *attention, save)
-        assert host.scratch() == planned(block, save=save)[0]
+        assert machine.scratch() == planned(block, save=save)[0]
         OPS.dual_attention(x, *attention, save)
-        assert host.scratch() == planned(alone, save=save)[0]
+        assert machine.scratch() == planned(alone, save=save)[0]
     _, *saved = OPS.mfef_block(x, weights, case.groups, case.split, *attention, True)
     _, *saved_alone = OPS.dual_attention(x, *attention, True)
-    host.scratch()
+    machine.scratch()
     for need_x, need_parameters in itertools.product(YES_NO, YES_NO):
         if not need_x and not need_parameters:
             continue
@@ -58,13 +58,13 @@ def test_scratch_is_what_the_planner_says(host, shape, dtype, split):
         OPS.mfef_block_backward(
             grad, x, weights, case.groups, case.split, *attention, *saved, *needs
         )
-        assert host.scratch() == planned(block, need_parameters=need_parameters)[1]
+        assert machine.scratch() == planned(block, need_parameters=need_parameters)[1]
         OPS.dual_attention_backward(grad, x, *attention, *saved_alone, *needs)
-        assert host.scratch() == planned(alone, need_parameters=need_parameters)[1]
+        assert machine.scratch() == planned(alone, need_parameters=need_parameters)[1]
         for b in (None, bias):
             conv = describe_multi_scale_conv2d(x, weights, case.groups, case.split, b)
             OPS.multi_scale_conv2d(x, weights, case.groups, case.split, b)
-            assert host.scratch() == planned(conv)[0] == 0
+            assert machine.scratch() == planned(conv)[0] == 0
             OPS.multi_scale_conv2d_backward(grad, x, weights, case.groups, case.split, b, *needs)
             wanted = planned(conv, need_parameters=need_parameters, bias=b is not None)[1]
-            assert host.scratch() == wanted
+            assert machine.scratch() == wanted

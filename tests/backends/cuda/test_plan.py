@@ -10,8 +10,7 @@ from mfef_ext.backends import cuda
 from mfef_ext.inspection import _explain_problem, doctor
 from mfef_ext.modules import MFEFBlock
 from mfef_ext.problem import Problem, describe_mfef_block
-
-H200, A100, SMALLEST = 227 * 1024, 163 * 1024, 99 * 1024
+from tests.ptx.cuda import A100, H200, SMALLEST
 
 
 def problem(batch, channels, height, width=None, dtype=torch.float32, groups="auto", **options):

@@ -23,12 +23,11 @@ from tests.backends.cuda.tf32 import on_tf32_operands
 from tests.drawing import DRAWN, blocks
 from tests.ops.test_accuracy import strided
 from tests.ops.test_contracts import tied_case
-from tests.ptx.cuda import ALIGNED, H200, NEAREST
+from tests.ptx.cuda import A100, ALIGNED, H200, NEAREST, SMALLEST
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = [*DTYPES, "tf32"]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-A100, SMALLEST = 163 * 1024, 99 * 1024
 # Every dtype and every layout, but not every pair: they meet in nothing but the copies.
 HALVES = [(torch.bfloat16, LAYOUTS[1]), (torch.float16, LAYOUTS[0])]
 EACH = [*((torch.float32, layout) for layout in LAYOUTS), *HALVES]
@@ -114,7 +113,7 @@ def test_branches_by_tensor_cores_in_tf32(device, request, tf32, layout, adding,
     branches = by_tensor_cores(shape, torch.float32, **options)
     of_weights = branches
     if device == "cpu":  # there the weight gradient is a launch of its own
-        request.getfixturevalue("host").set(adding=adding, apart=True)
+        request.getfixturevalue("machine").set(adding=adding, apart=True)
     elif adding != NEAREST:
         pytest.skip("a GPU adds as it does")
     else:
@@ -185,11 +184,11 @@ def test_layouts_of_weights_give_the_same_bits_on_tensor_cores(device, kind, spl
 
 @pytest.mark.parametrize("limit", [A100, SMALLEST])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, "tf32"], ids=str, indirect=True)
-def test_stages_of_weights_do_not_change_a_bit(host, limit, kind):
+def test_stages_of_weights_do_not_change_a_bit(machine, limit, kind):
     """A device with less shared memory has the weights of a convolution in more stages."""
     case = make_case((2, 128, 8, 8), dtype=kind).cast(kind)
     wanted = run_block(case, functional.mfef_block, backend="cuda")
-    host.set(shared_limit=limit)
+    machine.set(shared_limit=limit)
     for a, b in zip(wanted, run_block(case, functional.mfef_block, backend="cuda"), strict=True):
         assert torch.equal(a, b)
 
@@ -207,7 +206,7 @@ def test_stages_of_weights_do_not_change_a_bit(host, limit, kind):
     ids=str,
     indirect=["kind"],
 )
-def test_blocks_and_warps_do_not_depend_on_their_order(host, shape, kind, split):
+def test_blocks_and_warps_do_not_depend_on_their_order(machine, shape, kind, split):
     """The same bits with the last thread block and the last warp first."""
     case = make_case(shape, split=split, dtype=kind).cast(kind)
     bias = torch.randn(shape[1], dtype=kind)
@@ -223,21 +222,21 @@ def test_blocks_and_warps_do_not_depend_on_their_order(host, shape, kind, split)
         return [*out, grad_x, *grads, grad_bias]
 
     ascending = run()
-    host.set(backwards=True)
+    machine.set(backwards=True)
     for a, b in zip(ascending, run(), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("shape", [(5, 24, 6, 8), (2, 24, 9, 37)], ids=str)
-def test_thread_blocks_take_turns(host, shape):
+def test_thread_blocks_take_turns(machine, shape):
     """Beyond the largest grid, here of two: the same bits."""
     case = make_case(shape, dtype=torch.float32).cast(torch.float32)
     wanted = run_block(case, functional.mfef_block, backend="cuda")
-    host.set(max_blocks=2)
-    host.launches()  # forget those before
+    machine.set(max_blocks=2)
+    machine.launches()  # forget those before
     for a, b in zip(wanted, run_block(case, functional.mfef_block, backend="cuda"), strict=True):
         assert torch.equal(a, b)
-    assert max(launch.blocks for launch in host.launches()) == 2
+    assert max(launch.blocks for launch in machine.launches()) == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -529,13 +528,13 @@ def test_compiles_without_graph_breaks(device):
     assert torch.equal(grad, wanted)
 
 
-def test_more_branches_than_a_launch_can_take_are_refused(host):
+def test_more_branches_than_a_launch_can_take_are_refused(machine):
     weights = [torch.randn(1, 1, 1, 1) for _ in range(17)]
     with pytest.raises(RuntimeError, match="17 branches, at most 16"):
         functional.multi_scale_conv2d(torch.randn(1, 17, 2, 2), weights, [1] * 17, backend="cuda")
 
 
-def test_what_does_not_fit_is_refused_by_the_operator(host):
+def test_what_does_not_fit_is_refused_by_the_operator(machine):
     weights = [torch.randn(1, 1, 201, 201)]
     with pytest.raises(RuntimeError, match=r"101 x 101 is wider .* not one channel"):
         functional.multi_scale_conv2d(torch.randn(1, 1, 101, 101), weights, [1], backend="cuda")
@@ -543,7 +542,7 @@ def test_what_does_not_fit_is_refused_by_the_operator(host):
 
 @pytest.mark.parametrize("wrong", [-1, 10**6])
 @pytest.mark.parametrize("repeats", [1, 30])
-def test_wrong_indices_of_a_direct_call_stay_in_the_map(host, wrong, repeats):
+def test_wrong_indices_of_a_direct_call_stay_in_the_map(machine, wrong, repeats):
     y, parameters = tied_case(torch.float32)
     y = y.repeat(1, 1, 1, repeats)
     arguments = [y.detach(), *(p.detach() for p in parameters)]

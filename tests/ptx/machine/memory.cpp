@@ -117,9 +117,7 @@ Finding Shared::access(uint64_t address, int bytes, bool writes, int thread, uin
   auto unordered = [&](int other, uint32_t time) {
     return other != thread && time >= (same_warp(other) ? std::max(warp_since, block_since_) : block_since_);
   };
-  const uint64_t first = address >> shift_, last = (address + uint64_t(bytes) - 1) >> shift_;
-  for (uint64_t at = first; at <= last; ++at) {
-    Word& word = words_[at];
+  each_word(address, bytes, [&](Word& word) {
     const bool was_written = word.write_time >= block_start_;
     if (word.write_time >= block_since_) race |= unordered(word.writer, word.write_time);
     early |= word.pending;
@@ -130,7 +128,7 @@ Finding Shared::access(uint64_t address, int bytes, bool writes, int thread, uin
       }
       word.writer = uint16_t(thread);
       word.write_time = clock_;
-      continue;
+      return;
     }
     unwritten |= !was_written && !word.pending;
     const bool first_reader = word.read_time < block_since_;
@@ -141,32 +139,27 @@ Finding Shared::access(uint64_t address, int bytes, bool writes, int thread, uin
     }
     word.reader = uint16_t(thread);
     word.read_time = clock_;
-  }
+  });
   if (early) return "shared memory accessed before the wait for its copy";
   if (unwritten) return "uninitialised shared memory read";
   return race ? "race in shared memory" : nullptr;
 }
 
 void Shared::pend(uint64_t address, int bytes) {
-  for (uint64_t at = address >> shift_; at <= (address + uint64_t(bytes) - 1) >> shift_; ++at) {
-    words_[at].pending = true;
-  }
+  each_word(address, bytes, [](Word& word) { word.pending = true; });
+}
+
+void Shared::drop(uint64_t address, int bytes) {
+  each_word(address, bytes, [](Word& word) { word.pending = false; });
 }
 
 void Shared::arrive(uint64_t address, int bytes, const uint8_t* data, int thread) {
   std::memcpy(&bytes_[address], data, size_t(bytes));
-  for (uint64_t at = address >> shift_; at <= (address + uint64_t(bytes) - 1) >> shift_; ++at) {
-    Word& word = words_[at];
-    word.pending = false;
+  drop(address, bytes);
+  each_word(address, bytes, [&](Word& word) {
     word.writer = uint16_t(thread);
     word.write_time = clock_;
-  }
-}
-
-void Shared::drop(uint64_t address, int bytes) {
-  for (uint64_t at = address >> shift_; at <= (address + uint64_t(bytes) - 1) >> shift_; ++at) {
-    words_[at].pending = false;
-  }
+  });
 }
 
 }  // namespace ptx

@@ -28,11 +28,11 @@ class Memory {
   // `memory` becomes where the bytes are, null where there are none.
   Finding access(uint64_t address, int bytes, bool writes, bool atomic, uint8_t** memory);
 
-  // An atomic of this block: what blocks did before a release is ordered before what others do after an acquire of the
-  // same word. A fence makes acquires of the atomics before it and releases of those behind it.
   // Bytes that the launch has touched so far.
   int64_t touched() const { return touched_ * int64_t(kGrain); }
 
+  // An atomic of this block: what blocks did before a release is ordered before what others do after an acquire of the
+  // same word. A fence makes acquires of the atomics before it and releases of those behind it.
   void synchronise(uint64_t address, bool acquire, bool release);
   void fence();
 
@@ -74,7 +74,7 @@ class Shared {
 
   // warp_since: of the last barrier of the thread's warp.
   Finding access(uint64_t address, int bytes, bool writes, int thread, uint32_t warp_since);
-  // A copy by cp.async that has begun, and has arrived.
+  // A copy by cp.async that has begun, that has arrived, and that nobody has waited for.
   void pend(uint64_t address, int bytes);
   void arrive(uint64_t address, int bytes, const uint8_t* data, int thread);
   void drop(uint64_t address, int bytes);
@@ -85,6 +85,11 @@ class Shared {
     uint16_t writer = 0, reader = 0;
     bool several = false, several_warps = false, pending = false;
   };
+
+  template <class F>
+  void each_word(uint64_t address, int bytes, const F& f) {
+    for (uint64_t at = address >> shift_; at <= (address + uint64_t(bytes) - 1) >> shift_; ++at) f(words_[at]);
+  }
 
   std::vector<uint8_t> bytes_;
   std::vector<Word> words_;

@@ -125,7 +125,7 @@ struct Instruction {
   Space space = Space::generic;
   Compare compare{};
   // l, h, w: lo, hi, wide; of shfl b, i, u, d; of vote a, y (any), b; of cvt and fma the rounding n, z, m, p, a, to an
-  // integer N, Z, M, P; of cp.async.wait_group g, of wait_all a; of atom the first two letters are in `atomic`
+  // integer N, Z, M, P; of cp.async.wait_group g, of wait_all a; what atom and red do is in `atomic`
   char mode = ' ';
   char combine = ' ';  // a, o, x: setp.and, .or, .xor
   bool saturate = false, ftz = false, trans = false, to = false, acquire = false, release = false;
